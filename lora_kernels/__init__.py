@@ -1,0 +1,13 @@
+"""Fused LoRA matmuls: ``y = x W^T + scale * (drop(x) A^T) B^T + bias`` as Triton kernels, forward and backward.
+
+Importing needs neither a GPU nor Triton; both are looked for when a call wants the kernels.
+"""
+
+from . import reference
+from .autograd import lora_linear
+from .dispatch import Choice, explain
+from .nn import FusedLoRALinear
+from .problem import UnsupportedError
+
+__version__ = "0.1.0"
+__all__ = ["Choice", "FusedLoRALinear", "UnsupportedError", "explain", "lora_linear", "reference"]

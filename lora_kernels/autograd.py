@@ -1,0 +1,131 @@
+"""``lora_linear``: the public function, and the autograd Function behind it.
+
+    dX = dY W + D.(dS A)      dA = dS^T (D.x)      dB = dY^T U      dbias = sum over tokens of dY
+    with dS = scale dY B, U = scale (D.x) A^T and D the dropout mask over 1 - p
+
+Saved for backward: x, weight, A, B, U and the seed, each only where a gradient that is wanted uses it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from . import ops, problem, reference
+
+IMPLS = ("auto", "triton", "torch", "reference")
+
+
+class LoRALinearFunction(torch.autograd.Function):
+    """``y [..., N]`` with gradients for x, lora_A, lora_B and bias; the weight is frozen."""
+
+    @staticmethod
+    def forward(ctx, x, weight, lora_A, lora_B, bias, seed, scale, dropout_p, impl, config):
+        need_x, _, need_A, need_B, need_bias = ctx.needs_input_grad[:5]
+        y, u = ops.forward_op(x, weight, lora_A, lora_B, bias, seed, scale, dropout_p, need_B, impl, config)
+        ctx.save_for_backward(
+            x if need_A else None,
+            weight if need_x else None,
+            lora_A if need_x else None,
+            lora_B if need_x or need_A else None,
+            u if need_B else None,
+            seed if need_x or need_A else None,
+        )
+        ctx.constants = (scale, dropout_p, need_x, need_A, need_B, need_bias, lora_A.dtype, impl, config)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        dx, da, db, dbias = ops.backward_op(dy, *ctx.saved_tensors, *ctx.constants)
+        need_x, need_A, need_B, need_bias = ctx.constants[2:6]
+        return (
+            dx if need_x else None,
+            None,
+            da if need_A else None,
+            db if need_B else None,
+            dbias if need_bias else None,
+            *(None,) * 5,
+        )
+
+
+def lora_linear(
+    x,
+    weight,
+    lora_A,
+    lora_B,
+    bias=None,
+    *,
+    scale=1.0,
+    dropout_p=0.0,
+    training=False,
+    seed=None,
+    segments=None,
+    config=None,
+    impl="auto",
+):
+    """Linear layer with a low-rank update: ``y = x W^T + scale * (drop(x) A^T) B^T + bias``.
+
+    Args:
+        x: Tokens ``[..., K]``, float16, bfloat16, float32 (every arm) or float64 (reference and torch).
+        weight: The frozen base ``[N, K]``, as nn.Linear stores it, x's dtype, any strides.
+        lora_A: ``[r, K]`` with r from 1 to 512, x's dtype or float32 (rounded to x's dtype tile by tile, as autocast would).
+        lora_B: ``[N, r]``, lora_A's dtype.
+        bias: ``[N]``, x's dtype, or None; added before the result is rounded.
+        scale: ``lora_alpha / r`` (or ``/ sqrt(r)`` for rsLoRA); applied in float32, never folded into a 16-bit tensor.
+        dropout_p: Dropout on the adapter's input, in [0, 1), rounded to a multiple of 2^-16; acts when ``training``.
+        training: Whether dropout acts.
+        seed: The dropout mask's seed: int64 tensor with one element on x's device, an int, or None to draw one from torch's
+            generator (so torch.manual_seed and checkpoint recomputation govern it).
+        segments: Refused by this version: one adapter per call.
+        config: A ``lora_kernels.tuning.Config`` for the kernels, or None for the tuned one.
+        impl: "auto" (the fastest that can run), "triton" (the kernels), "torch" (library calls), "reference" (the textbook
+            formula); a named one never falls back. `explain` tells what "auto" takes.
+    Returns:
+        ``[..., N]`` in x's dtype, contiguous; accumulated in float32 and rounded once, besides ``u = scale * drop(x) A^T``.
+        Under torch.autocast, x, weight and bias are cast as F.linear casts them.
+    Gradients:
+        For x, lora_A, lora_B and bias, in each one's dtype; not for weight. Not differentiable twice, except "reference".
+    Raises:
+        ValueError: shapes, devices or values disagree. TypeError: dtypes or types. UnsupportedError: legal, but not here.
+    Source: Hu et al. 2021, arXiv:2106.09685, eq. 3; gradients in docs/math.md.
+    """
+    x, weight, bias = autocast(x, weight, bias)
+    problem.check_arguments(x, weight, lora_A, lora_B, bias, scale, dropout_p, seed, segments)
+    if impl not in IMPLS:
+        raise ValueError(f"impl: wanted one of {', '.join(IMPLS)}, got {impl!r}")
+    p = float(dropout_p) if training else 0.0
+    if impl == "reference":
+        return reference.lora_linear(x, weight, lora_A, lora_B, bias, scale=scale, dropout_p=p, training=training, seed=seed)
+    key = config_key(config, impl)
+    drawn = reference.as_seed(seed, x.device) if p else None
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, lora_A, lora_B, bias)):
+        return LoRALinearFunction.apply(x, weight, lora_A, lora_B, bias, drawn, float(scale), p, impl, key)
+    return ops.forward_op(x, weight, lora_A, lora_B, bias, drawn, float(scale), p, False, impl, key)[0]
+
+
+def config_key(config, impl: str) -> str:
+    """The string by which a Config passes through the operators' schema; "" for None."""
+    if config is None:
+        return ""
+    from .tuning import Config
+
+    if not isinstance(config, Config):
+        raise TypeError(f"config: wanted a lora_kernels.tuning.Config or None, got {type(config).__name__}")
+    if impl == "torch":
+        raise ValueError("config: wanted None with impl='torch', which has no kernels to configure")
+    return config.key()
+
+
+def autocast(x, weight, bias):
+    """x, weight and bias as torch.autocast hands them to F.linear: cast to its dtype where it is enabled."""
+    if not isinstance(x, torch.Tensor) or not torch.is_autocast_enabled(x.device.type):
+        return x, weight, bias
+    dtype = torch.get_autocast_dtype(x.device.type)
+
+    def cast(t):
+        if isinstance(t, torch.Tensor) and t.is_floating_point() and t.dtype not in (dtype, torch.float64):
+            return t.to(dtype)
+        return t
+
+    return cast(x), cast(weight), cast(bias)

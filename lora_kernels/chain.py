@@ -1,0 +1,87 @@
+"""The torch arm: the shortest chain of library calls, with its backward by hand.
+
+    u = scale (drop(x) A^T)      y = x W^T + bias, then y += u B^T in place
+    dS = scale (dY B)            dX = dY W, then dX += D.(dS A)      dA = dS^T drop(x)      dB = dY^T u
+
+The scale rides on the skinny products as GEMM's alpha, in float32; nothing makes an extra pass over y, and dY B is
+computed once for dA and dX. The dropout mask is regenerated from Philox, never stored.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+
+from . import philox
+
+
+def base_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """``x @ weight.T + bias`` by the fastest library at hand.
+
+    torch's float32 matmul on a CPU is MKL, which leaves AVX-512 unused on other makers' processors; oneDNN, which torch
+    also carries, does not (docs/measured.md). Torch's own linear serves everything else.
+    """
+    if x.dtype == torch.float32 and not x.is_cuda and _onednn() and min(x.shape[0], *weight.shape) >= 16:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+@functools.cache
+def _onednn() -> bool:
+    has_op = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return has_op and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+
+
+def scaled_mm(a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+    """``scale * (a @ b)``, the scale applied to the accumulator where the library allows it."""
+    if scale == 1.0:
+        return torch.mm(a, b)
+    out = a.new_empty(a.shape[0], b.shape[1])
+    return out.addmm_(a, b, beta=0, alpha=scale)
+
+
+def grad_mm(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``a @ b`` accumulated in float32 and returned in ``dtype``, without a 16-bit rounding in between."""
+    if dtype == a.dtype:
+        return torch.mm(a, b)
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=dtype)
+    return torch.mm(a.to(dtype), b.to(dtype))
+
+
+def dropped(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
+    """``where(keep, x, 0)``: the 1 / (1 - p) goes into the next product's scale, so nothing is rounded here."""
+    return x.masked_fill(~philox.keep_mask(seed, x.shape[0], x.shape[1], p), 0.0)
+
+
+def forward(x, weight, lora_A, lora_B, bias, seed, scale: float, p: float):
+    """``y [M, N]`` and ``u [M, r]`` for x ``[M, K]``; p = 0 means no dropout."""
+    A, B = lora_A.to(x.dtype), lora_B.to(x.dtype)
+    adapter_in, u_scale = (dropped(x, seed, p), scale * philox.inv_keep(p)) if p else (x, scale)
+    u = scaled_mm(adapter_in, A.t(), u_scale)
+    y = base_linear(x, weight, bias)
+    return y.addmm_(u, B.t()), u
+
+
+def backward(dy, x, weight, lora_A, lora_B, u, seed, scale: float, p: float, need_dx: bool, need_da: bool, need_db: bool, adapter_dtype):
+    """``dX [M, K], dA [r, K], dB [N, r]``, each None where not needed; operands that no needed gradient uses may be None."""
+    dx = da = db = None
+    if need_dx or need_da:
+        ds = scaled_mm(dy, lora_B.to(dy.dtype), scale)
+    if need_dx:
+        dx = base_linear(dy, weight.t(), None)
+        A = lora_A.to(dy.dtype)
+        if p:
+            low_rank = scaled_mm(ds, A, philox.inv_keep(p))
+            dx += low_rank.masked_fill_(~philox.keep_mask(seed, dx.shape[0], dx.shape[1], p), 0.0)
+        else:
+            dx.addmm_(ds, A)
+    if need_da:
+        da = grad_mm(ds.t(), dropped(x, seed, p) if p else x, adapter_dtype)
+        if p:
+            da *= philox.inv_keep(p)
+    if need_db:
+        db = grad_mm(dy.t(), u, adapter_dtype)
+    return dx, da, db

@@ -1,0 +1,183 @@
+"""Which arm a call takes, and why: the kernels ("triton") or the chain of library calls ("torch").
+
+Without a measured row the choice follows what is known of the parts. The kernels win where the chain pays extra passes or
+launches: dropout (the chain makes a mask and a second x), and few tokens (one launch against four). Elsewhere the
+chain's vendor matmul is the safe choice until a measurement on the device says otherwise.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from dataclasses import dataclass
+
+import torch
+
+from . import chain, problem
+from .problem import Problem, UnsupportedError
+from .tuning import Arch, Config, lookup, resolve, why_not
+
+FEW_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Choice:
+    """``arm``: "triton", "torch" or "reference"; ``config``: the kernels' configuration or None; ``why``: for each arm, one sentence."""
+
+    arm: str
+    config: Config | None
+    why: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"impl={self.arm!r}"] + [f"  {arm}: {sentence}" for arm, sentence in self.why.items()]
+        if self.config is not None:
+            lines.append(f"  config: {self.config}")
+        return "\n".join(lines)
+
+
+def interpreting() -> bool:
+    """Whether Triton's interpreter is on in this process (TRITON_INTERPRET=1)."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
+
+
+@functools.cache
+def triton_missing() -> str | None:
+    """Why Triton cannot be imported, or None."""
+    try:
+        import triton  # noqa: F401
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+@functools.cache
+def device_arch(device: torch.device) -> Arch:
+    """The `Arch` of a CUDA or ROCm device, asked of torch once per device."""
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return Arch.hip(properties.gcnArchName.split(":")[0], properties.multi_processor_count)
+    shared = getattr(properties, "shared_memory_per_block_optin", 0)
+    return Arch.cuda(properties.major, properties.minor, shared, properties.multi_processor_count)
+
+
+def arch_of(device: torch.device) -> tuple[Arch | None, str]:
+    """The architecture the kernels would run on for tensors of ``device``, or None and why they cannot."""
+    missing = triton_missing()
+    if missing:
+        return None, f"triton cannot be imported ({missing})"
+    if device.type == "cuda":
+        return (Arch.interpreter() if interpreting() else device_arch(device)), ""
+    if device.type == "cpu" and interpreting():
+        return Arch.interpreter(), ""
+    return None, f"the tensors are on {device.type}; the kernels need a GPU, or TRITON_INTERPRET=1 set before lora_kernels is imported"
+
+
+def choose(p: Problem, device: torch.device, impl: str, key: str = "") -> Choice:
+    """The choice for a problem; raises UnsupportedError where a named impl, or an explicit config, cannot serve it."""
+    return _choose(p, device, impl, key, interpreting())
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose(p: Problem, device: torch.device, impl: str, key: str, interpreted: bool) -> Choice:
+    arch, why_no_arch = arch_of(device)
+    config, origin = (Config.from_key(key), "explicit") if key else resolve(p, arch) if arch else (None, "")
+    reason = why_no_arch if arch is None else _why_not_triton(config, p, arch)
+    if reason and (impl == "triton" or key):
+        raise UnsupportedError(f"impl: 'triton' cannot serve this call: {reason}")
+    why = {"reference": "the textbook formula; only where it is named"}
+    if impl == "triton" or key:
+        why["triton"] = f"named; {origin} configuration" if impl == "triton" else "an explicit config names the kernels"
+        return Choice("triton", config, why)
+    if impl == "torch":
+        why["torch"] = "named"
+        return Choice("torch", None, why)
+    if reason:
+        why |= {"triton": f"no: {reason}", "torch": "the chain of library calls"}
+        return Choice("torch", None, why)
+    arm, sentence = _preferred(p, arch)
+    why[arm] = sentence
+    return Choice(arm, config if arm == "triton" else None, why)
+
+
+def _why_not_triton(config: Config, p: Problem, arch: Arch) -> str | None:
+    if arch.kind == "interpreter" and p.dtype == torch.bfloat16:
+        return "Triton's interpreter multiplies bfloat16 bit patterns (triton #11584), so bfloat16 needs a GPU"
+    return why_not(config, p, arch)
+
+
+def _preferred(p: Problem, arch: Arch) -> tuple[str, str]:
+    row = lookup(p, arch)
+    if row:
+        return row.arm, f"measured faster: {row.source}"
+    if arch.kind == "interpreter":
+        return "torch", "faster than interpreting the kernels"
+    if p.dropout:
+        return "triton", "not measured on this device; with dropout the chain would make a mask and a second x"
+    if p.M <= FEW_TOKENS:
+        return "triton", f"not measured on this device; up to {FEW_TOKENS} tokens launches dominate"
+    return "torch", "not measured on this device; without dropout, at many tokens, the vendor's matmul is the safe choice"
+
+
+def forward_arm(rows, weight, lora_A, seed, dropout_p: float, impl: str, key: str):
+    """(function, config) that computes a forward pass on rows ``[M, K]``."""
+    choice = choose(problem.describe(rows, weight, lora_A, dropout=bool(dropout_p)), rows.device, impl, key)
+    if choice.arm == "torch":
+        return _chain_forward, None
+    from . import launch
+
+    return launch.forward, choice.config
+
+
+def backward_arm(dy, rows, weight, lora_A, lora_B, u, seed, dropout_p: float, impl: str, key: str):
+    """(function, config) that computes a backward pass from dY ``[M, N]``; operands may be None where no gradient uses them."""
+    K = weight.shape[1] if weight is not None else rows.shape[1] if rows is not None else dy.shape[1]
+    R = u.shape[1] if lora_B is None else lora_B.shape[1]
+    w = dy if weight is None else weight
+    p = Problem(
+        M=dy.shape[0],
+        N=K,
+        K=dy.shape[1],
+        R=R,
+        dtype=dy.dtype,
+        dropout="uv" if dropout_p else "",
+        x_row_major=dy.stride(-1) == 1,
+        w_major="n" if w.stride(1) == 1 else "k" if w.stride(0) == 1 else "",
+        aligned=problem.tma_aligned(dy) and problem.tma_aligned(w),
+        wide=problem.offsets_pass_int32(dy, w),
+    )
+    choice = choose(p, dy.device, impl, key)
+    if choice.arm == "torch":
+        return _chain_backward, None
+    from . import launch
+
+    return launch.backward, choice.config
+
+
+def _chain_forward(rows, weight, lora_A, lora_B, bias, seed, scale, p, save_u, config):
+    with torch.autocast(rows.device.type, enabled=False):
+        return chain.forward(rows, weight, lora_A, lora_B, bias, seed, scale, p)
+
+
+def _chain_backward(dy, rows, weight, lora_A, lora_B, u, seed, scale, p, needs, adapter_dtype, config):
+    with torch.autocast(dy.device.type, enabled=False):
+        return chain.backward(dy, rows, weight, lora_A, lora_B, u, seed, scale, p, *needs, adapter_dtype)
+
+
+def explain(x, weight, lora_A, lora_B, bias=None, *, scale=1.0, dropout_p=0.0, training=False, seed=None, segments=None, config=None, impl="auto"):
+    """Which arm `lora_linear` takes for these arguments, and why: the same arguments, nothing computed.
+
+    Returns:
+        `Choice`: ``arm``, ``config`` (of the forward kernels) and ``why``, one sentence for each arm; ``print`` shows all three.
+    Raises:
+        The errors of `lora_linear`.
+    """
+    from .autograd import IMPLS, autocast, config_key
+
+    x, weight, bias = autocast(x, weight, bias)
+    problem.check_arguments(x, weight, lora_A, lora_B, bias, scale, dropout_p, seed, segments)
+    if impl not in IMPLS:
+        raise ValueError(f"impl: wanted one of {', '.join(IMPLS)}, got {impl!r}")
+    if impl == "reference":
+        return Choice("reference", None, {"reference": "named"})
+    key = config_key(config, impl)
+    return choose(problem.describe(x, weight, lora_A, dropout=bool(training and dropout_p)), x.device, impl, key)

@@ -1,0 +1,215 @@
+"""expand: ``y[M, N] = x[M, K] @ w[K, N] + u[M, R] @ v[R, N] + bias``: Y in the forward pass, dX in the backward pass.
+
+Where u comes from is a plug, ``U``:
+  "given"    an earlier shrink launch wrote it;
+  "loop"     the K loop sums ``x a`` beside ``x w`` and the epilogue applies v: one launch, no rank buffer to read;
+  "awaited"  one launch whose work list holds the shrink items ahead of the tiles: a tile computes its base product, then
+             waits for its row block's flag. Items are handed out by a ticket, in order, to running programs only, and
+             a producer never waits, so the wait always ends.
+"""
+
+import triton
+import triton.language as tl
+
+from .dropout import drop, keep_tile
+from .load import load_dense, tile_base, tile_mask, tile_offsets
+from .shrink import shrink_tile
+from .tiles import grouped_tile
+
+
+@triton.jit
+def low_rank(
+    acc,
+    u,
+    v,
+    seed,
+    threshold,
+    inv_keep,
+    m0,
+    n0,
+    M,
+    N,
+    R,
+    DROP_UV: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    R_BLOCKS: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    EVEN_R: tl.constexpr,
+    WIDE: tl.constexpr,
+    FIRST: tl.constexpr,
+):
+    """``acc + D.(u v)``; FIRST says that acc is still zero, so that the product needs no registers of its own."""
+    uv = acc
+    if DROP_UV and not FIRST:
+        uv = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for block in tl.static_range(R_BLOCKS):
+        r0 = block * BLOCK_R
+        # u: [BLOCK_M, BLOCK_R], v: [BLOCK_R, BLOCK_N]
+        u_tile = load_dense(u, m0, r0, M, R, BLOCK_M, BLOCK_R, False, EVEN_R, WIDE)
+        v_tile = load_dense(v, r0, n0, R, N, BLOCK_R, BLOCK_N, EVEN_R, EVEN_N, WIDE).to(u_tile.dtype)
+        uv = tl.dot(u_tile, v_tile, uv, input_precision=PRECISION)
+    if not DROP_UV:
+        return uv
+    uv = tl.where(keep_tile(seed, threshold, m0, n0, BLOCK_M, BLOCK_N), uv * inv_keep, 0.0)
+    return uv if FIRST else acc + uv
+
+
+@triton.jit
+def expand_tile(
+    x,
+    w,
+    a,
+    u,
+    v,
+    bias_ptr,
+    y,
+    flag_ptr,
+    seed,
+    threshold,
+    inv_keep,
+    scale,
+    pid_m,
+    pid_n,
+    M,
+    N,
+    K,
+    R,
+    LOAD_X: tl.constexpr,
+    LOAD_W: tl.constexpr,
+    U: tl.constexpr,
+    SAVE_U: tl.constexpr,
+    DROP_X: tl.constexpr,
+    DROP_UV: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    R_BLOCKS: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    EVEN_R: tl.constexpr,
+    WIDE: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,
+):
+    m0 = pid_m * BLOCK_M
+    n0 = pid_n * BLOCK_N
+    y_ptrs = tile_base(y[0], m0, n0, y[1], y[2]) + tile_offsets(y[1], y[2], BLOCK_M, BLOCK_N, WIDE)
+    y_mask = tile_mask(m0, n0, M, N, BLOCK_M, BLOCK_N)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if U == "given":
+        acc = low_rank(
+            acc, u, v, seed, threshold, inv_keep, m0, n0, M, N, R,
+            DROP_UV, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R, R_BLOCKS, EVEN_N, EVEN_R, WIDE, True,
+        )  # fmt: skip
+    if LOAD_W is None:
+        acc += tl.load(y_ptrs, mask=y_mask, other=0.0)
+    else:
+        u_acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+        for k0 in tl.range(0, K, BLOCK_K, warp_specialize=WARP_SPECIALIZE):
+            # x: [BLOCK_M, BLOCK_K], w: [BLOCK_K, BLOCK_N]
+            x_tile = LOAD_X(x, m0, k0, M, K, BLOCK_M, BLOCK_K, False, EVEN_K, WIDE)
+            w_tile = LOAD_W(w, k0, n0, K, N, BLOCK_K, BLOCK_N, EVEN_K, EVEN_N, WIDE).to(x_tile.dtype)
+            acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)
+            if U == "loop":
+                if DROP_X:
+                    x_tile = drop(x_tile, seed, threshold, m0, k0, BLOCK_M, BLOCK_K)
+                # a: [BLOCK_K, BLOCK_R]
+                a_tile = load_dense(a, k0, 0, K, R, BLOCK_K, BLOCK_R, EVEN_K, EVEN_R, WIDE).to(x_tile.dtype)
+                u_acc = tl.dot(x_tile, a_tile, u_acc, input_precision=PRECISION)
+        if U == "loop":
+            # v: [BLOCK_R, BLOCK_N]
+            v_tile = load_dense(v, 0, n0, R, N, BLOCK_R, BLOCK_N, EVEN_R, EVEN_N, WIDE)
+            u_tile = (u_acc * scale).to(y[0].dtype.element_ty)
+            if SAVE_U:
+                if pid_n == 0:
+                    u_ptrs = tile_base(u[0], m0, 0, u[1], u[2]) + tile_offsets(u[1], u[2], BLOCK_M, BLOCK_R, WIDE)
+                    tl.store(u_ptrs, u_tile, mask=tile_mask(m0, 0, M, R, BLOCK_M, BLOCK_R))
+            if DROP_UV:
+                uv = tl.dot(u_tile, v_tile.to(u_tile.dtype), input_precision=PRECISION)
+                acc += tl.where(keep_tile(seed, threshold, m0, n0, BLOCK_M, BLOCK_N), uv * inv_keep, 0.0)
+            else:
+                acc = tl.dot(u_tile, v_tile.to(u_tile.dtype), acc, input_precision=PRECISION)
+        if U == "awaited":
+            while tl.atomic_add(flag_ptr + pid_m, 0, sem="acquire", scope="gpu") < R_BLOCKS:
+                pass
+            tl.debug_barrier()
+            acc = low_rank(
+                acc, u, v, seed, threshold, inv_keep, m0, n0, M, N, R,
+                DROP_UV, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R, R_BLOCKS, EVEN_N, EVEN_R, WIDE, False,
+            )  # fmt: skip
+    if bias_ptr is not None:
+        n = n0 + tl.arange(0, BLOCK_N)
+        acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    tl.store(y_ptrs, acc.to(y[0].dtype.element_ty), mask=y_mask)
+
+
+@triton.jit(do_not_specialize=["M", "threshold"])
+def expand(
+    x,
+    w,
+    a,
+    u,
+    v,
+    bias_ptr,
+    y,
+    flag_ptr,
+    ticket_ptr,
+    seed_ptr,
+    threshold,
+    inv_keep,
+    scale,
+    M,
+    N,
+    K,
+    R,
+    LOAD_X: tl.constexpr,
+    LOAD_W: tl.constexpr,
+    U: tl.constexpr,
+    SAVE_U: tl.constexpr,
+    DROP_X: tl.constexpr,
+    DROP_UV: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    R_BLOCKS: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    EVEN_R: tl.constexpr,
+    WIDE: tl.constexpr,
+    PERSISTENT: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,
+):
+    """Grid [programs]: as many as there are work items, or fewer (PERSISTENT), each taking every grid-th item or ticket."""
+    num_m = tl.cdiv(M, BLOCK_M)
+    num_n = tl.cdiv(N, BLOCK_N)
+    producers = num_m * R_BLOCKS if U == "awaited" else 0
+    seed = tl.load(seed_ptr) if DROP_X or DROP_UV else 0
+    first = tl.program_id(0)
+    last = producers + num_m * num_n if PERSISTENT else first + 1
+    step = tl.num_programs(0) if PERSISTENT else 1
+    for turn in tl.range(first, last, step):
+        item = turn
+        if U == "awaited":
+            item = tl.atomic_add(ticket_ptr, 1, sem="relaxed", scope="gpu")
+            if item < producers:
+                row_block = item // R_BLOCKS
+                shrink_tile(
+                    x, a, u, seed, threshold, scale, row_block * BLOCK_M, (item % R_BLOCKS) * BLOCK_R, 0, K, M, K, R,
+                    LOAD_X, DROP_X, PRECISION, BLOCK_M, BLOCK_K, BLOCK_R, EVEN_K, EVEN_R, WIDE,
+                )  # fmt: skip
+                tl.debug_barrier()
+                tl.atomic_add(flag_ptr + row_block, 1, sem="release", scope="gpu")
+        if item >= producers:
+            pid_m, pid_n = grouped_tile(item - producers, num_m, num_n, GROUP_M)
+            expand_tile(
+                x, w, a, u, v, bias_ptr, y, flag_ptr, seed, threshold, inv_keep, scale, pid_m, pid_n, M, N, K, R,
+                LOAD_X, LOAD_W, U, SAVE_U, DROP_X, DROP_UV, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, R_BLOCKS,
+                EVEN_N, EVEN_K, EVEN_R, WIDE, WARP_SPECIALIZE,
+            )  # fmt: skip

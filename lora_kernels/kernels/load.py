@@ -1,0 +1,87 @@
+"""Tile loaders: ``LOAD(t, i0, j0, I, J, ...) -> [BLOCK_I, BLOCK_J]``, zero out of range.
+
+A matrix is passed as a loader and its argument tuple, so that how an operand is stored is a plug of the matmul bodies.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tile_offsets(stride_i, stride_j, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, WIDE: tl.constexpr):
+    i = tl.arange(0, BLOCK_I)
+    j = tl.arange(0, BLOCK_J)
+    if WIDE:
+        i = i.to(tl.int64)
+        j = j.to(tl.int64)
+    return i[:, None] * stride_i + j[None, :] * stride_j
+
+
+@triton.jit
+def tile_base(ptr, i0, j0, stride_i, stride_j):
+    """The tile's first element: always 64-bit, and scalar, so that it costs nothing in the tile's own offsets."""
+    return ptr + tl.cast(i0, tl.int64) * stride_i + tl.cast(j0, tl.int64) * stride_j
+
+
+@triton.jit
+def tile_mask(i0, j0, I, J, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr):
+    return (i0 + tl.arange(0, BLOCK_I) < I)[:, None] & (j0 + tl.arange(0, BLOCK_J) < J)[None, :]
+
+
+@triton.jit
+def load_dense(
+    t,
+    i0,
+    j0,
+    I,
+    J,
+    BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    EVEN_I: tl.constexpr,
+    EVEN_J: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Any strides. t: (pointer, stride_i, stride_j). EVEN_*: the axis needs no mask."""
+    # [BLOCK_I, BLOCK_J]
+    ptrs = tile_base(t[0], i0, j0, t[1], t[2]) + tile_offsets(t[1], t[2], BLOCK_I, BLOCK_J, WIDE)
+    if EVEN_I and EVEN_J:
+        return tl.load(ptrs)
+    if EVEN_J:
+        return tl.load(ptrs, mask=(i0 + tl.arange(0, BLOCK_I) < I)[:, None], other=0.0)
+    if EVEN_I:
+        return tl.load(ptrs, mask=(j0 + tl.arange(0, BLOCK_J) < J)[None, :], other=0.0)
+    return tl.load(ptrs, mask=tile_mask(i0, j0, I, J, BLOCK_I, BLOCK_J), other=0.0)
+
+
+@triton.jit
+def load_descriptor(
+    t,
+    i0,
+    j0,
+    I,
+    J,
+    BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    EVEN_I: tl.constexpr,
+    EVEN_J: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """By the bulk tensor copy engine, from a matrix contiguous along j. t: (descriptor of [I, J] in blocks [BLOCK_I, BLOCK_J],)."""
+    return t[0].load([tl.cast(i0, tl.int32), tl.cast(j0, tl.int32)])
+
+
+@triton.jit
+def load_descriptor_transposed(
+    t,
+    i0,
+    j0,
+    I,
+    J,
+    BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    EVEN_I: tl.constexpr,
+    EVEN_J: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """The same, from a matrix contiguous along i. t: (descriptor of [J, I] in blocks [BLOCK_J, BLOCK_I],)."""
+    return t[0].load([tl.cast(j0, tl.int32), tl.cast(i0, tl.int32)]).T

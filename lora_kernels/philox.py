@@ -1,0 +1,92 @@
+"""Philox-4x32-7 in torch integers: the random numbers behind the dropout mask.
+
+``keep(m, j) = lane(philox(seed, counter = (m, 0, j // 8, 0)), j % 8) >= threshold``
+
+One Philox call gives four 32-bit words, read as eight 16-bit lanes, so it decides eight neighbouring features
+of one token. The mask is a pure function of (seed, token, feature): every kernel, whatever its tiles, and every
+pass regenerates the same one. Seven rounds are the fewest that pass BigCrush (Salmon et al. 2011, "Parallel random
+numbers: as easy as 1, 2, 3", table 2).
+"""
+
+from __future__ import annotations
+
+import torch
+
+ROUNDS = 7
+LANES = 8
+LANE_BITS = 16
+_WORD = 0xFFFFFFFF
+_MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
+_WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
+_CHUNK = 1 << 15  # Philox calls at a time: the temporaries stay in a core's cache
+
+
+def philox_4x32(counter, key, rounds: int = ROUNDS):
+    """Philox-4x32, equation (2) of Salmon et al. 2011.
+
+    Args:
+        counter: Four int64 tensors that hold uint32 values, of shapes that broadcast.
+        key: Two ints or int64 tensors that hold uint32 values.
+        rounds: How many rounds; 10 is the paper's default, 7 its "Crush-resistant" minimum.
+    Returns:
+        Four int64 tensors of uint32 values.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(rounds):
+        # An int64 product of two uint32 wraps modulo 2^64, so its bits are those of the unsigned product.
+        p0, p1 = c0 * _MULTIPLIER_0, c2 * _MULTIPLIER_1
+        c0, c1, c2, c3 = ((p1 >> 32) & _WORD) ^ c1 ^ k0, p1 & _WORD, ((p0 >> 32) & _WORD) ^ c3 ^ k1, p0 & _WORD
+        k0, k1 = (k0 + _WEYL_0) & _WORD, (k1 + _WEYL_1) & _WORD
+    return c0, c1, c2, c3
+
+
+def threshold_of(p: float) -> int:
+    """The 16-bit threshold of dropout probability ``p`` in [0, 1): lanes below it are dropped.
+
+    ``p`` is thereby rounded to a multiple of 2^-16, and at most ``1 - 2^-16``; `inv_keep` follows the rounded value, so
+    the mean of the dropped tensor stays exactly the tensor.
+    """
+    return min(round(p * (1 << LANE_BITS)), (1 << LANE_BITS) - 1)
+
+
+def inv_keep(p: float) -> float:
+    """``1 / (1 - p)`` for the rounded ``p`` of `threshold_of`."""
+    full = 1 << LANE_BITS
+    return full / (full - threshold_of(p))
+
+
+def keep_mask(seed: torch.Tensor, tokens: int, features: int, p: float, *, out: torch.Tensor | None = None) -> torch.Tensor:
+    """The dropout mask: True where an element is kept.
+
+    Args:
+        seed: int64 tensor with one element.
+        tokens, features: The mask's shape.
+        p: Dropout probability in [0, 1).
+        out: A bool tensor ``[tokens, features]`` to write into.
+    Returns:
+        bool ``[tokens, features]`` on the seed's device.
+    """
+    device = seed.device
+    mask = torch.empty(tokens, features, dtype=torch.bool, device=device) if out is None else out
+    groups = -(-features // LANES)
+    seed = seed.reshape(())
+    key = (seed & _WORD, (seed >> 32) & _WORD)
+    threshold = threshold_of(p)
+    zero = torch.zeros((), dtype=torch.int64, device=device)
+    column = torch.arange(groups, device=device)
+    rows = max(1, _CHUNK // max(groups, 1)) if device.type == "cpu" else max(tokens, 1)
+    for start in range(0, tokens, rows):
+        token = torch.arange(start, min(start + rows, tokens), device=device)[:, None]
+        words = torch.stack(philox_4x32((token, zero, column, zero), key), dim=-1)  # [rows, groups, 4]
+        lanes = torch.stack((words & 0xFFFF, words >> LANE_BITS), dim=-1)  # [rows, groups, 4, 2]
+        mask[start : start + rows] = (lanes >= threshold).flatten(1)[:, :features]
+    return mask
+
+
+def draw_seed(device: torch.device) -> torch.Tensor:
+    """A fresh int64 seed of shape [] from torch's default generator of ``device``, without a host sync.
+
+    ``torch.manual_seed``, checkpoint recomputation and CUDA-graph replay therefore govern it.
+    """
+    return torch.randint(-(1 << 63), (1 << 63) - 1, (), dtype=torch.int64, device=device)

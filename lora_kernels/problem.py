@@ -1,0 +1,184 @@
+"""What a call asks for: `Problem`, the value that dispatch and tuning decide on, and the checks of a call's arguments.
+
+A check names the argument, what was wanted and what was given, before anything is computed. ValueError: shapes, values,
+devices. TypeError: types and dtypes. UnsupportedError: legal, but not here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+MAX_RANK = 512
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class UnsupportedError(RuntimeError):
+    """A legal request that this implementation, device or configuration does not serve; the message says why."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One pass as a matmul shape: ``x[M, K] w[K, N] + u[M, R] v[R, N]``.
+
+    ``x_row_major``: x is contiguous along K. ``w_major``: the axis along which w is contiguous, "k" (nn.Linear's weight in the
+    forward pass), "n" (the same weight in the backward pass), or "" (neither). ``aligned``: base addresses and the other
+    strides are multiples of 16 bytes, as TMA descriptors need. ``dropout``: "" (none), "x" (on the adapter's input, forward) or
+    "uv" (on the low-rank term, backward). ``wide``: an offset passes 2^31.
+    """
+
+    M: int
+    N: int
+    K: int
+    R: int
+    dtype: torch.dtype
+    dropout: str = ""
+    x_row_major: bool = True
+    w_major: str = "k"
+    aligned: bool = True
+    wide: bool = False
+    adapter_dtype: torch.dtype | None = None
+
+    @property
+    def itemsize(self) -> int:
+        return self.dtype.itemsize
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.M * (self.N * self.K + self.R * (self.N + self.K))
+
+    def backward(self) -> Problem:
+        """The problem of dX: K and N change places, and w is read along its other axis."""
+        other = {"k": "n", "n": "k", "": ""}[self.w_major]
+        return replace(self, N=self.K, K=self.N, w_major=other, dropout="uv" if self.dropout else "")
+
+
+def offsets_pass_int32(*tensors: torch.Tensor | None) -> bool:
+    """Whether an element of any tensor lies 2^31 or more elements from its first."""
+    for t in tensors:
+        if t is not None and t.numel() and sum((size - 1) * abs(st) for size, st in zip(t.shape, t.stride(), strict=True)) >= 1 << 31:
+            return True
+    return False
+
+
+def tma_aligned(t: torch.Tensor) -> bool:
+    """Whether a matrix can be read by a TMA descriptor: one axis contiguous, everything else a multiple of 16 bytes."""
+    strides = sorted(t.stride())
+    return strides[0] == 1 and (strides[1] * t.element_size()) % 16 == 0 and t.data_ptr() % 16 == 0
+
+
+def describe(x, weight, lora_A, *, dropout: bool) -> Problem:
+    """The forward `Problem` of a checked call; x is ``[..., K]`` and read as rows."""
+    K, N, R = x.shape[-1], weight.shape[0], lora_A.shape[0]
+    w_stride = weight.stride()
+    return Problem(
+        M=x.numel() // K if K else 0,
+        N=N,
+        K=K,
+        R=R,
+        dtype=x.dtype,
+        dropout="x" if dropout else "",
+        x_row_major=x.stride(-1) == 1,
+        w_major="k" if w_stride[1] == 1 else "n" if w_stride[0] == 1 else "",
+        aligned=(x.stride(-1) == 1 and (K * x.element_size()) % 16 == 0 and x.data_ptr() % 16 == 0 and tma_aligned(weight)),
+        wide=offsets_pass_int32(x, weight),
+        adapter_dtype=lora_A.dtype,
+    )
+
+
+def _shape(t: torch.Tensor) -> list[int]:
+    return list(t.shape)
+
+
+def check_tensor(name: str, t, what: str) -> None:
+    if not isinstance(t, torch.Tensor):
+        raise TypeError(f"{name}: wanted {what}, got {type(t).__name__}")
+    if t.layout != torch.strided:
+        raise UnsupportedError(f"{name}: wanted a dense tensor, got layout {t.layout}")
+    if t.is_quantized:
+        raise UnsupportedError(f"{name}: wanted a floating-point tensor, got a quantised one ({t.dtype}); dequantise it first")
+    if t.dtype not in FLOATS:
+        raise TypeError(f"{name}: wanted float16, bfloat16, float32 or float64, got {t.dtype}")
+
+
+def check_arguments(x, weight, lora_A, lora_B, bias, scale, dropout_p, seed, segments) -> None:
+    """Refuse what `lora_linear` cannot compute. Raises ValueError, TypeError or UnsupportedError."""
+    check_tensor("x", x, "a tensor [..., in_features]")
+    check_tensor("weight", weight, "a tensor [out_features, in_features]")
+    check_tensor("lora_A", lora_A, "a tensor [r, in_features]")
+    check_tensor("lora_B", lora_B, "a tensor [out_features, r]")
+    if bias is not None:
+        check_tensor("bias", bias, "a tensor [out_features] or None")
+    check_shapes(x, weight, lora_A, lora_B, bias)
+    check_dtypes(x, weight, lora_A, lora_B, bias)
+    check_devices(x, weight, lora_A, lora_B, bias)
+    if weight.requires_grad:
+        raise ValueError(
+            "weight: wanted a frozen base weight, got one with requires_grad=True; call weight.requires_grad_(False): LoRA trains lora_A and lora_B only"
+        )
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"scale: wanted a float (lora_alpha / r), got {type(scale).__name__}")
+    if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)):
+        raise TypeError(f"dropout_p: wanted a float in [0, 1), got {type(dropout_p).__name__}")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p: wanted a probability in [0, 1), got {dropout_p}")
+    check_seed(seed, x)
+    if segments is not None:
+        raise UnsupportedError(
+            f"segments: wanted None, got {type(segments).__name__}; several adapters in one batch are not supported by this version"
+        )
+
+
+def check_shapes(x, weight, lora_A, lora_B, bias) -> None:
+    if weight.dim() != 2:
+        raise ValueError(f"weight: wanted shape [out_features, in_features], got {_shape(weight)}")
+    N, K = weight.shape
+    if x.dim() < 1 or x.shape[-1] != K:
+        raise ValueError(f"x: wanted shape [..., {K}] to match weight {_shape(weight)}, got {_shape(x)}")
+    if lora_A.dim() != 2 or lora_A.shape[1] != K:
+        hint = ""
+        if lora_A.dim() == 2 and lora_A.shape[0] == K:
+            hint = "; it looks transposed: PEFT stores lora_A as [r, in_features], pass lora_A.T"
+        raise ValueError(f"lora_A: wanted shape [r, {K}] to match weight {_shape(weight)}, got {_shape(lora_A)}{hint}")
+    R = lora_A.shape[0]
+    if lora_B.dim() != 2 or tuple(lora_B.shape) != (N, R):
+        hint = ""
+        if lora_B.dim() == 2 and tuple(lora_B.shape) == (R, N):
+            hint = "; it looks transposed: PEFT stores lora_B as [out_features, r], pass lora_B.T"
+        raise ValueError(f"lora_B: wanted shape [{N}, {R}] to match weight {_shape(weight)} and lora_A {_shape(lora_A)}, got {_shape(lora_B)}{hint}")
+    if not 1 <= R <= MAX_RANK:
+        raise UnsupportedError(f"lora_A: wanted a rank r from 1 to {MAX_RANK}, got r = {R} (shape {_shape(lora_A)})")
+    if bias is not None and tuple(bias.shape) != (N,):
+        raise ValueError(f"bias: wanted shape [{N}] to match weight {_shape(weight)}, got {_shape(bias)}")
+
+
+def check_dtypes(x, weight, lora_A, lora_B, bias) -> None:
+    if weight.dtype != x.dtype:
+        raise TypeError(f"weight: wanted x's dtype {x.dtype}, got {weight.dtype}; cast one of them, or use torch.autocast")
+    if bias is not None and bias.dtype != x.dtype:
+        raise TypeError(f"bias: wanted x's dtype {x.dtype}, got {bias.dtype}")
+    if lora_A.dtype != x.dtype and lora_A.dtype != torch.float32:
+        raise TypeError(f"lora_A: wanted x's dtype {x.dtype} or float32, got {lora_A.dtype}")
+    if lora_B.dtype != lora_A.dtype:
+        raise TypeError(f"lora_B: wanted lora_A's dtype {lora_A.dtype}, got {lora_B.dtype}")
+
+
+def check_devices(x, weight, lora_A, lora_B, bias) -> None:
+    for name, t in (("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B), ("bias", bias)):
+        if t is not None and t.device != x.device:
+            raise ValueError(f"{name}: wanted x's device {x.device}, got {t.device}")
+
+
+def check_seed(seed, x) -> None:
+    if seed is None:
+        return
+    if isinstance(seed, torch.Tensor):
+        if seed.dtype != torch.int64 or seed.numel() != 1:
+            raise TypeError(f"seed: wanted an int64 tensor with one element, got {seed.dtype} of shape {_shape(seed)}")
+        if seed.device != x.device:
+            raise ValueError(f"seed: wanted x's device {x.device}, got {seed.device}")
+    elif isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed: wanted None, an int or an int64 tensor with one element, got {type(seed).__name__}")
+    elif not -(1 << 63) <= seed < 1 << 63:
+        raise ValueError(f"seed: wanted an int that fits 64 bits, got {seed}")

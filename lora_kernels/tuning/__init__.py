@@ -1,0 +1,15 @@
+"""Which configuration a call takes: values and rules, no tensors. Order: explicit > measured table > heuristic."""
+
+from .arch import Arch
+from .config import Config, Expand, Shrink, Wgrad, rank_block
+from .heuristic import heuristic
+from .tables import lookup
+from .validity import why_not
+
+__all__ = ["Arch", "Config", "Expand", "Shrink", "Wgrad", "heuristic", "lookup", "rank_block", "resolve", "why_not"]
+
+
+def resolve(problem, arch) -> tuple[Config, str]:
+    """The configuration for a problem on an architecture, and where it comes from: "table" or "heuristic"."""
+    row = lookup(problem, arch)
+    return (row.config, "table") if row else (heuristic(problem, arch), "heuristic")

@@ -1,0 +1,88 @@
+"""A configuration for any problem on any GPU, from first principles and what the compiler says; measured rows go before it.
+
+Few tokens: the base product streams W once, the tile is small, u is computed in the loop (one launch). Many tokens: the
+largest tile whose stages fit the chip's shared memory, u given by a shrink that reads x at memory speed.
+"""
+
+from __future__ import annotations
+
+from ..problem import Problem
+from .arch import Arch
+from .config import Config, Expand, Shrink, Wgrad
+from .validity import why_not
+
+
+def heuristic(problem: Problem, arch: Arch) -> Config:
+    """Always answers, and always with a valid configuration: what does not fit is narrowed until it does."""
+    config = Config(_shrink(problem, arch), _expand(problem, arch), _wgrad(problem, arch))
+    while why_not(config, problem, arch) is not None:
+        smaller = _narrower(config)
+        if smaller == config:
+            return config
+        config = smaller
+    return config
+
+
+def _shrink(problem: Problem, arch: Arch) -> Shrink:
+    # Memory-bound: x is read once, so rows per program are few enough to fill the chip, and few row blocks share K.
+    block_m = 16 if problem.M <= 16 * arch.sms else 32
+    blocks = -(-problem.M // block_m)
+    block_k = 64 if problem.itemsize == 4 or problem.dropout else 128
+    return Shrink(block_m, block_k, split=_split(blocks, problem.K, 4 * block_k, arch), num_warps=4, num_stages=3)
+
+
+def _wgrad(problem: Problem, arch: Arch) -> Wgrad:
+    block_j = 32 if problem.dropout else 64
+    block_m = 32 if problem.itemsize == 4 else 64
+    blocks = -(-max(problem.N, problem.K) // block_j)
+    return Wgrad(block_m, block_j, split=_split(blocks, problem.M, 4 * block_m, arch), num_warps=4, num_stages=3)
+
+
+def _split(blocks: int, length: int, least: int, arch: Arch) -> int:
+    """Programs that share one axis of ``length``: enough for two waves of the chip, each with at least ``least`` of it."""
+    wanted = -(-2 * arch.sms // max(blocks, 1))
+    return max(1, min(wanted, length // least, 64))
+
+
+def _expand(problem: Problem, arch: Arch) -> Expand:
+    if problem.M <= 64:
+        return _few_tokens(problem)
+    if problem.itemsize == 4:
+        return Expand(64, 64, 32, num_warps=4, num_stages=3)
+    if arch.kind == "hip":
+        return Expand(128, 128, 32, num_warps=8, num_stages=2)
+    tma = arch.kind == "cuda" and arch.has_tma and problem.aligned and problem.x_row_major and bool(problem.w_major) and not problem.wide
+    roomy = arch.shared_memory >= 160 << 10
+    if problem.dropout == "uv":
+        # The mask of the output tile is regenerated in registers: a smaller tile leaves room for it.
+        return Expand(128, 128, 64 if roomy else 32, num_warps=8, num_stages=3, tma=tma)
+    wide_tile = roomy and problem.N >= 256 and -(-problem.M // 128) * -(-problem.N // 256) >= arch.sms
+    if wide_tile and arch.capability >= (9, 0):
+        return Expand(128, 256, 64, num_warps=8, num_stages=3, tma=tma)
+    return Expand(128, 128, 64 if roomy else 32, num_warps=8, num_stages=3, tma=tma)
+
+
+def _few_tokens(problem: Problem) -> Expand:
+    block_m = 16 if problem.M <= 16 else 32 if problem.M <= 32 else 64
+    # One launch is right where the rank accumulator is small, and where no mask has to be regenerated beside a large tile.
+    loop = problem.R <= 64 and (not problem.dropout or (problem.dropout == "x" and block_m < 64))
+    block_k = 64 if problem.itemsize == 4 else 128
+    return Expand(block_m, 32 if loop else 64, block_k, num_warps=4, num_stages=4, u="loop" if loop else "given")
+
+
+def _narrower(config: Config) -> Config:
+    """One step down: fewer stages first, then a shallower K tile, then fewer columns."""
+    s, e, w = config.shrink, config.expand, config.wgrad
+
+    def step(part, *axes):
+        values = dict(vars(part))
+        if values["num_stages"] > 1:
+            values["num_stages"] -= 1
+            return type(part)(**values)
+        for axis in axes:
+            if values[axis] > 16:
+                values[axis] //= 2
+                return type(part)(**values)
+        return part
+
+    return Config(step(s, "block_k", "block_m"), step(e, "block_k", "block_n", "block_m"), step(w, "block_m", "block_j"))

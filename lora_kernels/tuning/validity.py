@@ -1,0 +1,97 @@
+"""The one statement of which configurations are valid: `why_not`, used by dispatch, tuner, tables, heuristic and tests."""
+
+from __future__ import annotations
+
+import torch
+
+from ..problem import Problem
+from .arch import Arch
+from .config import Config, Expand, rank_block
+
+LOOP_RANK = 128  # u in the loop keeps the whole rank in one accumulator
+
+
+def why_not(config: Config, problem: Problem, arch: Arch) -> str | None:
+    """A sentence that says why a configuration cannot serve a problem on an architecture, or None if it can."""
+    return _shapes(config) or _expand(config.expand, problem, arch) or _dropout(config, problem, arch) or _memory(config, problem, arch)
+
+
+def _shapes(config: Config) -> str | None:
+    for name, part in (("shrink", config.shrink), ("expand", config.expand), ("wgrad", config.wgrad)):
+        for field, value in vars(part).items():
+            if field.startswith("block_") and (value < 16 or value & (value - 1)):
+                return f"{name}.{field} must be a power of two and at least 16 (the least a matmul instruction takes), got {value}"
+            if field in ("split", "group_m", "num_stages") and value < 1:
+                return f"{name}.{field} must be at least 1, got {value}"
+            if field == "num_warps" and value not in (1, 2, 4, 8, 16):
+                return f"{name}.num_warps must be 1, 2, 4, 8 or 16, got {value}"
+    return None
+
+
+def _expand(e: Expand, problem: Problem, arch: Arch) -> str | None:
+    if problem.dtype == torch.float64:
+        return "the kernels compute in float32, so they do not take float64; use impl='torch' or 'reference'"
+    if e.u not in ("given", "loop", "awaited"):
+        return f"expand.u must be 'given', 'loop' or 'awaited', got {e.u!r}"
+    if e.base not in ("kernel", "library"):
+        return f"expand.base must be 'kernel' or 'library', got {e.base!r}"
+    if e.base == "library" and e.u != "given":
+        return f"expand.base='library' has no K loop to compute u in, so it needs expand.u='given', got {e.u!r}"
+    if e.u == "loop" and problem.R > LOOP_RANK:
+        return f"expand.u='loop' keeps the whole rank in one accumulator and serves ranks up to {LOOP_RANK}, got {problem.R}"
+    if e.tma:
+        if not arch.has_tma:
+            return f"expand.tma needs the bulk tensor copy engine of sm_90 and later, not {arch.name}"
+        if not (problem.aligned and problem.x_row_major and problem.w_major):
+            return "expand.tma needs x and weight 16-byte aligned, with one contiguous axis and other strides multiples of 16 bytes"
+        if problem.wide:
+            return "expand.tma takes 32-bit coordinates and strides of ordinary size"
+        if e.base == "library":
+            return "expand.base='library' reads neither x nor weight, so expand.tma has nothing to load"
+    if e.warp_specialize:
+        if not (arch.kind == "interpreter" or (arch.kind == "cuda" and arch.capability[0] in (9, 10))):
+            return f"expand.warp_specialize needs sm_90 or sm_100, not {arch.name}"
+        if not e.tma:
+            return "expand.warp_specialize needs expand.tma: the producer warp feeds descriptors' copies"
+        if e.num_warps != 4:
+            return f"expand.warp_specialize splits a tile over two groups of four warps and needs num_warps=4, got {e.num_warps}"
+        if e.u != "given" or problem.dropout == "uv":
+            return "expand.warp_specialize serves u='given' without dropout on the low-rank term"
+    return None
+
+
+def _dropout(config: Config, problem: Problem, arch: Arch) -> str | None:
+    """A dropped tile is a register operand, and on sm_90 a pipelined wgmma with one is miscompiled by ptxas before 13.3 (triton #9433)."""
+    if not problem.dropout or not arch.has_wgmma:
+        return None
+    hazard = "has a register operand (the dropped tile) in a pipelined wgmma loop, which ptxas before 13.3 miscompiles on sm_90"
+    s, e, w = config.shrink, config.expand, config.wgrad
+    if problem.dropout == "x":
+        if s.block_m >= 64 and s.num_warps >= 4 and s.num_stages > 1:
+            return f"shrink with dropout {hazard}; use shrink.block_m=32 or num_stages=1"
+        if e.u != "given" and e.block_m >= 64 and e.num_warps >= 4 and e.num_stages > 1:
+            return f"expand.u='{e.u}' with dropout {hazard}; use expand.block_m=32, num_stages=1 or u='given'"
+    elif w.block_j >= 64 and w.num_warps >= 4 and w.num_stages > 1:
+        return f"wgrad with dropout {hazard}; use wgrad.block_j=32 or num_stages=1"
+    return None
+
+
+def expand_shared_memory(e: Expand, problem: Problem) -> int:
+    """A lower bound of expand's shared memory in bytes: the pipeline's stages of x and w (and a, where u is in the loop)."""
+    if e.base == "library":
+        return 0
+    columns = e.block_m + e.block_n + (rank_block(problem.R, LOOP_RANK) if e.u == "loop" else 0)
+    return e.num_stages * columns * e.block_k * problem.itemsize
+
+
+def _memory(config: Config, problem: Problem, arch: Arch) -> str | None:
+    s, w = config.shrink, config.wgrad
+    rank = rank_block(problem.R)
+    for name, need in (
+        ("expand", expand_shared_memory(config.expand, problem)),
+        ("shrink", s.num_stages * (s.block_m + rank) * s.block_k * problem.itemsize),
+        ("wgrad", w.num_stages * (w.block_j + rank) * w.block_m * problem.itemsize),
+    ):
+        if need > arch.shared_memory:
+            return f"{name} needs at least {need} bytes of shared memory for its stages, {arch.name} has {arch.shared_memory}"
+    return None
