@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from . import chain, problem
-from .problem import Problem, UnsupportedError
+from .problem import Problem, UnsupportedError, rows
 from .tuning import Arch, Config, lookup, resolve, why_not
 
 FEW_TOKENS = 256
@@ -80,8 +80,10 @@ def choose(p: Problem, device: torch.device, impl: str, key: str = "") -> Choice
 @functools.lru_cache(maxsize=4096)
 def _choose(p: Problem, device: torch.device, impl: str, key: str, interpreted: bool) -> Choice:
     arch, why_no_arch = arch_of(device)
-    config, origin = (Config.from_key(key), "explicit") if key else resolve(p, arch) if arch else (None, "")
-    reason = why_no_arch if arch is None else _why_not_triton(config, p, arch)
+    config, origin, reason = None, "", why_no_arch
+    if arch is not None:
+        config, origin = (Config.from_key(key), "explicit") if key else resolve(p, arch)
+        reason = _why_not_triton(config, p, arch) or ""
     if reason and (impl == "triton" or key):
         raise UnsupportedError(f"impl: 'triton' cannot serve this call: {reason}")
     why = {"reference": "the textbook formula; only where it is named"}
@@ -91,7 +93,7 @@ def _choose(p: Problem, device: torch.device, impl: str, key: str, interpreted: 
     if impl == "torch":
         why["torch"] = "named"
         return Choice("torch", None, why)
-    if reason:
+    if arch is None or reason:
         why |= {"triton": f"no: {reason}", "torch": "the chain of library calls"}
         return Choice("torch", None, why)
     arm, sentence = _preferred(p, arch)
@@ -118,9 +120,9 @@ def _preferred(p: Problem, arch: Arch) -> tuple[str, str]:
     return "torch", "not measured on this device; without dropout, at many tokens, the vendor's matmul is the safe choice"
 
 
-def forward_arm(rows, weight, lora_A, seed, dropout_p: float, impl: str, key: str):
-    """(function, config) that computes a forward pass on rows ``[M, K]``."""
-    choice = choose(problem.describe(rows, weight, lora_A, dropout=bool(dropout_p)), rows.device, impl, key)
+def forward_arm(x, weight, lora_A, lora_B, dropout_p: float, impl: str, key: str):
+    """(function, config) that computes a forward pass of x ``[M, K]``."""
+    choice = choose(problem.describe(x, weight, lora_A, lora_B, dropout=bool(dropout_p)), x.device, impl, key)
     if choice.arm == "torch":
         return _chain_forward, None
     from . import launch
@@ -128,9 +130,9 @@ def forward_arm(rows, weight, lora_A, seed, dropout_p: float, impl: str, key: st
     return launch.forward, choice.config
 
 
-def backward_arm(dy, rows, weight, lora_A, lora_B, u, seed, dropout_p: float, impl: str, key: str):
+def backward_arm(dy, x, weight, lora_A, lora_B, u, dropout_p: float, impl: str, key: str):
     """(function, config) that computes a backward pass from dY ``[M, N]``; operands may be None where no gradient uses them."""
-    K = weight.shape[1] if weight is not None else rows.shape[1] if rows is not None else dy.shape[1]
+    K = weight.shape[1] if weight is not None else x.shape[1] if x is not None else dy.shape[1]
     R = u.shape[1] if lora_B is None else lora_B.shape[1]
     w = dy if weight is None else weight
     p = Problem(
@@ -142,7 +144,7 @@ def backward_arm(dy, rows, weight, lora_A, lora_B, u, seed, dropout_p: float, im
         dropout="uv" if dropout_p else "",
         x_row_major=dy.stride(-1) == 1,
         w_major="n" if w.stride(1) == 1 else "k" if w.stride(0) == 1 else "",
-        aligned=problem.tma_aligned(dy) and problem.tma_aligned(w),
+        aligned=problem.descriptors_possible(dy, w, lora_A, lora_B),
         wide=problem.offsets_pass_int32(dy, w),
     )
     choice = choose(p, dy.device, impl, key)
@@ -153,17 +155,19 @@ def backward_arm(dy, rows, weight, lora_A, lora_B, u, seed, dropout_p: float, im
     return launch.backward, choice.config
 
 
-def _chain_forward(rows, weight, lora_A, lora_B, bias, seed, scale, p, save_u, config):
-    with torch.autocast(rows.device.type, enabled=False):
-        return chain.forward(rows, weight, lora_A, lora_B, bias, seed, scale, p)
+def _chain_forward(x, weight, lora_A, lora_B, bias, seed, scale, p, save_u, config):
+    with torch.autocast(x.device.type, enabled=False):
+        return chain.forward(x, weight, lora_A, lora_B, bias, seed, scale, p)
 
 
-def _chain_backward(dy, rows, weight, lora_A, lora_B, u, seed, scale, p, needs, adapter_dtype, config):
+def _chain_backward(dy, x, weight, lora_A, lora_B, u, seed, scale, p, needs, adapter_dtype, config):
     with torch.autocast(dy.device.type, enabled=False):
-        return chain.backward(dy, rows, weight, lora_A, lora_B, u, seed, scale, p, *needs, adapter_dtype)
+        return chain.backward(dy, x, weight, lora_A, lora_B, u, seed, scale, p, *needs, adapter_dtype)
 
 
-def explain(x, weight, lora_A, lora_B, bias=None, *, scale=1.0, dropout_p=0.0, training=False, seed=None, segments=None, config=None, impl="auto"):
+def explain(
+    x, weight, lora_A, lora_B, bias=None, *, scale=1.0, dropout_p=0.0, training=False, seed=None, segments=None, config=None, impl="auto"
+):  # fmt: skip
     """Which arm `lora_linear` takes for these arguments, and why: the same arguments, nothing computed.
 
     Returns:
@@ -180,4 +184,4 @@ def explain(x, weight, lora_A, lora_B, bias=None, *, scale=1.0, dropout_p=0.0, t
     if impl == "reference":
         return Choice("reference", None, {"reference": "named"})
     key = config_key(config, impl)
-    return choose(problem.describe(x, weight, lora_A, dropout=bool(training and dropout_p)), x.device, impl, key)
+    return choose(problem.describe(rows(x), weight, lora_A, lora_B, dropout=bool(training and dropout_p)), x.device, impl, key)

@@ -22,7 +22,7 @@ from .kernels.load import load_dense, load_descriptor, load_descriptor_transpose
 from .kernels.shrink import shrink
 from .kernels.wgrad import wgrad
 from .tuning import Config, rank_block
-from .tuning.validity import LOOP_RANK
+from .tuning.validity import LOOP_RANK, TILE_RANK
 
 INT32 = 1 << 31
 
@@ -62,10 +62,9 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
 
 
-def _matrix(t: torch.Tensor, transposed: bool = False):
-    """The argument tuple of `load_dense`: pointer and strides, in the kernel's order of axes."""
-    i, j = t.stride()
-    return (t, j, i) if transposed else (t, i, j)
+def _matrix(t: torch.Tensor) -> tuple:
+    """The argument tuple of `load_dense`: pointer and strides."""
+    return (t, *t.stride())
 
 
 def _wide(*tiles: tuple[torch.Tensor, int]) -> bool:
@@ -73,20 +72,26 @@ def _wide(*tiles: tuple[torch.Tensor, int]) -> bool:
     return any(sum(abs(s) for s in t.stride()) * block >= INT32 for t, block in tiles)
 
 
-def run_shrink(x, a, *, a_transposed: bool, scale: float, dropout, config: Config, dtype: torch.dtype) -> torch.Tensor:
-    """``scale * (D.x) a`` as ``[M, R]`` in ``dtype``. a: ``[K, R]``, or ``[R, K]`` if transposed. dropout: None or (seed, p)."""
+def _split(length: int, block: int, wanted: int) -> tuple[int, int]:
+    """(blocks a split, splits) of an axis: no more splits than wanted, and none of them empty."""
+    blocks = triton.cdiv(length, block)
+    per_split = triton.cdiv(blocks, wanted)
+    return per_split, triton.cdiv(blocks, per_split)
+
+
+def run_shrink(x, a, *, scale: float, dropout, config: Config, dtype: torch.dtype) -> torch.Tensor:
+    """``scale * (D.x) a`` as ``[M, R]`` in ``dtype``. x: ``[M, K]``, a: ``[K, R]``, any strides. dropout: None or (seed, p)."""
     c = config.shrink
     M, K = x.shape
-    R = a.shape[0] if a_transposed else a.shape[1]
+    R = a.shape[1]
     block_r = rank_block(R)
-    per_split = -(-triton.cdiv(K, c.split) // c.block_k) * c.block_k
-    splits = triton.cdiv(K, per_split)
+    blocks, splits = _split(K, c.block_k, c.split)
     z = x.new_empty(splits, M, R, dtype=torch.float32 if splits > 1 else dtype)
     seed, threshold, inv_keep = _dropout(dropout)
-    args = (x_tuple := _matrix(x), _matrix(a, a_transposed), (z, R, 1), z.stride(0), seed, threshold, scale * inv_keep, M, K, R, per_split)
+    args = (_matrix(x), _matrix(a), (z, R, 1), z.stride(0), seed, threshold, scale * inv_keep, M, K, R, blocks)
     options = dict(
         LOAD_X=load_dense, DROPOUT=dropout is not None, PRECISION=precision(x.dtype), BLOCK_M=c.block_m, BLOCK_K=c.block_k, BLOCK_R=block_r,
-        EVEN_K=K % c.block_k == 0, EVEN_R=R % block_r == 0, WIDE=_wide((x_tuple[0], max(c.block_m, c.block_k)), (a, c.block_k)),
+        EVEN_K=K % c.block_k == 0, EVEN_R=R % block_r == 0, WIDE=_wide((x, max(c.block_m, c.block_k)), (a, c.block_k)),
         num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip
     _run(shrink, (triton.cdiv(M, c.block_m), triton.cdiv(R, block_r), splits), args, options)
@@ -98,13 +103,12 @@ def run_wgrad(x, g, *, scale: float, dropout, config: Config, out_transposed: bo
     c = config.wgrad
     (M, J), R = x.shape, g.shape[1]
     block_r = rank_block(R)
-    per_split = -(-triton.cdiv(M, c.split) // c.block_m) * c.block_m
-    splits = triton.cdiv(M, per_split)
+    blocks, splits = _split(M, c.block_m, c.split)
     shape = (splits, R, J) if out_transposed else (splits, J, R)
     out = x.new_empty(shape, dtype=torch.float32 if splits > 1 else dtype)
     seed, threshold, inv_keep = _dropout(dropout)
     strides = (1, J) if out_transposed else (R, 1)
-    args = (_matrix(x), _matrix(g), (out, *strides), out.stride(0), seed, threshold, scale * inv_keep, M, J, R, per_split)
+    args = (_matrix(x), _matrix(g), (out, *strides), out.stride(0), seed, threshold, scale * inv_keep, M, J, R, blocks)
     options = dict(
         DROPOUT=dropout is not None, PRECISION=precision(x.dtype), BLOCK_M=c.block_m, BLOCK_J=c.block_j, BLOCK_R=block_r,
         EVEN_J=J % c.block_j == 0, EVEN_R=R % block_r == 0, WIDE=_wide((x, max(c.block_m, c.block_j)), (out[0], c.block_j)),
@@ -114,16 +118,18 @@ def run_wgrad(x, g, *, scale: float, dropout, config: Config, out_transposed: bo
     return out[0] if splits == 1 else out.sum(0).to(dtype)
 
 
-def run_expand(x, w, w_transposed: bool, v, v_transposed: bool, *, u, a=None, scale=1.0, bias=None, y=None, drop_x=None, drop_uv=None, config: Config):
+def run_expand(x, w, v, *, transposed: bool, u, a=None, scale=1.0, bias=None, y=None, drop_x=None, drop_uv=None, config: Config):
     """``x w + D.(u v) + bias`` as ``[M, N]``, and u.
 
-    w: ``[K, N]``, v: ``[R, N]``, a: ``[K, R]``, each the other way round if transposed (a follows v's convention). u: ``[M, R]`` where
-    it is given; a matrix to write it to, or None, where the kernel computes it. y: the base product, where the library made it.
+    w: ``[K, N]``, v: ``[R, N]``, a: ``[K, R]``, all three the other way round if transposed (as the parameters lie for the forward pass).
+    u: ``[M, R]`` where it is given; a matrix to write it to, or None, where the kernel computes it. y: the base product, where the
+    library made it. drop_x, drop_uv: None or (seed, p).
     """
     c = config.expand
-    M, N = x.shape[0], w.shape[0] if w_transposed else w.shape[1]
-    K, R = x.shape[1], v.shape[1] if v_transposed else v.shape[0]
-    block_r = rank_block(R, LOOP_RANK if c.u == "loop" else 64)
+    if transposed:
+        w, v, a = w.t(), v.t(), None if a is None else a.t()
+    (M, K), (R, N) = x.shape, v.shape
+    block_r = rank_block(R, LOOP_RANK if c.u == "loop" else TILE_RANK)
     r_blocks = triton.cdiv(R, block_r)
     library = y is not None
     y = x.new_empty(M, N) if y is None else y
@@ -135,14 +141,18 @@ def run_expand(x, w, w_transposed: bool, v, v_transposed: bool, *, u, a=None, sc
         flags, ticket = flags[:num_m], flags[num_m:]
         u = x.new_empty(M, R) if u is None else u
     seed, threshold, inv_keep = _dropout(drop_x or drop_uv)
-    load_x, x_args, load_w, w_args = (None, None, None, None) if library else _operands(x, w, w_transposed, c)
+    load_x, x_args = (None, None) if library else _operand(x, c.block_m, c.block_k, c.tma)
+    load_w, w_args = (None, None) if library else _operand(w, c.block_k, c.block_n, c.tma)
+    load_u, u_args = (load_dense, None) if u is None else _operand(u, c.block_m, block_r, c.warp_specialize)
+    load_v, v_args = _operand(v, block_r, c.block_n, c.warp_specialize)
     args = (
-        x_args, w_args, None if a is None else _matrix(a, v_transposed), None if u is None else _matrix(u), _matrix(v, v_transposed), bias, (y, N, 1),
+        x_args, w_args, None if a is None else _matrix(a), u_args, v_args, bias, (y, N, 1),
         flags, ticket, seed, threshold, inv_keep, scale * (inv_keep if drop_x else 1.0), M, N, K, R,
     )  # fmt: skip
     blocks = max(c.block_m, c.block_n, c.block_k)
     options = dict(
-        LOAD_X=load_x, LOAD_W=load_w, U=c.u, SAVE_U=c.u == "loop" and u is not None, DROP_X=drop_x is not None and c.u != "given",
+        LOAD_X=load_x, LOAD_W=load_w, LOAD_U=load_u, LOAD_V=load_v, U=c.u, SAVE_U=c.u == "loop" and u is not None,
+        DROP_X=drop_x is not None and c.u != "given",
         DROP_UV=drop_uv is not None, PRECISION=precision(x.dtype), BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, BLOCK_R=block_r,
         R_BLOCKS=r_blocks, GROUP_M=c.group_m, EVEN_N=N % c.block_n == 0, EVEN_K=K % c.block_k == 0, EVEN_R=R % block_r == 0,
         WIDE=_wide((x, blocks), (w, blocks), (v, blocks)), PERSISTENT=c.persistent, WARP_SPECIALIZE=c.warp_specialize,
@@ -158,15 +168,13 @@ def sm_count(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
-def _operands(x, w, w_transposed: bool, c):
-    """(loader, arguments) of x and w: descriptors, or pointers and strides."""
-    if not c.tma:
-        return load_dense, _matrix(x), load_dense, _matrix(w, w_transposed)
-    x_args = (TensorDescriptor.from_tensor(x, [c.block_m, c.block_k]),)
-    w_kn = w.t() if w_transposed else w
-    if w_kn.stride(1) == 1:
-        return load_descriptor, x_args, load_descriptor, (TensorDescriptor.from_tensor(w_kn, [c.block_k, c.block_n]),)
-    return load_descriptor, x_args, load_descriptor_transposed, (TensorDescriptor.from_tensor(w_kn.t(), [c.block_n, c.block_k]),)
+def _operand(t: torch.Tensor, block_i: int, block_j: int, descriptor: bool):
+    """(loader, arguments) of a matrix read in tiles ``[block_i, block_j]``: pointer and strides, or a descriptor."""
+    if not descriptor:
+        return load_dense, _matrix(t)
+    if t.stride(1) == 1:
+        return load_descriptor, (TensorDescriptor.from_tensor(t, [block_i, block_j]),)
+    return load_descriptor_transposed, (TensorDescriptor.from_tensor(t.t(), [block_j, block_i]),)
 
 
 def _dropout(dropout) -> tuple:
@@ -182,12 +190,12 @@ def forward(x, weight, lora_A, lora_B, bias, seed, scale: float, p: float, save_
     drop = (seed, p) if p else None
     with on_device(x):
         if config.expand.u == "given":
-            u = run_shrink(x, lora_A, a_transposed=True, scale=scale, dropout=drop, config=config, dtype=x.dtype)
-            y = F.linear(x, weight, bias) if config.expand.base == "library" else None
-            bias = None if y is not None else bias
-            return run_expand(x, weight, True, lora_B, True, u=u, bias=bias, y=y, config=config)
+            u = run_shrink(x, lora_A.t(), scale=scale, dropout=drop, config=config, dtype=x.dtype)
+            if config.expand.base == "library":
+                return run_expand(x, weight, lora_B, transposed=True, u=u, y=F.linear(x, weight, bias), config=config)
+            return run_expand(x, weight, lora_B, transposed=True, u=u, bias=bias, config=config)
         u = x.new_empty(x.shape[0], lora_A.shape[0]) if save_u else None
-        return run_expand(x, weight, True, lora_B, True, u=u, a=lora_A, scale=scale, bias=bias, drop_x=drop, config=config)
+        return run_expand(x, weight, lora_B, transposed=True, u=u, a=lora_A, scale=scale, bias=bias, drop_x=drop, config=config)
 
 
 def backward(dy, x, weight, lora_A, lora_B, u, seed, scale: float, p: float, needs, adapter_dtype, config: Config):
@@ -198,13 +206,13 @@ def backward(dy, x, weight, lora_A, lora_B, u, seed, scale: float, p: float, nee
     with on_device(dy):
         one_launch = need_dx and config.expand.u != "given"
         if (need_dx or need_da) and not one_launch:
-            ds = run_shrink(dy, lora_B, a_transposed=False, scale=scale, dropout=None, config=config, dtype=dy.dtype)
+            ds = run_shrink(dy, lora_B, scale=scale, dropout=None, config=config, dtype=dy.dtype)
         if one_launch:
             ds = dy.new_empty(dy.shape[0], lora_B.shape[1]) if need_da else None
-            dx, ds = run_expand(dy, weight, False, lora_A, False, u=ds, a=lora_B, scale=scale, drop_uv=drop, config=config)
+            dx, ds = run_expand(dy, weight, lora_A, transposed=False, u=ds, a=lora_B, scale=scale, drop_uv=drop, config=config)
         elif need_dx:
             base = torch.mm(dy, weight) if config.expand.base == "library" else None
-            dx, _ = run_expand(dy, weight, False, lora_A, False, u=ds, y=base, drop_uv=drop, config=config)
+            dx, _ = run_expand(dy, weight, lora_A, transposed=False, u=ds, y=base, drop_uv=drop, config=config)
         if need_da:
             da = run_wgrad(x, ds, scale=1.0, dropout=drop, config=config, out_transposed=True, dtype=adapter_dtype)
         if need_db:

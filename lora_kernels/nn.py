@@ -34,6 +34,9 @@ class FusedLoRALinear(nn.Module):
         enabled: False: the base alone answers. merged: Whether the update sits in ``weight``.
     """
 
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
     def __init__(
         self,
         in_features: int,
@@ -93,11 +96,13 @@ class FusedLoRALinear(nn.Module):
         self.r, self.lora_alpha, self.lora_dropout, self.use_rslora = r, lora_alpha, float(lora_dropout), use_rslora
         self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
         self.enabled = True
-        self.weight = base.weight.requires_grad_(False)
-        self.register_parameter("bias", None if base.bias is None else base.bias.requires_grad_(False))
-        kind = dict(device=base.weight.device, dtype=adapter_dtype or base.weight.dtype)
-        self.lora_A = nn.Parameter(torch.empty(r, self.in_features, **kind))
-        self.lora_B = nn.Parameter(torch.empty(self.out_features, r, **kind))
+        self.weight = base.weight
+        self.register_parameter("bias", base.bias)
+        for parameter in self.parameters():
+            parameter.requires_grad_(False)
+        dtype = adapter_dtype or base.weight.dtype
+        self.lora_A = nn.Parameter(base.weight.new_empty(r, self.in_features, dtype=dtype))
+        self.lora_B = nn.Parameter(base.weight.new_empty(self.out_features, r, dtype=dtype))
         self._base_weight: torch.Tensor | None = None
         self.reset_adapter(init_lora_weights)
 
@@ -113,7 +118,7 @@ class FusedLoRALinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.merged or not self.enabled:
-            return F.linear(x, self.weight if self.enabled else self._unmerged_weight(), self.bias)
+            return F.linear(x, self.weight if self.enabled else self.base_weight(), self.bias)
         return lora_linear(
             x,
             self.weight,
@@ -151,13 +156,25 @@ class FusedLoRALinear(nn.Module):
     @torch.no_grad()
     def unmerge(self) -> None:
         """Give the base weight back, bit for bit."""
-        if not self.merged:
+        if self._base_weight is None:
             raise RuntimeError("unmerge: wanted a merged layer, got an unmerged one")
         self.weight.copy_(self._base_weight)
         self._base_weight = None
 
-    def _unmerged_weight(self) -> torch.Tensor:
-        return self._base_weight.to(self.weight.device, self.weight.dtype) if self.merged else self.weight
+    def base_weight(self) -> torch.Tensor:
+        """The base weight, merged or not: a copy from the CPU while merged."""
+        return self.weight if self._base_weight is None else self._base_weight.to(self.weight.device)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.merged:  # a checkpoint holds base and adapter apart, or loading it would apply the adapter twice
+            destination[prefix + "weight"] = self.base_weight()
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
+        if self.merged:
+            error_msgs.append(f"{prefix[:-1] or 'the layer'}: wanted an unmerged layer to load into, got a merged one; call unmerge() first")
+            return
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
     def extra_repr(self) -> str:
         parts = [f"in_features={self.in_features}", f"out_features={self.out_features}", f"bias={self.bias is not None}", f"r={self.r}"]

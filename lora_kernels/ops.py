@@ -12,7 +12,8 @@ import math
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from . import chain, dispatch
+from . import dispatch
+from .problem import rows
 
 _library = torch.library.Library("lora_kernels", "DEF")
 _library.define(
@@ -30,51 +31,43 @@ forward_op = torch.ops.lora_kernels.forward.default
 backward_op = torch.ops.lora_kernels.backward.default
 
 
-def _rows(t: torch.Tensor) -> torch.Tensor:
-    """``[..., K]`` as ``[M, K]``: a view wherever the leading dimensions have a common stride, as for F.linear."""
-    return t if t.dim() == 2 else t.reshape(-1, t.shape[-1]) if t.shape[-1] else t.new_empty(math.prod(t.shape[:-1]), 0)
-
-
 def _forward(x, weight, lora_A, lora_B, bias, seed, scale, dropout_p, save_u, impl, config):
-    rows = _rows(x)
-    if rows.numel() == 0 or weight.shape[0] == 0:
-        y, u = _empty_forward(rows, weight, lora_A, bias)
+    x2 = rows(x)
+    if x2.numel() == 0 or weight.shape[0] == 0:
+        y, u = _empty_forward(x2, weight, lora_A, bias)
     else:
-        run, chosen = dispatch.forward_arm(rows, weight, lora_A, seed, dropout_p, impl, config)
-        y, u = run(rows, weight, lora_A, lora_B, bias, seed, scale, dropout_p, save_u, chosen)
+        run, chosen = dispatch.forward_arm(x2, weight, lora_A, lora_B, dropout_p, impl, config)
+        y, u = run(x2, weight, lora_A, lora_B, bias, seed, scale, dropout_p, save_u, chosen)
     return y.view(*x.shape[:-1], weight.shape[0]), u if save_u else x.new_empty(0)
 
 
-def _empty_forward(rows, weight, lora_A, bias):
+def _empty_forward(x, weight, lora_A, bias):
     """No tokens, no features in or none out: the bias alone, as F.linear has it."""
-    y = rows.new_zeros(rows.shape[0], weight.shape[0])
+    y = x.new_zeros(x.shape[0], weight.shape[0])
     if bias is not None:
         y += bias
-    return y, rows.new_zeros(rows.shape[0], lora_A.shape[0])
+    return y, x.new_zeros(x.shape[0], lora_A.shape[0])
 
 
-def _backward(
-    dy, x, weight, lora_A, lora_B, u, seed, scale, dropout_p, need_dx, need_da, need_db, need_dbias, adapter_dtype, impl, config
-):
-    dys = _rows(dy)
-    rows = None if x is None else _rows(x)
+def _backward(dy, x, weight, lora_A, lora_B, u, seed, scale, dropout_p, need_dx, need_da, need_db, need_dbias, adapter_dtype, impl, config):
+    dy2, x2 = rows(dy), None if x is None else rows(x)
     dx = da = db = None
     if need_dx or need_da or need_db:
-        if dys.numel() == 0 or (rows is not None and rows.numel() == 0):
-            K = weight.shape[1] if weight is not None else 0 if rows is None else rows.shape[1]
-            dx = dy.new_zeros(dys.shape[0], K)
-            da = _zeros(need_da, dy, adapter_dtype, lora_B, 1, rows, 1)
-            db = _zeros(need_db, dy, adapter_dtype, dys, 1, u, 1)
+        if dy2.numel() == 0 or (x2 is not None and x2.numel() == 0):
+            K = weight.shape[1] if weight is not None else 0 if x2 is None else x2.shape[1]
+            dx = dy.new_zeros(dy2.shape[0], K)
+            da = _zeros(need_da, dy, adapter_dtype, lora_B, 1, x2, 1)
+            db = _zeros(need_db, dy, adapter_dtype, dy2, 1, u, 1)
         else:
-            run, chosen = dispatch.backward_arm(dys, rows, weight, lora_A, lora_B, u, seed, dropout_p, impl, config)
+            run, chosen = dispatch.backward_arm(dy2, x2, weight, lora_A, lora_B, u, dropout_p, impl, config)
             needs = (need_dx, need_da, need_db)
-            dx, da, db = run(dys, rows, weight, lora_A, lora_B, u, seed, scale, dropout_p, needs, adapter_dtype, chosen)
+            dx, da, db = run(dy2, x2, weight, lora_A, lora_B, u, seed, scale, dropout_p, needs, adapter_dtype, chosen)
     nothing = dy.new_empty(0)
     return (
         dx.view(*dy.shape[:-1], dx.shape[1]) if need_dx and dx is not None else nothing,
         da if need_da and da is not None else dy.new_empty(0, dtype=adapter_dtype),
         db if need_db and db is not None else dy.new_empty(0, dtype=adapter_dtype),
-        dys.sum(0) if need_dbias else dy.new_empty(0),
+        dy2.sum(0) if need_dbias else dy.new_empty(0),
     )
 
 

@@ -18,7 +18,8 @@ LANE_BITS = 16
 _WORD = 0xFFFFFFFF
 _MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
 _WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
-_CHUNK = 1 << 15  # Philox calls at a time: the temporaries stay in a core's cache
+_CPU_CALLS = 1 << 15  # Philox calls at a time: the temporaries stay in the cache
+_GPU_CALLS = 1 << 22  # and here within 200 MiB
 
 
 def philox_4x32(counter, key, rounds: int = ROUNDS):
@@ -31,12 +32,17 @@ def philox_4x32(counter, key, rounds: int = ROUNDS):
     Returns:
         Four int64 tensors of uint32 values.
     """
-    c0, c1, c2, c3 = counter
+    c0, c1, c2, c3 = (c.clone(memory_format=torch.contiguous_format) for c in torch.broadcast_tensors(*counter))
+    p0, p1 = torch.empty_like(c0), torch.empty_like(c0)
     k0, k1 = key
     for _ in range(rounds):
         # An int64 product of two uint32 wraps modulo 2^64, so its bits are those of the unsigned product.
-        p0, p1 = c0 * _MULTIPLIER_0, c2 * _MULTIPLIER_1
-        c0, c1, c2, c3 = ((p1 >> 32) & _WORD) ^ c1 ^ k0, p1 & _WORD, ((p0 >> 32) & _WORD) ^ c3 ^ k1, p0 & _WORD
+        torch.mul(c0, _MULTIPLIER_0, out=p0)
+        torch.mul(c2, _MULTIPLIER_1, out=p1)
+        torch.bitwise_right_shift(p1, 32, out=c0).bitwise_and_(_WORD).bitwise_xor_(c1).bitwise_xor_(k0)
+        torch.bitwise_right_shift(p0, 32, out=c2).bitwise_and_(_WORD).bitwise_xor_(c3).bitwise_xor_(k1)
+        torch.bitwise_and(p1, _WORD, out=c1)
+        torch.bitwise_and(p0, _WORD, out=c3)
         k0, k1 = (k0 + _WEYL_0) & _WORD, (k1 + _WEYL_1) & _WORD
     return c0, c1, c2, c3
 
@@ -56,32 +62,33 @@ def inv_keep(p: float) -> float:
     return full / (full - threshold_of(p))
 
 
-def keep_mask(seed: torch.Tensor, tokens: int, features: int, p: float, *, out: torch.Tensor | None = None) -> torch.Tensor:
+def keep_mask(seed: torch.Tensor, tokens: int, features: int, p: float) -> torch.Tensor:
     """The dropout mask: True where an element is kept.
 
     Args:
         seed: int64 tensor with one element.
         tokens, features: The mask's shape.
         p: Dropout probability in [0, 1).
-        out: A bool tensor ``[tokens, features]`` to write into.
     Returns:
-        bool ``[tokens, features]`` on the seed's device.
+        bool ``[tokens, features]`` on the seed's device, rows padded to a multiple of eight.
     """
     device = seed.device
-    mask = torch.empty(tokens, features, dtype=torch.bool, device=device) if out is None else out
     groups = -(-features // LANES)
+    padded = torch.empty(tokens, groups * LANES, dtype=torch.bool, device=device)
     seed = seed.reshape(())
     key = (seed & _WORD, (seed >> 32) & _WORD)
     threshold = threshold_of(p)
     zero = torch.zeros((), dtype=torch.int64, device=device)
     column = torch.arange(groups, device=device)
-    rows = max(1, _CHUNK // max(groups, 1)) if device.type == "cpu" else max(tokens, 1)
+    rows = max(1, (_CPU_CALLS if device.type == "cpu" else _GPU_CALLS) // max(groups, 1))
     for start in range(0, tokens, rows):
-        token = torch.arange(start, min(start + rows, tokens), device=device)[:, None]
-        words = torch.stack(philox_4x32((token, zero, column, zero), key), dim=-1)  # [rows, groups, 4]
-        lanes = torch.stack((words & 0xFFFF, words >> LANE_BITS), dim=-1)  # [rows, groups, 4, 2]
-        mask[start : start + rows] = (lanes >= threshold).flatten(1)[:, :features]
-    return mask
+        stop = min(start + rows, tokens)
+        token = torch.arange(start, stop, device=device)[:, None]
+        lanes = padded[start:stop].view(stop - start, groups, LANES)
+        for word, bits in enumerate(philox_4x32((token, zero, column, zero), key)):
+            torch.ge(bits & 0xFFFF, threshold, out=lanes[:, :, 2 * word])
+            torch.ge(bits, threshold << LANE_BITS, out=lanes[:, :, 2 * word + 1])
+    return padded[:, :features]
 
 
 def draw_seed(device: torch.device) -> torch.Tensor:

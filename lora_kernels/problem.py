@@ -6,6 +6,7 @@ devices. TypeError: types and dtypes. UnsupportedError: legal, but not here.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -54,6 +55,11 @@ class Problem:
         return replace(self, N=self.K, K=self.N, w_major=other, dropout="uv" if self.dropout else "")
 
 
+def rows(t: torch.Tensor) -> torch.Tensor:
+    """``[..., K]`` as ``[M, K]``: a view wherever the leading dimensions have a common stride, otherwise a copy, as in F.linear."""
+    return t if t.dim() == 2 else t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
+
+
 def offsets_pass_int32(*tensors: torch.Tensor | None) -> bool:
     """Whether an element of any tensor lies 2^31 or more elements from its first."""
     for t in tensors:
@@ -68,20 +74,25 @@ def tma_aligned(t: torch.Tensor) -> bool:
     return strides[0] == 1 and (strides[1] * t.element_size()) % 16 == 0 and t.data_ptr() % 16 == 0
 
 
-def describe(x, weight, lora_A, *, dropout: bool) -> Problem:
-    """The forward `Problem` of a checked call; x is ``[..., K]`` and read as rows."""
-    K, N, R = x.shape[-1], weight.shape[0], lora_A.shape[0]
+def descriptors_possible(x: torch.Tensor, w: torch.Tensor, *adapters: torch.Tensor | None) -> bool:
+    """`Problem.aligned` of these operands: x and w as TMA wants them, the adapters contiguous from an aligned address."""
+    return tma_aligned(x) and tma_aligned(w) and all(a is None or (a.is_contiguous() and a.data_ptr() % 16 == 0) for a in adapters)
+
+
+def describe(x, weight, lora_A, lora_B, *, dropout: bool) -> Problem:
+    """The forward `Problem` of a checked call; x is ``[M, K]``."""
+    N, K = weight.shape
     w_stride = weight.stride()
     return Problem(
-        M=x.numel() // K if K else 0,
+        M=x.shape[0],
         N=N,
         K=K,
-        R=R,
+        R=lora_A.shape[0],
         dtype=x.dtype,
         dropout="x" if dropout else "",
         x_row_major=x.stride(-1) == 1,
         w_major="k" if w_stride[1] == 1 else "n" if w_stride[0] == 1 else "",
-        aligned=(x.stride(-1) == 1 and (K * x.element_size()) % 16 == 0 and x.data_ptr() % 16 == 0 and tma_aligned(weight)),
+        aligned=descriptors_possible(x, weight, lora_A, lora_B),
         wide=offsets_pass_int32(x, weight),
         adapter_dtype=lora_A.dtype,
     )
@@ -115,7 +126,8 @@ def check_arguments(x, weight, lora_A, lora_B, bias, scale, dropout_p, seed, seg
     check_devices(x, weight, lora_A, lora_B, bias)
     if weight.requires_grad:
         raise ValueError(
-            "weight: wanted a frozen base weight, got one with requires_grad=True; call weight.requires_grad_(False): LoRA trains lora_A and lora_B only"
+            "weight: wanted a frozen base weight, got one with requires_grad=True; "
+            "call weight.requires_grad_(False): LoRA trains lora_A and lora_B only"
         )
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"scale: wanted a float (lora_alpha / r), got {type(scale).__name__}")
@@ -146,7 +158,8 @@ def check_shapes(x, weight, lora_A, lora_B, bias) -> None:
         hint = ""
         if lora_B.dim() == 2 and tuple(lora_B.shape) == (R, N):
             hint = "; it looks transposed: PEFT stores lora_B as [out_features, r], pass lora_B.T"
-        raise ValueError(f"lora_B: wanted shape [{N}, {R}] to match weight {_shape(weight)} and lora_A {_shape(lora_A)}, got {_shape(lora_B)}{hint}")
+        wanted = f"[{N}, {R}] to match weight {_shape(weight)} and lora_A {_shape(lora_A)}"
+        raise ValueError(f"lora_B: wanted shape {wanted}, got {_shape(lora_B)}{hint}")
     if not 1 <= R <= MAX_RANK:
         raise UnsupportedError(f"lora_A: wanted a rank r from 1 to {MAX_RANK}, got r = {R} (shape {_shape(lora_A)})")
     if bias is not None and tuple(bias.shape) != (N,):

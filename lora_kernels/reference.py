@@ -15,7 +15,7 @@ from . import philox
 def dropout(x: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:
     """``x * keep / (1 - p)`` with the mask of `philox.keep_mask`; tokens are numbered in row-major order of ``x[..., :]``."""
     keep = philox.keep_mask(seed, x.numel() // max(x.shape[-1], 1), x.shape[-1], p)
-    return torch.where(keep.view(x.shape), x * philox.inv_keep(p), x.new_zeros(()))
+    return torch.where(keep.reshape(x.shape), x * philox.inv_keep(p), x.new_zeros(()))
 
 
 def lora_linear(x, weight, lora_A, lora_B, bias=None, *, scale=1.0, dropout_p=0.0, training=False, seed=None, segments=None):

@@ -30,6 +30,8 @@ def low_rank(
     M,
     N,
     R,
+    LOAD_U: tl.constexpr,
+    LOAD_V: tl.constexpr,
     DROP_UV: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -45,11 +47,11 @@ def low_rank(
     uv = acc
     if DROP_UV and not FIRST:
         uv = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for block in tl.static_range(R_BLOCKS):
-        r0 = block * BLOCK_R
+    # A loop, not unrolled: Triton 3.6 compiles consecutive dots before a pipelined loop to an empty kernel on sm_100.
+    for r0 in tl.range(0, R_BLOCKS * BLOCK_R, BLOCK_R, num_stages=1):
         # u: [BLOCK_M, BLOCK_R], v: [BLOCK_R, BLOCK_N]
-        u_tile = load_dense(u, m0, r0, M, R, BLOCK_M, BLOCK_R, False, EVEN_R, WIDE)
-        v_tile = load_dense(v, r0, n0, R, N, BLOCK_R, BLOCK_N, EVEN_R, EVEN_N, WIDE).to(u_tile.dtype)
+        u_tile = LOAD_U(u, m0, r0, M, R, BLOCK_M, BLOCK_R, False, EVEN_R, WIDE)
+        v_tile = LOAD_V(v, r0, n0, R, N, BLOCK_R, BLOCK_N, EVEN_R, EVEN_N, WIDE).to(u_tile.dtype)
         uv = tl.dot(u_tile, v_tile, uv, input_precision=PRECISION)
     if not DROP_UV:
         return uv
@@ -79,6 +81,8 @@ def expand_tile(
     R,
     LOAD_X: tl.constexpr,
     LOAD_W: tl.constexpr,
+    LOAD_U: tl.constexpr,
+    LOAD_V: tl.constexpr,
     U: tl.constexpr,
     SAVE_U: tl.constexpr,
     DROP_X: tl.constexpr,
@@ -100,10 +104,10 @@ def expand_tile(
     y_ptrs = tile_base(y[0], m0, n0, y[1], y[2]) + tile_offsets(y[1], y[2], BLOCK_M, BLOCK_N, WIDE)
     y_mask = tile_mask(m0, n0, M, N, BLOCK_M, BLOCK_N)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    if U == "given":
+    if U == "given" and not WARP_SPECIALIZE:
         acc = low_rank(
             acc, u, v, seed, threshold, inv_keep, m0, n0, M, N, R,
-            DROP_UV, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R, R_BLOCKS, EVEN_N, EVEN_R, WIDE, True,
+            LOAD_U, LOAD_V, DROP_UV, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R, R_BLOCKS, EVEN_N, EVEN_R, WIDE, True,
         )  # fmt: skip
     if LOAD_W is None:
         acc += tl.load(y_ptrs, mask=y_mask, other=0.0)
@@ -137,9 +141,10 @@ def expand_tile(
             while tl.atomic_add(flag_ptr + pid_m, 0, sem="acquire", scope="gpu") < R_BLOCKS:
                 pass
             tl.debug_barrier()
+        if U == "awaited" or (U == "given" and WARP_SPECIALIZE):
             acc = low_rank(
                 acc, u, v, seed, threshold, inv_keep, m0, n0, M, N, R,
-                DROP_UV, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R, R_BLOCKS, EVEN_N, EVEN_R, WIDE, False,
+                LOAD_U, LOAD_V, DROP_UV, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R, R_BLOCKS, EVEN_N, EVEN_R, WIDE, False,
             )  # fmt: skip
     if bias_ptr is not None:
         n = n0 + tl.arange(0, BLOCK_N)
@@ -168,6 +173,8 @@ def expand(
     R,
     LOAD_X: tl.constexpr,
     LOAD_W: tl.constexpr,
+    LOAD_U: tl.constexpr,
+    LOAD_V: tl.constexpr,
     U: tl.constexpr,
     SAVE_U: tl.constexpr,
     DROP_X: tl.constexpr,
@@ -196,8 +203,10 @@ def expand(
     step = tl.num_programs(0) if PERSISTENT else 1
     for turn in tl.range(first, last, step):
         item = turn
+        tile = turn
         if U == "awaited":
             item = tl.atomic_add(ticket_ptr, 1, sem="relaxed", scope="gpu")
+            tile = item - producers
             if item < producers:
                 row_block = item // R_BLOCKS
                 shrink_tile(
@@ -206,10 +215,10 @@ def expand(
                 )  # fmt: skip
                 tl.debug_barrier()
                 tl.atomic_add(flag_ptr + row_block, 1, sem="release", scope="gpu")
-        if item >= producers:
-            pid_m, pid_n = grouped_tile(item - producers, num_m, num_n, GROUP_M)
+        if U != "awaited" or tile >= 0:
+            pid_m, pid_n = grouped_tile(tile, num_m, num_n, GROUP_M)
             expand_tile(
                 x, w, a, u, v, bias_ptr, y, flag_ptr, seed, threshold, inv_keep, scale, pid_m, pid_n, M, N, K, R,
-                LOAD_X, LOAD_W, U, SAVE_U, DROP_X, DROP_UV, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, R_BLOCKS,
+                LOAD_X, LOAD_W, LOAD_U, LOAD_V, U, SAVE_U, DROP_X, DROP_UV, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, R_BLOCKS,
                 EVEN_N, EVEN_K, EVEN_R, WIDE, WARP_SPECIALIZE,
             )  # fmt: skip

@@ -49,7 +49,7 @@ def shrink_tile(
     tl.store(ptrs, (acc * scale).to(z[0].dtype.element_ty), mask=tile_mask(m0, r0, M, R, BLOCK_M, BLOCK_R))
 
 
-@triton.jit(do_not_specialize=["M", "threshold", "k_per_split"])
+@triton.jit(do_not_specialize=["M", "threshold", "blocks_per_split"])
 def shrink(
     x,
     a,
@@ -61,7 +61,7 @@ def shrink(
     M,
     K,
     R,
-    k_per_split,
+    blocks_per_split,
     LOAD_X: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -75,10 +75,11 @@ def shrink(
     """Grid [row blocks, rank blocks, splits of K]. z: [splits, M, R] with stride_split between the partial sums."""
     m0 = tl.program_id(0) * BLOCK_M
     r0 = tl.program_id(1) * BLOCK_R
-    k_start = tl.program_id(2) * k_per_split
+    k_start = tl.program_id(2) * blocks_per_split * BLOCK_K  # in blocks, so that the compiler sees its alignment
+    k_end = tl.minimum(k_start + blocks_per_split * BLOCK_K, K)
     seed = tl.load(seed_ptr) if DROPOUT else 0
     part = (z[0] + tl.cast(tl.program_id(2), tl.int64) * stride_split, z[1], z[2])
     shrink_tile(
-        x, a, part, seed, threshold, scale, m0, r0, k_start, tl.minimum(k_start + k_per_split, K), M, K, R,
+        x, a, part, seed, threshold, scale, m0, r0, k_start, k_end, M, K, R,
         LOAD_X, DROPOUT, PRECISION, BLOCK_M, BLOCK_K, BLOCK_R, EVEN_K, EVEN_R, WIDE,
     )  # fmt: skip

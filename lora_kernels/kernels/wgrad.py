@@ -11,7 +11,7 @@ from .dropout import drop
 from .load import load_dense, tile_base, tile_mask, tile_offsets
 
 
-@triton.jit(do_not_specialize=["M", "threshold", "m_per_split"])
+@triton.jit(do_not_specialize=["M", "threshold", "blocks_per_split"])
 def wgrad(
     x,
     g,
@@ -23,7 +23,7 @@ def wgrad(
     M,
     J,
     R,
-    m_per_split,
+    blocks_per_split,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -39,7 +39,8 @@ def wgrad(
     split = tl.program_id(2)
     seed = tl.load(seed_ptr) if DROPOUT else 0
     acc = tl.zeros([BLOCK_J, BLOCK_R], tl.float32)
-    for m0 in tl.range(split * m_per_split, tl.minimum((split + 1) * m_per_split, M), BLOCK_M):
+    m_start = split * blocks_per_split * BLOCK_M
+    for m0 in tl.range(m_start, tl.minimum(m_start + blocks_per_split * BLOCK_M, M), BLOCK_M):
         # x: [BLOCK_M, BLOCK_J]
         x_tile = load_dense(x, m0, j0, M, J, BLOCK_M, BLOCK_J, False, EVEN_J, WIDE)
         if DROPOUT:

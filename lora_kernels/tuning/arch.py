@@ -34,7 +34,7 @@ class Arch:
         if self.kind == "interpreter":
             return "interpreter"
         major, minor = self.capability
-        return f"gfx{major}{minor:02d}" if self.kind == "hip" else f"sm_{major}{minor}"
+        return f"gfx{major}{minor:02x}" if self.kind == "hip" else f"sm_{major}{minor}"
 
     @property
     def has_tma(self) -> bool:

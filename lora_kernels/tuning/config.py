@@ -78,6 +78,6 @@ def _from_key(key: str) -> Config:
     return Config(Shrink(**parts["shrink"]), Expand(**parts["expand"]), Wgrad(**parts["wgrad"]))
 
 
-def rank_block(rank: int, limit: int = 64) -> int:
+def rank_block(rank: int, limit: int = 128) -> int:
     """The tile of the rank axis: the next power of two, at least 16 (the least a matmul instruction takes), at most ``limit``."""
     return max(16, min(limit, 1 << (rank - 1).bit_length()))

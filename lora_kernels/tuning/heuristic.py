@@ -6,6 +6,8 @@ largest tile whose stages fit the chip's shared memory, u given by a shrink that
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ..problem import Problem
 from .arch import Arch
 from .config import Config, Expand, Shrink, Wgrad
@@ -15,11 +17,12 @@ from .validity import why_not
 def heuristic(problem: Problem, arch: Arch) -> Config:
     """Always answers, and always with a valid configuration: what does not fit is narrowed until it does."""
     config = Config(_shrink(problem, arch), _expand(problem, arch), _wgrad(problem, arch))
-    while why_not(config, problem, arch) is not None:
-        smaller = _narrower(config)
-        if smaller == config:
+    while (sentence := why_not(config, problem, arch)) is not None:
+        part = sentence.split()[0].split(".")[0]
+        narrower = _narrower(getattr(config, part, None))
+        if narrower is None:
             return config
-        config = smaller
+        config = replace(config, **{part: narrower})
     return config
 
 
@@ -32,7 +35,7 @@ def _shrink(problem: Problem, arch: Arch) -> Shrink:
 
 
 def _wgrad(problem: Problem, arch: Arch) -> Wgrad:
-    block_j = 32 if problem.dropout else 64
+    block_j = 32 if problem.dropout or problem.itemsize == 4 else 64
     block_m = 32 if problem.itemsize == 4 else 64
     blocks = -(-max(problem.N, problem.K) // block_j)
     return Wgrad(block_m, block_j, split=_split(blocks, problem.M, 4 * block_m, arch), num_warps=4, num_stages=3)
@@ -58,31 +61,25 @@ def _expand(problem: Problem, arch: Arch) -> Expand:
         return Expand(128, 128, 64 if roomy else 32, num_warps=8, num_stages=3, tma=tma)
     wide_tile = roomy and problem.N >= 256 and -(-problem.M // 128) * -(-problem.N // 256) >= arch.sms
     if wide_tile and arch.capability >= (9, 0):
-        return Expand(128, 256, 64, num_warps=8, num_stages=3, tma=tma)
-    return Expand(128, 128, 64 if roomy else 32, num_warps=8, num_stages=3, tma=tma)
+        return Expand(128, 256, 64, num_warps=8, num_stages=4, tma=tma)
+    return Expand(128, 128, 64 if roomy else 32, num_warps=8, num_stages=4, tma=tma)
 
 
 def _few_tokens(problem: Problem) -> Expand:
     block_m = 16 if problem.M <= 16 else 32 if problem.M <= 32 else 64
     # One launch is right where the rank accumulator is small, and where no mask has to be regenerated beside a large tile.
     loop = problem.R <= 64 and (not problem.dropout or (problem.dropout == "x" and block_m < 64))
-    block_k = 64 if problem.itemsize == 4 else 128
+    block_k = 32 if problem.itemsize == 4 else 128
     return Expand(block_m, 32 if loop else 64, block_k, num_warps=4, num_stages=4, u="loop" if loop else "given")
 
 
-def _narrower(config: Config) -> Config:
-    """One step down: fewer stages first, then a shallower K tile, then fewer columns."""
-    s, e, w = config.shrink, config.expand, config.wgrad
-
-    def step(part, *axes):
-        values = dict(vars(part))
-        if values["num_stages"] > 1:
-            values["num_stages"] -= 1
-            return type(part)(**values)
-        for axis in axes:
-            if values[axis] > 16:
-                values[axis] //= 2
-                return type(part)(**values)
-        return part
-
-    return Config(step(s, "block_k", "block_m"), step(e, "block_k", "block_n", "block_m"), step(w, "block_m", "block_j"))
+def _narrower(part):
+    """One step down in shared memory: fewer stages first, then smaller tiles; None where there is no step left."""
+    if part is None:
+        return None
+    if part.num_stages > 2:
+        return replace(part, num_stages=part.num_stages - 1)
+    for axis in ("block_k", "block_n", "block_m", "block_j"):
+        if getattr(part, axis, 0) > 16:
+            return replace(part, **{axis: getattr(part, axis) // 2})
+    return replace(part, num_stages=1) if part.num_stages > 1 else None

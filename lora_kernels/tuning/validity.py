@@ -9,6 +9,7 @@ from .arch import Arch
 from .config import Config, Expand, rank_block
 
 LOOP_RANK = 128  # u in the loop keeps the whole rank in one accumulator
+TILE_RANK = 64  # otherwise expand takes the rank in blocks of at most this, for u and v sit beside the stages of x and w
 
 
 def why_not(config: Config, problem: Problem, arch: Arch) -> str | None:
@@ -55,6 +56,9 @@ def _expand(e: Expand, problem: Problem, arch: Arch) -> str | None:
             return "expand.warp_specialize needs expand.tma: the producer warp feeds descriptors' copies"
         if e.num_warps != 4:
             return f"expand.warp_specialize splits a tile over two groups of four warps and needs num_warps=4, got {e.num_warps}"
+        if problem.R * problem.itemsize % 16 or problem.adapter_dtype not in (None, problem.dtype):
+            wanted = f"adapters in {problem.dtype} with r a multiple of {16 // problem.itemsize}"
+            return f"expand.warp_specialize reads u and v by descriptors: wanted {wanted}, got r = {problem.R} in {problem.adapter_dtype}"
         if e.u != "given" or problem.dropout == "uv":
             return "expand.warp_specialize serves u='given' without dropout on the low-rank term"
     return None
@@ -76,22 +80,33 @@ def _dropout(config: Config, problem: Problem, arch: Arch) -> str | None:
     return None
 
 
-def expand_shared_memory(e: Expand, problem: Problem) -> int:
-    """A lower bound of expand's shared memory in bytes: the pipeline's stages of x and w (and a, where u is in the loop)."""
+def _tiles_in_flight(stages: int, rows: int, warps: int, problem: Problem, arch: Arch) -> int:
+    """How many tiles a pipeline of that many stages holds: one fewer where each matmul instruction is waited for at once."""
+    asynchronous = arch.kind == "cuda" and arch.capability[0] in (9, 10) and rows >= 64 and warps >= 4 and problem.itemsize == 2
+    return stages if asynchronous else max(1, stages - 1)
+
+
+def expand_shared_memory(e: Expand, problem: Problem, arch: Arch) -> int:
+    """A lower bound of expand's shared memory in bytes: the tiles in flight of x and w, and what u and v take beside them."""
     if e.base == "library":
         return 0
-    columns = e.block_m + e.block_n + (rank_block(problem.R, LOOP_RANK) if e.u == "loop" else 0)
-    return e.num_stages * columns * e.block_k * problem.itemsize
+    rank = rank_block(problem.R, LOOP_RANK if e.u == "loop" else TILE_RANK)
+    columns = e.block_m + e.block_n + (rank if e.u == "loop" else 0)
+    stages = _tiles_in_flight(e.num_stages, e.block_m, e.num_warps, problem, arch) * columns * e.block_k * problem.itemsize
+    beside = (e.block_m + e.block_n) * rank * problem.itemsize if arch.has_wgmma and e.u == "given" and e.block_m >= 64 else 0
+    return stages + beside
 
 
 def _memory(config: Config, problem: Problem, arch: Arch) -> str | None:
     s, w = config.shrink, config.wgrad
     rank = rank_block(problem.R)
+    s_tiles = _tiles_in_flight(s.num_stages, s.block_m, s.num_warps, problem, arch)
+    w_tiles = _tiles_in_flight(w.num_stages, w.block_j, w.num_warps, problem, arch)
     for name, need in (
-        ("expand", expand_shared_memory(config.expand, problem)),
-        ("shrink", s.num_stages * (s.block_m + rank) * s.block_k * problem.itemsize),
-        ("wgrad", w.num_stages * (w.block_j + rank) * w.block_m * problem.itemsize),
+        ("expand", expand_shared_memory(config.expand, problem, arch)),
+        ("shrink", s_tiles * (s.block_m + rank) * s.block_k * problem.itemsize),
+        ("wgrad", w_tiles * (w.block_j + rank) * w.block_m * problem.itemsize),
     ):
         if need > arch.shared_memory:
-            return f"{name} needs at least {need} bytes of shared memory for its stages, {arch.name} has {arch.shared_memory}"
+            return f"{name} needs at least {need} bytes of shared memory for its tiles, {arch.name} has {arch.shared_memory}"
     return None

@@ -1,0 +1,5 @@
+"""``python -m lora_kernels``."""
+
+from .cli import main
+
+raise SystemExit(main())

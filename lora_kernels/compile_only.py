@@ -1,0 +1,185 @@
+"""Compile exactly what would be launched, for any architecture, on a machine without a GPU, and read what the compiler made of it.
+
+A stub driver names the target, and `launch` runs as it always does, except that each launch becomes a compilation of the
+same kernel with the same arguments. Registers and spills come from the assembler and disassembler that Triton's wheel carries.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+import torch
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from . import launch
+from .problem import Problem
+from .tuning import Arch, Config, heuristic
+
+_MATMUL = (("tcgen05.mma", "tcgen05"), ("wgmma.mma_async", "wgmma"), ("mma.sync", "mma"), ("v_mfma", "mfma"), ("v_wmma", "wmma"))
+
+
+@dataclass(frozen=True)
+class Report:
+    """One compiled kernel: what it is, what it needs, and which matmul instruction it uses ("" for none: plain FMA)."""
+
+    kernel: str
+    label: str
+    arch: str
+    dtype: str
+    registers: int
+    spills: int
+    shared: int
+    shared_limit: int
+    matmul: str
+    tma: bool
+    warps: int
+
+    @property
+    def good(self) -> bool:
+        """No spills, fits the chip, and a 16-bit kernel uses a matmul instruction (an empty kernel has none)."""
+        return self.spills == 0 and self.shared <= self.shared_limit and bool(self.matmul or self.dtype == "float32")
+
+    def as_dict(self) -> dict:
+        return asdict(self) | {"good": self.good}
+
+
+class _StubDriver:
+    """As much of a Triton driver as a compilation asks for; each architecture is a device of its own, so caches do not mix."""
+
+    def __init__(self, arch: Arch):
+        major, minor = arch.capability
+        self.target = GPUTarget("hip", arch.name, 64) if arch.kind == "hip" else GPUTarget("cuda", 10 * major + minor, 32)
+        self.device = 1000 * (arch.kind == "hip") + 10 * major + minor
+
+    def get_current_device(self):
+        return self.device
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return self.target
+
+    def get_device_capability(self, device=None):
+        return divmod(self.device, 10)
+
+
+@contextlib.contextmanager
+def target(arch: Arch) -> Iterator[None]:
+    """Inside, Triton compiles for ``arch``, whatever this machine has."""
+    before = driver._active  # not .active, which would look for a GPU
+    driver.set_active(_StubDriver(arch))
+    try:
+        yield
+    finally:
+        driver._active = before
+
+
+def compile_calls(run, arch: Arch, label: str) -> list[Report]:
+    """Run ``run()``, which calls `launch`, with every launch compiled for ``arch`` instead; a report for each."""
+    if knobs.runtime.interpret:
+        raise RuntimeError("compile_only: wanted a process without TRITON_INTERPRET=1, for interpreted kernels cannot be compiled")
+    reports: list[Report] = []
+
+    def compile_launch(kernel, grid, args, options):
+        compiled = kernel.run(*args, grid=grid, warmup=True, **options)
+        reports.append(_report(kernel.__name__, compiled, label, arch, options, str(_first_tensor(args).dtype).removeprefix("torch.")))
+
+    with target(arch), launch.intercept(compile_launch):
+        run()
+    return reports
+
+
+def compile_pass(problem: Problem, arch: Arch, config: Config, label: str = "", backward: bool = False) -> list[Report]:
+    """Compile all kernels of one pass; for the backward pass the problem is dX's, as `Problem.backward` gives it."""
+    M, R, dtype, adapter = min(problem.M, 512), problem.R, problem.dtype, problem.adapter_dtype or problem.dtype
+    N, K = (problem.K, problem.N) if backward else (problem.N, problem.K)
+    x, dy, weight = torch.empty(M, K, dtype=dtype), torch.empty(M, N, dtype=dtype), torch.empty(N, K, dtype=dtype)
+    A, B, bias = torch.empty(R, K, dtype=adapter), torch.empty(N, R, dtype=adapter), torch.empty(N, dtype=dtype)
+    seed, p = (torch.zeros((), dtype=torch.int64), 0.1) if problem.dropout else (None, 0.0)
+
+    def run():
+        if backward:
+            u = torch.empty(M, R, dtype=dtype)
+            launch.backward(dy, x, weight, A, B, u, seed, 1.0, p, (True, True, True), adapter, config)
+        else:
+            launch.forward(x, weight, A, B, bias, seed, 1.0, p, True, config)
+
+    return compile_calls(run, arch, label)
+
+
+def heuristic_reports(arch: Arch, progress=lambda done, total, what: None) -> list[Report]:
+    """Every kernel of every heuristic configuration worth telling apart, compiled for ``arch``; the same kernel once."""
+    problems = list(heuristic_problems())
+    reports: dict[tuple, Report] = {}
+    for done, (label, problem, backward) in enumerate(problems):
+        progress(done, len(problems), f"{arch.name} {label}")
+        for report in compile_pass(problem, arch, heuristic(problem, arch), label, backward):
+            reports.setdefault(tuple(v for k, v in report.as_dict().items() if k != "label"), report)
+    progress(len(problems), len(problems), arch.name)
+    return list(reports.values())
+
+
+def heuristic_problems() -> Iterator[tuple[str, Problem, bool]]:
+    """(label, problem, backward): few and many tokens, both passes, with and without dropout, 16-bit and float32, two ranks."""
+    for dtype, M, R in (
+        (torch.bfloat16, 16, 16),
+        (torch.bfloat16, 64, 12),
+        (torch.bfloat16, 8192, 16),
+        (torch.bfloat16, 8192, 96),
+        (torch.float32, 16, 16),
+        (torch.float32, 8192, 16),
+    ):
+        for dropout in ("", "x"):
+            problem = Problem(M, 4096, 4096, R, dtype, dropout)
+            label = f"M={M} r={R}{' dropout' if dropout else ''}"
+            yield f"forward {label}", problem, False
+            yield f"backward {label}", problem.backward(), True
+
+
+def _first_tensor(args) -> torch.Tensor:
+    for arg in args:
+        for item in arg if isinstance(arg, tuple) else (arg,):
+            item = getattr(item, "base", item)
+            if isinstance(item, torch.Tensor):
+                return item
+    raise ValueError("args: wanted at least one tensor, got none")
+
+
+def _report(name, compiled, label: str, arch: Arch, options: dict, dtype: str) -> Report:
+    text = compiled.asm.get("ptx") or compiled.asm.get("amdgcn") or ""
+    matmul = next((short for pattern, short in _MATMUL if pattern in text), "")
+    registers, spills = _amd_resources(text) if arch.kind == "hip" else _nvidia_resources(compiled, arch)
+    tma = "cp.async.bulk.tensor" in text
+    what = f"{name} {options.get('U', '')}".strip()
+    shared, warps = compiled.metadata.shared, options["num_warps"]
+    return Report(what, label, arch.name, dtype, registers, spills, shared, arch.shared_memory, matmul, tma, warps)
+
+
+def _amd_resources(text: str) -> tuple[int, int]:
+    vgprs = re.search(r"\.vgpr_count:\s+(\d+)", text)
+    spills = re.search(r"\.vgpr_spill_count:\s+(\d+)", text)
+    return int(vgprs.group(1)) if vgprs else 0, int(spills.group(1)) if spills else 0
+
+
+def _nvidia_resources(compiled, arch: Arch) -> tuple[int, int]:
+    """Registers a thread, and how many instructions of the machine code reload a spilled value from local memory."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        registers = re.search(r"REG:(\d+)", _cuobjdump("--dump-resource-usage", file.name))
+        reloads = len(re.findall(r"\bLDL\b", _cuobjdump("--dump-sass", file.name)))
+    if not registers:
+        raise RuntimeError("cuobjdump: wanted a line with REG, got none")
+    return int(registers.group(1)), reloads
+
+
+def _cuobjdump(flag: str, path: str) -> str:
+    return subprocess.run([knobs.nvidia.cuobjdump.path, flag, path], capture_output=True, text=True, check=True).stdout

@@ -1,0 +1,233 @@
+"""Parity of every kernel with the reference on this machine: the cases, the error budget, and one table's worth of results.
+
+    |ours - truth| <= 2 |torch in the same dtype - truth| + eps |truth|
+
+(eps |truth| is two roundings, of u and of the result, half a unit in the last place each) for y and every gradient, in the maximum and the root mean square. Truth is the textbook formula in float64 from the same
+inputs, so nothing here is tuned to pass.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from . import problem, reference
+from .autograd import lora_linear
+from .dispatch import arch_of
+from .tuning import Arch, Config, Expand, Shrink, Wgrad, why_not
+
+TENSORS = ("y", "dX", "dA", "dB", "dbias")
+SEED = 0x1234_5678_9ABC
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call, forward and backward. ``layout``: how x, weight and dY lie in memory."""
+
+    M: int
+    N: int
+    K: int
+    R: int
+    dtype: torch.dtype = torch.float32
+    p: float = 0.0
+    bias: bool = True
+    scale: float = 1.7
+    config: Config | None = None
+    adapter_dtype: torch.dtype | None = None
+    layout: str = "contiguous"  # or "transposed", "sliced", "expanded" (dY of stride 0)
+    impl: str = "triton"
+
+    @property
+    def name(self) -> str:
+        parts = [f"M{self.M} N{self.N} K{self.K} r{self.R}", str(self.dtype).removeprefix("torch.")]
+        parts += [f"p={self.p}"] if self.p else []
+        parts += [] if self.bias else ["no bias"]
+        parts += [self.layout] if self.layout != "contiguous" else []
+        parts += [f"adapters {str(self.adapter_dtype).removeprefix('torch.')}"] if self.adapter_dtype else []
+        parts += [self.impl] if self.impl != "triton" else []
+        if self.config:
+            e = self.config.expand
+            parts += [f"u {e.u}"] + [flag for flag in ("tma", "persistent", "warp_specialize") if getattr(e, flag)]
+            parts += ["library base"] if e.base == "library" else []
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class Result:
+    """``ratio``: the worst error over what the budget allows; ok if at most 1. ``launches``: kernels that ran."""
+
+    name: str
+    ok: bool
+    ratio: float
+    detail: str
+    launches: int = 0
+    errors: dict[str, float] = field(default_factory=dict)
+
+
+def inputs(case: Case, device: torch.device) -> dict[str, torch.Tensor | None]:
+    """Random operands of a case, normal and scaled so that y and the gradients have values near 1."""
+    generator = torch.Generator().manual_seed(case.M * 31 + case.N * 17 + case.K * 7 + case.R)
+
+    def draw(*shape, spread=1.0, dtype=case.dtype):
+        return (torch.randn(shape, generator=generator, dtype=torch.float64) * spread).to(dtype).to(device)
+
+    adapter = case.adapter_dtype or case.dtype
+    tensors = {
+        "x": draw(case.M, case.K),
+        "weight": draw(case.N, case.K, spread=case.K**-0.5),
+        "lora_A": draw(case.R, case.K, spread=case.K**-0.5, dtype=adapter),
+        "lora_B": draw(case.N, case.R, spread=case.R**-0.5, dtype=adapter),
+        "bias": draw(case.N) if case.bias else None,
+        "dY": draw(case.M, case.N, spread=case.N**-0.5),
+    }
+    if case.layout == "transposed":
+        for name in ("x", "weight", "dY"):
+            tensors[name] = tensors[name].t().contiguous().t()
+    elif case.layout == "sliced":
+        for name in ("x", "weight", "dY"):
+            t = tensors[name]
+            tensors[name] = torch.full((t.shape[0] + 2, t.shape[1] + 3), float("nan"), dtype=t.dtype, device=device)[1:-1, 2:-1].copy_(t)
+    elif case.layout == "expanded":
+        tensors["dY"] = tensors["dY"][:1, :1].expand(case.M, case.N)
+    return tensors
+
+
+def evaluate(case: Case, tensors: dict, impl: str, dtype: torch.dtype | None = None) -> list[torch.Tensor | None]:
+    """y, dX, dA, dB, dbias of a case by an impl; in ``dtype`` if given, on copies of the same values."""
+    t = {name: None if v is None else v.detach() if dtype is None else v.to(dtype) for name, v in tensors.items()}
+    names = [name for name in ("x", "lora_A", "lora_B", "bias") if t[name] is not None]
+    for name in names:
+        t[name] = t[name].requires_grad_()
+    y = lora_linear(
+        t["x"], t["weight"], t["lora_A"], t["lora_B"], t["bias"], scale=case.scale, dropout_p=case.p, training=True, seed=SEED,
+        impl=impl, config=case.config if impl == "triton" else None,
+    )  # fmt: skip
+    grads = torch.autograd.grad(y, [t[name] for name in names], t["dY"])
+    return [y.detach(), *grads] + [None] * (5 - 1 - len(grads))
+
+
+def errors(ours: torch.Tensor, truth: torch.Tensor) -> tuple[float, float]:
+    """(maximum, root mean square) of ours - truth in float64; NaN counts as infinite."""
+    gap = (ours.double() - truth).abs().nan_to_num(nan=float("inf"))
+    return (gap.max().item(), gap.square().mean().sqrt().item()) if gap.numel() else (0.0, 0.0)
+
+
+def budget_used(ours: torch.Tensor, same_dtype: torch.Tensor, truth: torch.Tensor) -> float:
+    """The error over the allowed error, the larger of maximum and root mean square; at most 1 passes."""
+    band = torch.finfo(ours.dtype).eps
+    size = (truth.abs().max().item(), truth.square().mean().sqrt().item()) if truth.numel() else (0.0, 0.0)
+    used = 0.0
+    for error, allowed, scale in zip(errors(ours, truth), errors(same_dtype, truth), size, strict=True):
+        limit = 2 * allowed + band * scale
+        used = max(used, error / limit if limit else (0.0 if error == 0 else float("inf")))
+    return used
+
+
+def run_case(case: Case, device: torch.device) -> Result:
+    """Compare one case with the reference; ``ok`` also needs that kernels ran, where the case names them."""
+    from . import launch
+
+    tensors = inputs(case, device)
+    truth = evaluate(case, tensors, "reference", torch.float64)
+    same = evaluate(case, tensors, "reference")
+    before = launch.launches
+    with poisoned_empty():
+        ours = evaluate(case, tensors, case.impl)
+    launched = launch.launches - before
+    used = {}
+    for name, o, s, t, like in zip(TENSORS, ours, same, truth, (None, "x", "lora_A", "lora_B", "bias"), strict=True):
+        if o is None:
+            continue
+        if like and (o.dtype != tensors[like].dtype or o.shape != tensors[like].shape):
+            return Result(case.name, False, float("inf"), f"{name}: wanted the parameter's dtype and shape, got {o.dtype} {list(o.shape)}")
+        used[name] = budget_used(o, s, t)
+    worst = max(used, key=lambda name: used[name])
+    ran = launched > 0 or case.impl != "triton"
+    detail = f"{worst} uses {used[worst]:.2f} of its budget" if ran else "no kernel was launched"
+    return Result(case.name, ran and used[worst] <= 1.0, used[worst], detail, launched, used)
+
+
+@contextlib.contextmanager
+def poisoned_empty() -> Iterator[None]:
+    """Inside, torch.empty is filled with NaN: an element that no kernel wrote shows as NaN."""
+    before, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn)
+
+
+def configs(arch: Arch, *, small: bool) -> list[Config]:
+    """Every way to run: sources of u, descriptors or pointers, persistent or not, library base, splits. ``small``: tiles of 16."""
+    b = 16 if small else 64
+    shrink, wgrad = Shrink(16, b, split=2, num_stages=2), Wgrad(b, 16 if small else 32, split=3, num_stages=2)
+    base = Expand(b, b, 16 if small else 32, group_m=2, num_warps=4, num_stages=2)
+    choices = [replace(base, u=u) for u in ("given", "loop", "awaited")]
+    choices += [replace(base, u=u, persistent=True) for u in ("given", "loop", "awaited")]
+    choices += [replace(base, base="library")]
+    if arch.has_tma:
+        choices += [replace(base, u=u, tma=True) for u in ("given", "loop", "awaited")]
+        choices += [replace(base, tma=True, persistent=True)]
+    if not small and arch.kind == "cuda" and arch.capability[0] in (9, 10):
+        choices += [replace(base, block_m=128, block_n=128, block_k=64, num_stages=3, tma=True, warp_specialize=True)]
+    return [Config(shrink, e, wgrad) for e in choices]
+
+
+def cases(device: torch.device, quick: bool = False) -> list[Case]:
+    """The parity cases of this device: small ones for the interpreter, large ones and bfloat16 for a GPU."""
+    arch, why_no_kernels = arch_of(device)
+    if arch is None:
+        raise problem.UnsupportedError(f"device: wanted one that runs the kernels, got {device}: {why_no_kernels}")
+    small = arch.kind == "interpreter"
+    dtypes = (torch.float32, torch.float16) if small else (torch.bfloat16, torch.float16, torch.float32)
+    even = Case(32, 48, 64, 16) if small else Case(256, 512, 768, 16)
+    odd = Case(19, 37, 50, 5) if small else Case(201, 333, 517, 12)
+    found = []
+    for config in configs(arch, small=small):
+        for dtype in dtypes[:1] if quick else dtypes:
+            for shape in (even,) if config.expand.tma else (even, odd):
+                found += [replace(shape, config=config, dtype=dtype, p=p) for p in ((0.1,) if quick else (0.0, 0.1))]
+    found += [replace(odd, dtype=dtypes[0], layout=layout) for layout in ("transposed", "sliced", "expanded")]
+    found += [replace(odd, dtype=torch.float16, adapter_dtype=torch.float32), replace(even, R=100, bias=False), replace(odd, M=1)]
+    found += [replace(odd, dtype=dtype, p=p, impl="torch") for dtype in (*dtypes, torch.bfloat16) for p in (0.0, 0.1)]
+    return [case for case in dict.fromkeys(found) if _served(case, arch)]
+
+
+def _served(case: Case, arch: Arch) -> bool:
+    """Whether the case's explicit configuration is valid for both passes; nothing else is left out."""
+    if case.config is None:
+        return True
+    aligned = case.K % 8 == 0 and case.N % 8 == 0
+    forward = problem.Problem(case.M, case.N, case.K, case.R, case.dtype, "x" if case.p else "", aligned=aligned)
+    return all(why_not(case.config, each, arch) is None for each in (forward, forward.backward()))
+
+
+def run_all(device: torch.device, progress: Callable[[int, int, str], None] | None = None, quick: bool = False) -> list[Result]:
+    """Every case of `cases`, and the reference's dropout mask against the kernels'."""
+    found, results = cases(device, quick), []
+    for done, case in enumerate(found):
+        if progress:
+            progress(done, len(found), case.name)
+        results.append(run_case(case, device))
+    results.append(mask_result(device))
+    return results
+
+
+def mask_result(device: torch.device, M: int = 37, K: int = 75, p: float = 0.3) -> Result:
+    """The kernels' dropout mask, read out through an identity adapter, against `philox.keep_mask`: exact equality."""
+    from . import launch, philox
+
+    seed = torch.tensor(SEED, device=device)
+    x, A = torch.ones(M, K, device=device), torch.eye(K, device=device)
+    before = launch.launches
+    y = lora_linear(x, A.new_zeros(K, K), A, A, dropout_p=p, training=True, seed=seed, impl="triton")
+    keep = philox.keep_mask(seed, M, K, p)
+    wrong = int((y.bool() != keep).sum())
+    value = reference.dropout(x, p, seed)
+    close = torch.allclose(y, value, rtol=1e-6 if y.device.type == "cpu" else 1e-3)
+    ok = wrong == 0 and close and launch.launches > before
+    return Result("dropout mask, exact", ok, float(wrong), f"{wrong} of {M * K} elements differ", launch.launches - before)
