@@ -1,0 +1,95 @@
+"""Imports go down only, files stay small, and importing the package needs neither Triton nor a GPU."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "lora_kernels"
+FLOORS = (
+    ("reference", "philox", "problem"),
+    ("kernels",),
+    ("tuning",),
+    ("launch", "compile_only", "chain"),
+    ("ops", "autograd", "dispatch"),
+    ("nn", "parity"),
+    ("cli", "__main__", "demo", "demo_data", "integrations"),
+)
+FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}
+FILES = sorted(path for path in PACKAGE.rglob("*.py"))
+
+
+def part_of(path: Path) -> str:
+    """The floor's name for a file: its folder below the package, or its own name."""
+    relative = path.relative_to(PACKAGE)
+    return relative.parts[0] if len(relative.parts) > 1 else relative.stem
+
+
+def imports(path: Path, *, lazy: bool = True) -> set[str]:
+    """Modules that a file imports, absolute; ``lazy``: those inside functions too."""
+    package = ["lora_kernels", *path.relative_to(PACKAGE).parts[:-1]]
+    tree = ast.parse(path.read_text())
+    nodes = ast.walk(tree) if lazy else tree.body
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            module = ".".join(filter(None, (base, node.module)))
+            found |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def parts(modules: set[str]) -> set[str]:
+    return {m.split(".")[1] for m in modules if m.startswith("lora_kernels.") and m.split(".")[1] in FLOOR}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_file(path):
+    assert len(path.read_text().splitlines()) <= 400, "one idea a file, at most 400 lines"
+    assert ast.get_docstring(ast.parse(path.read_text())), "a file begins with what it is"
+    part = part_of(path)
+    if part == "__init__" and path.parent == PACKAGE:
+        return
+    assert part in FLOOR, f"{part} has no floor"
+    higher = {other for other in parts(imports(path, lazy=False)) if FLOOR[other] > FLOOR[part]}
+    assert not higher, f"{part} (floor {FLOOR[part]}) imports {higher} from above"
+    late = {other for other in parts(imports(path)) if FLOOR[other] > FLOOR[part]}
+    assert not late, f"{part} (floor {FLOOR[part]}) imports {late} from above inside a function"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_triton_and_torch_stay_on_their_floors(path):
+    part, modules = part_of(path), {m.split(".")[0] for m in imports(path)}
+    if "triton" in modules:
+        assert part in ("kernels", "launch", "compile_only", "dispatch"), f"{part} imports triton"
+    if part == "kernels":
+        assert "torch" not in modules
+    if part == "tuning" and path.name not in ("validity.py",):
+        assert "torch" not in modules, "tuning is values and rules, no tensors"
+
+
+def test_import_without_triton():
+    code = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] == 'triton':
+            raise ImportError('blocked')
+sys.meta_path.insert(0, Block())
+import torch, lora_kernels
+assert not torch.cuda.is_initialized()
+x, w = torch.randn(3, 8), torch.randn(5, 8)
+a, b = torch.randn(2, 8, requires_grad=True), torch.randn(5, 2)
+lora_kernels.lora_linear(x, w, a, b).sum().backward()
+try:
+    lora_kernels.lora_linear(x, w, a, b, impl='triton')
+except lora_kernels.UnsupportedError as error:
+    assert 'triton cannot be imported' in str(error), error
+    print('refused')
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert out.stdout == "refused\n", out.stderr

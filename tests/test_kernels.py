@@ -1,0 +1,237 @@
+"""The three kernels against the reference: every plug, every source of u, odd sizes, ranks, strides, out of bounds, repeats."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lora_kernels import launch, lora_linear, parity, philox
+from lora_kernels.parity import Case, run_case
+from lora_kernels.tuning import Config, Expand, Shrink, Wgrad
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+TILES = Config(Shrink(16, 16, split=2, num_stages=2), Expand(16, 16, 16, num_warps=4, num_stages=2), Wgrad(16, 16, split=3, num_stages=2))
+ODD = Case(19, 37, 50, 5, config=TILES)
+
+
+def with_u(u: str, **fields) -> Config:
+    return replace(TILES, expand=replace(TILES.expand, u=u, **fields))
+
+
+def check(case: Case):
+    result = run_case(case, DEVICE)
+    assert result.launches > 0
+    assert result.ok, f"{result.name}: {result.detail} {result.errors}"
+
+
+@pytest.mark.parametrize("case", parity.cases(DEVICE), ids=lambda c: c.name.replace(" ", "_"))
+def test_parity(case):
+    result = run_case(case, DEVICE)
+    assert result.launches > 0 or case.impl != "triton"
+    assert result.ok, f"{result.detail} {result.errors}"
+
+
+@pytest.mark.parametrize("u", ["given", "loop", "awaited"])
+@pytest.mark.parametrize("R", [1, 2, 3, 15, 16, 17, 24, 96, 128])
+def test_ranks(u, R):
+    check(replace(ODD, R=R, N=21, K=33, config=with_u(u)))
+
+
+@pytest.mark.parametrize("R", [129, 200, 511, 512])
+def test_ranks_beyond_one_tile(R):
+    for u in ("given", "awaited"):
+        check(replace(ODD, M=17, N=18, K=20, R=R, config=with_u(u)))
+
+
+@pytest.mark.parametrize("u", ["given", "loop", "awaited"])
+@pytest.mark.parametrize("M, N, K", [(1, 1, 1), (1, 40, 40), (16, 16, 16), (17, 15, 1), (15, 1, 17), (33, 31, 64), (64, 16, 48)])
+def test_sizes(u, M, N, K):
+    check(replace(ODD, M=M, N=N, K=K, R=3, p=0.1, config=with_u(u)))
+
+
+@pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded"])
+@pytest.mark.parametrize("u", ["given", "loop", "awaited"])
+def test_strides(layout, u):
+    check(replace(ODD, layout=layout, config=with_u(u), p=0.1))
+
+
+@pytest.mark.parametrize("u", ["given", "loop", "awaited"])
+def test_adapters_in_float32_on_a_16_bit_base(u):
+    check(replace(ODD, dtype=torch.float16, adapter_dtype=torch.float32, config=with_u(u)))
+
+
+@pytest.mark.parametrize("group_m", [1, 2, 3, 8])
+def test_grouping_covers_every_tile(group_m):
+    check(replace(ODD, M=70, N=50, K=16, config=with_u("given", group_m=group_m)))
+
+
+@pytest.mark.parametrize("split", [1, 2, 3, 64])
+def test_splits(split):
+    check(replace(ODD, M=70, K=70, p=0.1, config=Config(replace(TILES.shrink, split=split), TILES.expand, replace(TILES.wgrad, split=split))))
+
+
+def test_heuristic_config():
+    for M in (1, 40, 130):
+        check(replace(ODD, M=M, p=0.1, config=None))
+
+
+def test_the_three_sources_of_u_run_the_launches_they_promise():
+    tensors = parity.inputs(ODD, DEVICE)
+    args = [tensors[name] for name in ("x", "weight", "lora_A", "lora_B", "bias")]
+    for u, wanted in (("given", ["shrink", "expand"]), ("loop", ["expand"]), ("awaited", ["expand"])):
+        seen = []
+
+        def record(kernel, grid, args, options, seen=seen):
+            seen.append(kernel.__name__)
+            kernel[grid](*args, **options)
+
+        with launch.intercept(record):
+            lora_linear(*args, config=with_u(u), impl="triton")
+        assert seen == wanted
+
+
+def test_dropout_mask_is_exact():
+    result = parity.mask_result(DEVICE)
+    assert result.ok, result.detail
+
+
+def test_mask_does_not_depend_on_tiles_or_source_of_u():
+    case = replace(ODD, M=40, N=24, K=48, p=0.5)
+    tensors = parity.inputs(case, DEVICE)
+    outs = []
+    for config in (TILES, with_u("loop", block_k=32), with_u("awaited", block_m=32), replace(TILES, shrink=Shrink(32, 64, num_stages=1))):
+        outs.append(parity.evaluate(replace(case, config=config), tensors, "triton"))
+    for other in outs[1:]:
+        for ours, theirs in zip(outs[0], other, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)  # another mask would differ by order 1
+
+
+@pytest.mark.parametrize("u", ["given", "loop", "awaited"])
+def test_repeats_are_equal_bit_for_bit(u):
+    case = replace(ODD, M=50, p=0.1, config=with_u(u, persistent=True))
+    tensors = parity.inputs(case, DEVICE)
+    first = parity.evaluate(case, tensors, "triton")
+    for _ in range(2):
+        for ours, again in zip(first, parity.evaluate(case, tensors, "triton"), strict=True):
+            assert torch.equal(ours, again)
+
+
+@pytest.mark.parametrize("u", ["given", "loop", "awaited"])
+def test_a_bad_token_stays_in_its_row(u):
+    case = replace(ODD, config=with_u(u))
+    tensors = parity.inputs(case, DEVICE)
+    clean = parity.evaluate(case, tensors, "triton")
+    tensors["x"][7, 3] = float("nan")
+    y = parity.evaluate(case, tensors, "triton")[0]
+    assert y[7].isnan().all()
+    rest = torch.arange(case.M, device=DEVICE) != 7
+    assert torch.equal(y[rest], clean[0][rest])
+
+
+def test_zero_times_infinity_is_nan_as_in_torch():
+    x = torch.ones(3, 16, device=DEVICE)
+    x[0, 0] = float("inf")
+    zero = torch.zeros(16, 16, device=DEVICE)
+    y = lora_linear(x, torch.eye(16, device=DEVICE), torch.eye(16, device=DEVICE), zero, impl="triton")
+    assert y[0].isnan().any() and y[1:].isfinite().all()
+
+
+@pytest.mark.parametrize("u", ["given", "loop", "awaited"])
+def test_nothing_is_written_outside_the_output(u):
+    """Every buffer the kernels write to is a view inside a larger one; the margins must stay as they were."""
+    margin, guards = 64, []
+
+    def guarded(kernel, grid, args, options):
+        def widen(arg):
+            if isinstance(arg, tuple):
+                return tuple(widen(a) for a in arg)
+            if isinstance(arg, torch.Tensor) and arg.is_floating_point():
+                span = 1 + sum((n - 1) * s for n, s in zip(arg.shape, arg.stride(), strict=True))
+                buffer = torch.full((span + 2 * margin,), 12345.0, dtype=arg.dtype, device=arg.device)
+                inside = buffer.as_strided(arg.shape, arg.stride(), margin).copy_(arg)
+                guards.append((buffer, span))
+                written.append((arg, inside))
+                return inside
+            return arg
+
+        written = []
+        kernel[grid](*[widen(a) for a in args], **options)
+        for arg, inside in written:
+            arg.copy_(inside)
+
+    case = replace(ODD, p=0.1, config=with_u(u))
+    with launch.intercept(guarded):
+        result = run_case(case, DEVICE)
+    assert result.ok, result.detail
+    assert len(guards) > 10
+    for buffer, span in guards:
+        assert (buffer[:margin] == 12345.0).all() and (buffer[margin + span :] == 12345.0).all()
+
+
+def test_scale_is_applied_in_float32_and_not_folded_into_16_bits():
+    """A scale that float16 cannot hold: folding it into an adapter would round it."""
+    for scale in (1 / 3, 0.1234567, 3000.7):
+        check(replace(ODD, dtype=torch.float16, scale=scale))
+
+
+def test_scaled_dY_beyond_float16_does_not_overflow():
+    """scale * dY passes 65504, which PEFT's formula computes in float16; dS does not pass it."""
+    x = torch.randn(20, 32, device=DEVICE).half()
+    weight, A = torch.zeros(16, 32, device=DEVICE).half(), (torch.randn(4, 32, device=DEVICE) * 0.01).half().requires_grad_()
+    B = torch.full((16, 4), 1e-3, device=DEVICE).half()
+    y = lora_linear(x, weight, A, B, scale=256.0, impl="triton")
+    (dA,) = torch.autograd.grad(y, A, torch.full_like(y, 300.0))
+    assert torch.isinf(torch.tensor(256.0 * 300.0).half())
+    wanted = 256.0 * (torch.full((20, 16), 300.0).double() @ B.double().cpu()).t() @ x.double().cpu()
+    torch.testing.assert_close(dA.double().cpu(), wanted, rtol=5e-3, atol=wanted.abs().max().item() * 2e-3)
+
+
+def test_offsets_past_32_bits():
+    """Rows 2^30 elements apart in 4 GiB of untouched address space: 32-bit offsets would fault or read elsewhere."""
+    code = """
+import os; os.environ["TRITON_INTERPRET"] = "1"
+import torch
+from lora_kernels import lora_linear
+stride = 1 << 30
+buffer = torch.empty(2 * stride + 16, dtype=torch.float16)
+x = buffer.as_strided((3, 16), (stride, 1))
+x.copy_(torch.arange(48.).view(3, 16))
+A, B, w = torch.ones(2, 16).half(), torch.ones(5, 2).half(), torch.ones(5, 16).half()
+y = lora_linear(x, w, A, B, impl="triton", scale=0.5)
+assert torch.equal(y, (x.sum(1, keepdim=True) * 2).expand(3, 5)), y
+print("right")
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert out.stdout == "right\n", (out.returncode, out.stderr[-2000:])
+
+
+def test_sizes_and_scalars_do_not_recompile():
+    """Between calls of other lengths, scales, probabilities and seeds only these may differ, and none is a constexpr."""
+    recorded = []
+    with launch.intercept(lambda kernel, grid, args, options: recorded.append((kernel.__name__, options))):
+        for M, scale, p in ((130, 1.0, 0.1), (257, 0.3, 0.2), (4097, 2.0, 0.9)):
+            launch.forward(
+                torch.empty(M, 64), torch.empty(48, 64), torch.empty(8, 64), torch.empty(48, 8), None, torch.tensor(1), scale, p, True, TILES
+            )
+    for name in ("shrink", "expand"):
+        options = [o for n, o in recorded if n == name]
+        assert len(options) == 3 and options[0] == options[1] == options[2]
+
+
+def test_precision_follows_torchs_switch():
+    before = torch.get_float32_matmul_precision()
+    try:
+        for setting, wanted in (("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")):
+            torch.set_float32_matmul_precision(setting)
+            assert launch.precision(torch.float32) == wanted
+            assert launch.precision(torch.float16) == "ieee"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_no_dropout_reads_no_seed():
+    assert launch._dropout(None) == (None, 0, 1.0)
+    seed = torch.tensor(1)
+    assert launch._dropout((seed, 0.25)) == (seed, philox.threshold_of(0.25), 65536 / (65536 - 16384))
