@@ -4,8 +4,8 @@ Importing needs neither a GPU nor Triton; both are looked for when a call wants 
 """
 
 from . import reference
-from .autograd import lora_linear
-from .dispatch import Choice, explain
+from .autograd import explain, lora_linear
+from .dispatch import Choice
 from .nn import FusedLoRALinear
 from .problem import UnsupportedError
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 import torch
 from torch.autograd.function import once_differentiable
 
-from . import ops, problem, reference
+from . import dispatch, ops, problem, reference
+from .tuning import Config
 
 IMPLS = ("auto", "triton", "torch", "reference")
 
@@ -90,36 +91,51 @@ def lora_linear(
         ValueError: shapes, devices or values disagree. TypeError: dtypes or types. UnsupportedError: legal, but not here.
     Source: Hu et al. 2021, arXiv:2106.09685, eq. 3; gradients in docs/math.md.
     """
-    x, weight, bias = autocast(x, weight, bias)
-    problem.check_arguments(x, weight, lora_A, lora_B, bias, scale, dropout_p, seed, segments)
-    if impl not in IMPLS:
-        raise ValueError(f"impl: wanted one of {', '.join(IMPLS)}, got {impl!r}")
+    x, weight, bias, key = prepare(x, weight, lora_A, lora_B, bias, scale, dropout_p, seed, segments, config, impl)
     p = float(dropout_p) if training else 0.0
     if impl == "reference":
         return reference.lora_linear(x, weight, lora_A, lora_B, bias, scale=scale, dropout_p=p, training=training, seed=seed)
-    key = config_key(config, impl)
     drawn = reference.as_seed(seed, x.device) if p else None
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, lora_A, lora_B, bias)):
         return LoRALinearFunction.apply(x, weight, lora_A, lora_B, bias, drawn, float(scale), p, impl, key)
     return ops.forward_op(x, weight, lora_A, lora_B, bias, drawn, float(scale), p, False, impl, key)[0]
 
 
-def config_key(config, impl: str) -> str:
-    """The string by which a Config passes through the operators' schema; "" for None."""
-    if config is None:
-        return ""
-    from .tuning import Config
+def explain(
+    x, weight, lora_A, lora_B, bias=None, *, scale=1.0, dropout_p=0.0, training=False, seed=None, segments=None, config=None, impl="auto"
+):  # fmt: skip
+    """Which arm `lora_linear` takes for these arguments, and why: the same arguments, nothing computed.
 
+    Returns:
+        `Choice`: ``arm``, ``config`` (of the forward kernels) and ``why``, one sentence for each arm; ``print`` shows all three.
+    Raises:
+        The errors of `lora_linear`.
+    """
+    x, weight, bias, key = prepare(x, weight, lora_A, lora_B, bias, scale, dropout_p, seed, segments, config, impl)
+    if impl == "reference":
+        return dispatch.Choice("reference", None, {"reference": "named"})
+    asked = problem.describe(problem.rows(x), weight, lora_A, lora_B, dropout=bool(training and dropout_p))
+    return dispatch.choose(asked, x.device, impl, key)
+
+
+def prepare(x, weight, lora_A, lora_B, bias, scale, dropout_p, seed, segments, config, impl):
+    """x, weight and bias as autocast wants them, and the config's key, all checked."""
+    x, weight, bias = autocast(x, weight, bias)
+    problem.check_arguments(x, weight, lora_A, lora_B, bias, scale, dropout_p, seed, segments)
+    if impl not in IMPLS:
+        raise ValueError(f"impl: wanted one of {', '.join(IMPLS)}, got {impl!r}")
+    if config is None:
+        return x, weight, bias, ""
     if not isinstance(config, Config):
         raise TypeError(f"config: wanted a lora_kernels.tuning.Config or None, got {type(config).__name__}")
-    if impl == "torch":
-        raise ValueError("config: wanted None with impl='torch', which has no kernels to configure")
-    return config.key()
+    if impl not in ("auto", "triton"):
+        raise ValueError(f"config: wanted None with impl={impl!r}, which has no kernels to configure")
+    return x, weight, bias, config.key()
 
 
 def autocast(x, weight, bias):
     """x, weight and bias as torch.autocast hands them to F.linear: cast to its dtype where it is enabled."""
-    if not isinstance(x, torch.Tensor) or not torch.is_autocast_enabled(x.device.type):
+    if not isinstance(x, torch.Tensor) or x.is_meta or not torch.is_autocast_enabled(x.device.type):
         return x, weight, bias
     dtype = torch.get_autocast_dtype(x.device.type)
 

@@ -51,15 +51,12 @@ def grad_mm(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tenso
     return torch.mm(a.to(dtype), b.to(dtype))
 
 
-def dropped(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
-    """``where(keep, x, 0)``: the 1 / (1 - p) goes into the next product's scale, so nothing is rounded here."""
-    return x.masked_fill(~philox.keep_mask(seed, x.shape[0], x.shape[1], p), 0.0)
-
-
 def forward(x, weight, lora_A, lora_B, bias, seed, scale: float, p: float):
     """``y [M, N]`` and ``u [M, r]`` for x ``[M, K]``; p = 0 means no dropout."""
     A, B = lora_A.to(x.dtype), lora_B.to(x.dtype)
-    adapter_in, u_scale = (dropped(x, seed, p), scale * philox.inv_keep(p)) if p else (x, scale)
+    adapter_in, u_scale = x, scale
+    if p:  # the 1 / (1 - p) goes into the product's scale, so that nothing is rounded here
+        adapter_in, u_scale = x.masked_fill(~philox.keep_mask(seed, x.shape[0], x.shape[1], p), 0.0), scale * philox.inv_keep(p)
     u = scaled_mm(adapter_in, A.t(), u_scale)
     y = base_linear(x, weight, bias)
     return y.addmm_(u, B.t()), u
@@ -70,16 +67,18 @@ def backward(dy, x, weight, lora_A, lora_B, u, seed, scale: float, p: float, nee
     dx = da = db = None
     if need_dx or need_da:
         ds = scaled_mm(dy, lora_B.to(dy.dtype), scale)
+        if p:
+            K = x.shape[1] if need_da else weight.shape[1]
+            gone = ~philox.keep_mask(seed, dy.shape[0], K, p)  # one mask serves dX and dA
     if need_dx:
         dx = base_linear(dy, weight.t(), None)
         A = lora_A.to(dy.dtype)
         if p:
-            low_rank = scaled_mm(ds, A, philox.inv_keep(p))
-            dx += low_rank.masked_fill_(~philox.keep_mask(seed, dx.shape[0], dx.shape[1], p), 0.0)
+            dx += scaled_mm(ds, A, philox.inv_keep(p)).masked_fill_(gone, 0.0)
         else:
             dx.addmm_(ds, A)
     if need_da:
-        da = grad_mm(ds.t(), dropped(x, seed, p) if p else x, adapter_dtype)
+        da = grad_mm(ds.t(), x.masked_fill(gone, 0.0) if p else x, adapter_dtype)
         if p:
             da *= philox.inv_keep(p)
     if need_db:

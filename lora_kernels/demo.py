@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .autograd import explain
 from .demo_data import Batch, CannotRun, Classifier, Headlines, check_packages, drop_duplicates, load_encoder, read_titles, split
-from .dispatch import explain
 from .nn import FusedLoRALinear
 from .problem import MAX_RANK
 
@@ -67,13 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--epochs", type=count, default=3, metavar="N", help="passes over the training headlines (default: %(default)s)")
     add("--rank", type=rank, default=8, metavar="R", help=f"r of the adapters, 1 to {MAX_RANK}; lora_alpha is 2 r (default: %(default)s)")
     add("--batch-size", type=count, default=32, metavar="N", help="headlines in a step (default: %(default)s)")
-    add(
-        "--lr",
-        type=rate,
-        default=2e-3,
-        metavar="X",
-        help=f"AdamW's rate for the adapters (default: %(default)g); the head's is {HEAD_LR:g}",
-    )
+    add("--lr", type=rate, default=2e-3, metavar="X", help=f"rate of the adapters (default: %(default)g); the head has {HEAD_LR:g}")
     add("--dropout", type=probability, metavar="P", help=f"on the adapters' input (default: {DROPOUT} on a GPU; 0 on a CPU, for speed)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes the GPU if there is one (default: %(default)s)")
     add("--seed", type=int, default=0, metavar="N", help="of the split, the initial values and the order (default: %(default)s)")
@@ -113,9 +107,9 @@ def train(groups: list[dict], epoch_of, epochs: int, steps: int, seed: int, labe
 
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / (steps * epochs))
-    generator, start = torch.Generator().manual_seed(seed), time.perf_counter()
+    generator, start, live = torch.Generator().manual_seed(seed), time.perf_counter(), sys.stderr.isatty()
     for epoch in range(1, epochs + 1):
-        bar = tqdm(epoch_of(generator), f"{label} epoch {epoch}/{epochs}", steps, disable=not sys.stderr.isatty())
+        bar = tqdm(epoch_of(generator), f"{label} epoch {epoch}/{epochs}", steps, disable=not live)
         total = 0.0
         for done, (logits, labels) in enumerate(bar, 1):
             loss = F.cross_entropy(logits, labels)
@@ -124,8 +118,8 @@ def train(groups: list[dict], epoch_of, epochs: int, steps: int, seed: int, labe
             optimizer.step()
             schedule.step()
             total += loss.item()
-            bar.set_postfix_str(f"mean loss {total / done:.3f}")
-        if bar.disable:
+            bar.set_postfix_str(f"mean loss {total / done:.3f}", refresh=False)
+        if not live:
             spent = time.perf_counter() - start
             print(f"{label} epoch {epoch}/{epochs}: mean loss {total / steps:.3f}, {spent:.1f} s so far", file=sys.stderr, flush=True)
 
@@ -232,7 +226,7 @@ def step_of(model: Classifier, dropout: float):
 
 def step_times(steps: list, batches: list[Batch]) -> list[float]:
     """Median milliseconds of each step; they take turns on the same batches, so that a busy machine disturbs all alike."""
-    times = [[] for _ in steps]
+    times: list[list[float]] = [[] for _ in steps]
     for turn, batch in enumerate([batches[0], *batches]):
         for i in sorted(range(len(steps)), reverse=bool(turn % 2)):
             start = time.perf_counter()
@@ -330,7 +324,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"        {duplicates} duplicates dropped, then {len(training):,} drawn to train on and {len(test)} to test on")
     taken, first, reasons = arms(model, layers, next(training.batches(batch_size)))
     print(f"arm     {', '.join(f'{arm!r} in {n} of {len(layers)} layers' for arm, n in taken.items())}; explain() on {first}:")
-    print("\n".join(f"        {line}" for line in reasons.splitlines()) + "\n", flush=True)
+    print("\n".join(f"        {line}" for line in reasons.splitlines()), flush=True)
 
     before, (head, lora) = fine_tune(alone, model, adapters, training, test, args, epochs, batch_size)
     agree, gap, exact = merge_and_unmerge(model, layers, originals, test)

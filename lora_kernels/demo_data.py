@@ -93,7 +93,7 @@ def read_titles(folder: Path | None = None) -> list[tuple[str, str]]:
 
 def drop_duplicates(rows: list[tuple[str, str]]) -> list[tuple[str, str]]:
     """The first of each title, whatever its case and spacing: an article printed twice must not be trained on and tested on."""
-    first = {}
+    first: dict[str, tuple[str, str]] = {}
     for title, topic in rows:
         first.setdefault(" ".join(title.casefold().split()), (title, topic))
     return list(first.values())

@@ -7,6 +7,7 @@ chain's vendor matmul is the safe choice until a measurement on the device says 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from . import chain, problem
-from .problem import Problem, UnsupportedError, rows
+from .problem import Problem, UnsupportedError
 from .tuning import Arch, Config, lookup, resolve, why_not
 
 FEW_TOKENS = 256
@@ -120,8 +121,15 @@ def _preferred(p: Problem, arch: Arch) -> tuple[str, str]:
     return "torch", "not measured on this device; without dropout, at many tokens, the vendor's matmul is the safe choice"
 
 
+def _plainly_chain(device: torch.device, impl: str, key: str) -> bool:
+    """Whether `choose` would say "torch" whatever the sizes: then the call need not be described first, which costs microseconds."""
+    return impl == "torch" or (impl == "auto" and not key and device.type == "cpu" and not interpreting())
+
+
 def forward_arm(x, weight, lora_A, lora_B, dropout_p: float, impl: str, key: str):
     """(function, config) that computes a forward pass of x ``[M, K]``."""
+    if _plainly_chain(x.device, impl, key):
+        return _chain_forward, None
     choice = choose(problem.describe(x, weight, lora_A, lora_B, dropout=bool(dropout_p)), x.device, impl, key)
     if choice.arm == "torch":
         return _chain_forward, None
@@ -132,6 +140,8 @@ def forward_arm(x, weight, lora_A, lora_B, dropout_p: float, impl: str, key: str
 
 def backward_arm(dy, x, weight, lora_A, lora_B, u, dropout_p: float, impl: str, key: str):
     """(function, config) that computes a backward pass from dY ``[M, N]``; operands may be None where no gradient uses them."""
+    if _plainly_chain(dy.device, impl, key):
+        return _chain_backward, None
     K = weight.shape[1] if weight is not None else x.shape[1] if x is not None else dy.shape[1]
     R = u.shape[1] if lora_B is None else lora_B.shape[1]
     w = dy if weight is None else weight
@@ -155,33 +165,16 @@ def backward_arm(dy, x, weight, lora_A, lora_B, u, dropout_p: float, impl: str, 
     return launch.backward, choice.config
 
 
+def _no_autocast(device: torch.device):
+    """The operands have their dtypes already, and gradients accumulate in theirs."""
+    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else contextlib.nullcontext()
+
+
 def _chain_forward(x, weight, lora_A, lora_B, bias, seed, scale, p, save_u, config):
-    with torch.autocast(x.device.type, enabled=False):
+    with _no_autocast(x.device):
         return chain.forward(x, weight, lora_A, lora_B, bias, seed, scale, p)
 
 
 def _chain_backward(dy, x, weight, lora_A, lora_B, u, seed, scale, p, needs, adapter_dtype, config):
-    with torch.autocast(dy.device.type, enabled=False):
+    with _no_autocast(dy.device):
         return chain.backward(dy, x, weight, lora_A, lora_B, u, seed, scale, p, *needs, adapter_dtype)
-
-
-def explain(
-    x, weight, lora_A, lora_B, bias=None, *, scale=1.0, dropout_p=0.0, training=False, seed=None, segments=None, config=None, impl="auto"
-):  # fmt: skip
-    """Which arm `lora_linear` takes for these arguments, and why: the same arguments, nothing computed.
-
-    Returns:
-        `Choice`: ``arm``, ``config`` (of the forward kernels) and ``why``, one sentence for each arm; ``print`` shows all three.
-    Raises:
-        The errors of `lora_linear`.
-    """
-    from .autograd import IMPLS, autocast, config_key
-
-    x, weight, bias = autocast(x, weight, bias)
-    problem.check_arguments(x, weight, lora_A, lora_B, bias, scale, dropout_p, seed, segments)
-    if impl not in IMPLS:
-        raise ValueError(f"impl: wanted one of {', '.join(IMPLS)}, got {impl!r}")
-    if impl == "reference":
-        return Choice("reference", None, {"reference": "named"})
-    key = config_key(config, impl)
-    return choose(problem.describe(rows(x), weight, lora_A, lora_B, dropout=bool(training and dropout_p)), x.device, impl, key)

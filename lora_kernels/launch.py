@@ -194,15 +194,16 @@ def forward(x, weight, lora_A, lora_B, bias, seed, scale: float, p: float, save_
             if config.expand.base == "library":
                 return run_expand(x, weight, lora_B, transposed=True, u=u, y=F.linear(x, weight, bias), config=config)
             return run_expand(x, weight, lora_B, transposed=True, u=u, bias=bias, config=config)
-        u = x.new_empty(x.shape[0], lora_A.shape[0]) if save_u else None
-        return run_expand(x, weight, lora_B, transposed=True, u=u, a=lora_A, scale=scale, bias=bias, drop_x=drop, config=config)
+        space = x.new_empty(x.shape[0], lora_A.shape[0]) if save_u else None
+        return run_expand(x, weight, lora_B, transposed=True, u=space, a=lora_A, scale=scale, bias=bias, drop_x=drop, config=config)
 
 
 def backward(dy, x, weight, lora_A, lora_B, u, seed, scale: float, p: float, needs, adapter_dtype, config: Config):
     """``dX [M, K], dA [r, K], dB [N, r]``, each None where ``needs`` says so; operands that no needed gradient uses may be None."""
     need_dx, need_da, need_db = needs
     drop = (seed, p) if p else None
-    dx = da = db = ds = None
+    dx = da = db = None
+    ds: torch.Tensor | None = None
     with on_device(dy):
         one_launch = need_dx and config.expand.u != "given"
         if (need_dx or need_da) and not one_launch:

@@ -172,7 +172,9 @@ class FusedLoRALinear(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
         if self.merged:
-            error_msgs.append(f"{prefix[:-1] or 'the layer'}: wanted an unmerged layer to load into, got a merged one; call unmerge() first")
+            error_msgs.append(
+                f"{prefix[:-1] or 'the layer'}: wanted an unmerged layer to load into, got a merged one; call unmerge() first"
+            )
             return
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 

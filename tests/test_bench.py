@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:  # bench is not installed with the package
     sys.path.insert(0, str(ROOT))
 
-from bench import baselines, check, conditions, cpu, device, report, roof, session, timing, workloads  # noqa: E402
+from bench import baselines, check, conditions, cpu, device, report, roof, session, timing, variants, workloads  # noqa: E402
 from bench.workloads import Point  # noqa: E402
 from lora_kernels import chain, reference  # noqa: E402
 
@@ -33,15 +33,14 @@ def one_thread(monkeypatch):
 
 @pytest.fixture
 def parity(monkeypatch):
-    """A stand-in for lora_kernels.parity with one case; ``ok`` and ``calls`` may be set."""
-    fake = SimpleNamespace(ok=True, calls=[])
+    """A stand-in for lora_kernels.parity whose cases turn out as ``ok`` says."""
+    fake = SimpleNamespace(ok=True, calls=[], Case=lambda *args, **named: f"a case {args}")
 
-    def run_all(device, progress=None, quick=False):
-        fake.calls.append((device, quick))
-        progress(1, 1, "a case")
-        return [SimpleNamespace(name="a case", ok=fake.ok, ratio=0.5 if fake.ok else 7.0, detail="dX: 7 times what is allowed")]
+    def run_case(case, device):
+        fake.calls.append(case)
+        return SimpleNamespace(name=case, ok=fake.ok, ratio=0.5 if fake.ok else 7.0, detail="dX: 7 times what is allowed")
 
-    fake.run_all = run_all
+    fake.run_case = run_case
     monkeypatch.setitem(sys.modules, "lora_kernels.parity", fake)
     return fake
 
@@ -56,7 +55,7 @@ def lines(path: Path) -> list[dict]:
 
 def test_sections_write_whole_rows(tmp_path, parity, capsys):
     assert bench("roof", "single", "memory", "host", out=tmp_path) == 0
-    assert parity.calls == [(CPU, True)]
+    assert len(parity.calls) == 4
     printed = capsys.readouterr().out
     for section in ("roof", "single", "memory", "host", "check"):
         rows = lines(tmp_path / f"{section}.jsonl")
@@ -95,7 +94,7 @@ def test_red_parity_reports_nothing(tmp_path, parity, capsys):
     assert "dX: 7 times" in capsys.readouterr().err
     assert bench("single", "roof", out=tmp_path) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["check.jsonl"]
-    assert len(parity.calls) == 1, "a recorded verdict on the same code is not asked for again"
+    assert len(parity.calls) == 4, "a recorded verdict on the same code is not asked for again"
     parity.ok = True
     assert bench("check", "memory", out=tmp_path) == 0
     assert (tmp_path / "memory.jsonl").exists()
@@ -109,9 +108,22 @@ def test_verdict_of_other_code_does_not_count(tmp_path, parity, monkeypatch):
     assert check.recorded(session.Session(CPU, tmp_path)) is None
 
 
-def test_no_cases_is_red(tmp_path, parity):
-    parity.run_all = lambda device, progress, quick: []
-    assert bench("check", out=tmp_path) == 1
+def test_check_on_a_device_that_runs_kernels(tmp_path, parity, monkeypatch, capsys):
+    def run_all(device, progress, quick):
+        progress(0, 1, "a kernel")
+        return [SimpleNamespace(name="a kernel", ok=True, ratio=0.5, detail="")] * found
+
+    parity.run_all = run_all
+    monkeypatch.setattr(variants, "kernels_run", lambda device: "an architecture")
+    for found in (1, 0):
+        assert check.run(session.Session(CPU, tmp_path)) is bool(found), "no cases prove nothing"
+    assert "check 0/1 a kernel" in capsys.readouterr().err
+
+
+def test_the_real_check_is_green_here(tmp_path):
+    pytest.importorskip("triton")
+    assert bench("check", out=tmp_path) == 0
+    assert [row["ok"] for row in lines(tmp_path / "check.jsonl")] == [True] * 5
 
 
 def test_an_arm_that_fails_is_a_row_and_an_exit_status(tmp_path, parity, monkeypatch):
@@ -329,7 +341,8 @@ def test_bench_runs_without_triton(tmp_path):
 import sys
 sys.modules["triton"] = None  # an import of it raises
 from types import SimpleNamespace
-sys.modules["lora_kernels.parity"] = SimpleNamespace(run_all=lambda d, p, q: [SimpleNamespace(name="a", ok=True, ratio=0.0, detail="")])
+result = SimpleNamespace(name="a", ok=True, ratio=0.0, detail="")
+sys.modules["lora_kernels.parity"] = SimpleNamespace(Case=lambda *a, **k: None, run_case=lambda case, device: result)
 import bench.cpu, bench.device, bench.report
 assert bench.device.main(["memory", "--quick", "--device", "cpu", "--out", {str(tmp_path)!r}]) == 0
 """)
@@ -363,3 +376,31 @@ def test_kernel_arms_compute_what_they_are_named_for():
     pytest.importorskip("triton")
     printed = run_python(KERNELS.format(every="False"), TRITON_INTERPRET="1")
     assert printed.split("\n")[0] == "triton triton:given triton:loop triton:awaited"
+
+
+AHEAD = """
+from pathlib import Path
+import torch
+from bench import precompile, variants, workloads
+from bench.workloads import Point
+from lora_kernels import compile_only, launch
+from lora_kernels.tuning import Arch
+
+arch = Arch.cuda(9, 0)
+point = Point("decode", "small", 16, 128, 64, 16)
+jobs = precompile.of_points([point, point], arch, False)
+assert precompile.run(jobs, arch, 100.0) == len(precompile.distinct(jobs, arch)) > 1
+cache = Path({cache!r})
+before = sorted(cache.iterdir())
+assert before
+o = workloads.empty_operands(point, torch.device("cpu"))
+for f, _ in variants.choices(point, o, arch, False)[0].values():
+    run = lambda: launch.forward(o.x, o.weight, o.lora_A, o.lora_B, None, None, o.scale, 0.0, False, f)
+    assert compile_only.compile_calls(run, arch, "")
+assert sorted(cache.iterdir()) == before, "kernels that were compiled ahead were compiled again"
+"""
+
+
+def test_kernels_compiled_ahead_are_those_that_are_launched(tmp_path):
+    pytest.importorskip("triton")
+    run_python(AHEAD.format(cache=str(tmp_path)), TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0")

@@ -69,7 +69,9 @@ def test_grouping_covers_every_tile(group_m):
 
 @pytest.mark.parametrize("split", [1, 2, 3, 64])
 def test_splits(split):
-    check(replace(ODD, M=70, K=70, p=0.1, config=Config(replace(TILES.shrink, split=split), TILES.expand, replace(TILES.wgrad, split=split))))
+    check(
+        replace(ODD, M=70, K=70, p=0.1, config=Config(replace(TILES.shrink, split=split), TILES.expand, replace(TILES.wgrad, split=split)))
+    )
 
 
 def test_heuristic_config():
@@ -213,7 +215,16 @@ def test_sizes_and_scalars_do_not_recompile():
     with launch.intercept(lambda kernel, grid, args, options: recorded.append((kernel.__name__, options))):
         for M, scale, p in ((130, 1.0, 0.1), (257, 0.3, 0.2), (4097, 2.0, 0.9)):
             launch.forward(
-                torch.empty(M, 64), torch.empty(48, 64), torch.empty(8, 64), torch.empty(48, 8), None, torch.tensor(1), scale, p, True, TILES
+                torch.empty(M, 64),
+                torch.empty(48, 64),
+                torch.empty(8, 64),
+                torch.empty(48, 8),
+                None,
+                torch.tensor(1),
+                scale,
+                p,
+                True,
+                TILES,
             )
     for name in ("shrink", "expand"):
         options = [o for n, o in recorded if n == name]

@@ -215,7 +215,8 @@ def expand(
                 )  # fmt: skip
                 tl.debug_barrier()
                 tl.atomic_add(flag_ptr + row_block, 1, sem="release", scope="gpu")
-        if U != "awaited" or tile >= 0:
+        # The condition is true for u in the loop, too, but Triton 3.6 compiles its dots in a straight line to nothing on sm_100.
+        if U == "given" or (tile >= 0) & (tile < num_m * num_n):
             pid_m, pid_n = grouped_tile(tile, num_m, num_n, GROUP_M)
             expand_tile(
                 x, w, a, u, v, bias_ptr, y, flag_ptr, seed, threshold, inv_keep, scale, pid_m, pid_n, M, N, K, R,

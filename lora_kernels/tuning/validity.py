@@ -59,6 +59,8 @@ def _expand(e: Expand, problem: Problem, arch: Arch) -> str | None:
         if problem.R * problem.itemsize % 16 or problem.adapter_dtype not in (None, problem.dtype):
             wanted = f"adapters in {problem.dtype} with r a multiple of {16 // problem.itemsize}"
             return f"expand.warp_specialize reads u and v by descriptors: wanted {wanted}, got r = {problem.R} in {problem.adapter_dtype}"
+        if problem.R > TILE_RANK:
+            return f"expand.warp_specialize takes the rank in one tile and serves ranks up to {TILE_RANK}, got {problem.R}"
         if e.u != "given" or problem.dropout == "uv":
             return "expand.warp_specialize serves u='given' without dropout on the low-rank term"
     return None

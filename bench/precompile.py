@@ -1,0 +1,154 @@
+"""Kernels compiled ahead by several processes, so that a section on a cold cache measures instead of compiling, one after the other.
+
+Nothing is launched: each process runs the launcher on operands that stand for a GPU's, under a stub driver of its architecture, and
+every launch becomes a compilation that Triton's cache on disk keeps.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import multiprocessing
+import os
+import time
+from typing import Any
+
+import torch
+
+from lora_kernels.tuning import Arch, Config
+
+from . import variants, workloads
+from .session import say
+from .workloads import Operands, Point
+
+MOST_PROCESSES = 12
+
+
+@dataclasses.dataclass(frozen=True)
+class PointJob:
+    """The launches of one pass at a point."""
+
+    point: Point
+    config: Config
+    backward: bool
+
+    def launch(self, arch: Arch) -> None:
+        from lora_kernels import launch
+
+        point, o = self.point, _standing(self.point)
+        seed = torch.zeros((), dtype=torch.int64, device="meta") if point.p else None
+        if self.backward:
+            u = o.x.new_empty(point.M, point.r)
+            needs = (True, True, True)
+            launch.backward(o.dy, o.x, o.weight, o.lora_A, o.lora_B, u, seed, o.scale, point.p, needs, point.dtype, self.config)
+        else:
+            launch.forward(o.x, o.weight, o.lora_A, o.lora_B, None, seed, o.scale, point.p, point.grid != "decode", self.config)
+
+
+@dataclasses.dataclass(frozen=True)
+class CaseJob:
+    """The launches of a parity case, on CPU tensors that pass for a GPU's."""
+
+    case: Any
+
+    def launch(self, arch: Arch) -> None:
+        from lora_kernels import dispatch, parity
+
+        before, dispatch.arch_of = dispatch.arch_of, lambda device: (arch, "")
+        try:
+            parity.evaluate(self.case, parity.inputs(self.case, torch.device("cpu")), "triton")
+        finally:
+            dispatch.arch_of = before
+
+
+def of_points(points: list[Point], arch: Arch, every: bool) -> list[PointJob]:
+    """Every pass of every kernel arm, each once."""
+    jobs: dict[PointJob, None] = {}
+    for point in points:
+        for forward, backward in variants.choices(point, _standing(point), arch, every)[0].values():
+            jobs.setdefault(PointJob(point, forward, False))
+            if backward is not None:
+                jobs.setdefault(PointJob(point, backward, True))
+    return list(jobs)
+
+
+def of_cases(cases: list) -> list[CaseJob]:
+    return [CaseJob(case) for case in cases if case.impl == "triton"]
+
+
+def run(jobs: list, arch: Arch, seconds: float) -> int:
+    """Compiles what the jobs launch, the same kernel once, for at most ``seconds``; returns how many kernels it compiled.
+
+    What is left over, or fails, is compiled or raised where it is launched.
+    """
+    if arch.kind == "interpreter":
+        return 0
+    start = time.perf_counter()
+    workers = max(1, min(MOST_PROCESSES, (os.cpu_count() or 2) - 1))
+    # Not forked: a fork would share this process's GPU context.
+    pool = concurrent.futures.ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    try:
+        try:
+            kernels = pool.submit(distinct, jobs, arch).result()
+        except Exception as error:  # a convenience: what is wrong with a kernel shows where it is launched
+            say(f"compiling ahead: {type(error).__name__}: {str(error)[:300]}")
+            return 0
+        futures = [pool.submit(compile_one, jobs[job], index, arch) for job, index in kernels]
+        left = max(seconds - (time.perf_counter() - start), 0.0)
+        done, _ = concurrent.futures.wait(futures, timeout=left)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+    errors = [str(future.exception()) for future in done if future.exception()]
+    for text in dict.fromkeys(errors):
+        say(f"compiling ahead: {text[:300]}")
+    compiled = len(done) - len(errors)
+    say(f"compiled {compiled} of {len(kernels)} kernels ahead in {time.perf_counter() - start:.0f} s, {workers} processes")
+    return compiled
+
+
+def distinct(jobs: list, arch: Arch) -> list[tuple[int, int]]:
+    """(job, launch of it) of every kernel that differs from those before it, as far as Triton's cache tells them apart."""
+    found: dict[tuple, tuple[int, int]] = {}
+    for j, job in enumerate(jobs):
+        for i, (kernel, args, options) in enumerate(_launches(job, arch)):
+            constants = tuple((name, getattr(value, "__name__", value)) for name, value in options.items())
+            found.setdefault((kernel.__name__, constants, *map(_signature, args, kernel.params)), (j, i))
+    return list(found.values())
+
+
+def compile_one(job, index: int, arch: Arch) -> None:
+    """Compiles the job's launch number ``index``."""
+    from lora_kernels import compile_only
+
+    kernel, args, options = _launches(job, arch)[index]
+    with compile_only.target(arch):
+        kernel.run(*args, grid=(1,), warmup=True, **options)
+
+
+def _launches(job, arch: Arch) -> list[tuple]:
+    """(kernel, arguments, options) of each launch, none carried out."""
+    from lora_kernels import launch
+
+    seen: list[tuple] = []
+    with launch.intercept(lambda kernel, grid, args, options: seen.append((kernel, args, options))):
+        job.launch(arch)
+    return seen
+
+
+def _signature(value, parameter=None) -> Any:
+    """What of an argument specialises a kernel: dtype and alignment of a tensor; of an integer, whether it is 1 or a multiple of 16."""
+    if isinstance(value, tuple):
+        return tuple(map(_signature, value))
+    if isinstance(value, torch.Tensor):
+        return str(value.dtype), value.data_ptr() % 16 == 0
+    if isinstance(value, int):
+        plain = parameter is not None and parameter.do_not_specialize
+        return "int", value >= 1 << 31, None if plain else (value == 1, value % 16 == 0)
+    if hasattr(value, "block_shape"):
+        return str(value.base.dtype), tuple(value.block_shape)
+    return type(value).__name__
+
+
+def _standing(point: Point) -> Operands:
+    """Operands without storage."""
+    return workloads.empty_operands(point, torch.device("meta"))

@@ -1,0 +1,134 @@
+"""The Markdown table of each section, from its rows; ``brief`` is the README's form. `bench.report` puts them in place."""
+
+from __future__ import annotations
+
+from .table import markdown_table, ratio, significant
+
+COMMANDS = {
+    "cpu": "python -m bench.cpu --out bench/results/cpu.jsonl",
+    **{section: f"python -m bench.device {section} --out bench/results" for section in ("check", "roof", "single", "memory", "host")},
+}
+_TITLES = {
+    "linear": "frozen linear",
+    "peft": "PEFT",
+    "lorafusion": "LoRAFusion's baseline",
+    "addmm-beta1": "addmm, beta = 1",
+    "torch": 'ours, `"torch"`',
+    "torch-no-onednn": 'ours, `"torch"`, torch\'s own linear',
+    "auto": 'ours, `"auto"`',
+    "triton": 'ours, `"triton"`',
+}
+_PASSES = {"forward": "forward", "backward": "backward", "both": "forward + backward"}
+
+
+def title(arm: str) -> str:
+    return _TITLES.get(arm, arm)
+
+
+def cpu(rows: list[dict], brief: bool) -> str:
+    """PEFT against the chain; in full every pass with its spread."""
+    header = ["dtype", "dropout", "layer", "tokens", "frozen linear, ms", "PEFT, ms", "ours, ms"]
+    header = [*([] if brief else ["pass"]), *header, "PEFT / ours", "PEFT / ours on torch's own linear"]
+    lines = []
+    for key, by_arm in _points(rows, ("dtype", "p", "layer", "M", "what")):
+        dtype, p, layer, M, what = key
+        if brief and what != "both":
+            continue
+        cells = [dtype, f"{p:g}", layer, M, *(_ms(by_arm.get(arm), brief) for arm in ("linear", "peft", "torch"))]
+        cells += [ratio(by_arm[arm]["speedup_over_peft"]) if arm in by_arm else "" for arm in ("torch", "torch-no-onednn")]
+        lines.append(cells if brief else [_PASSES[what], *cells])
+    if not brief:
+        lines.sort(key=lambda line: list(_PASSES.values()).index(line[0]))
+    spread = "Forward + backward, medians" if brief else "Medians, with the 20th and 80th percentile"
+    rounds = sorted({row["rounds"] for row in rows})
+    span = f"{rounds[0]} to {rounds[-1]}" if len(rounds) > 1 else f"{rounds[0]}"
+    ranks = ", ".join(f"{r}" for r in sorted({row["r"] for row in rows}))
+    return f"{spread} of {span} interleaved rounds, r = {ranks}.\n\n" + markdown_table(header, lines, left=3 if brief else 4)
+
+
+def single(rows: list[dict], brief: bool) -> str:
+    """Times over the frozen linear's; in brief the training of the smaller model at one rank, and the fewest arms."""
+    left_out = sum(row["what"] == "left out" for row in rows)
+    rows = [row for row in rows if row["ms"]]
+    if brief:
+        rows = [row for row in rows if row["what"] == "both" and row["grid"] == "train" and row["r"] == 16]
+        rows = [row for row in rows if row["arm"] in ("linear", "peft", "torch", "auto", "triton") and not row["layer"].startswith("70B")]
+    arms = [arm for arm in dict.fromkeys(row["arm"] for row in rows) if arm != "linear"]
+    lines = []
+    for key, by_arm in _points(rows, ("grid", "launch", "layer", "K", "N", "M", "r", "p", "what")):
+        grid, launch, layer, K, N, M, r, p, what = key
+        floor = by_arm.get("linear")
+        cells = [f"{layer} {K}->{N}", M, r, f"{p:g}", _ms(floor, brief)]
+        cells += [ratio(by_arm[arm]["over_linear"]) if arm in by_arm else "" for arm in arms]
+        lines.append(cells if brief else [f"{grid}, {launch}", _PASSES[what], *cells])
+    header = ["layer", "tokens", "r", "dropout", "frozen linear, ms", *map(title, arms)]
+    text = f"{'Forward + backward' if brief else 'Each pass'}: median time as a multiple of the frozen linear's, L2 cold, random data."
+    text += f" Points left out for want of time: {left_out}." if left_out and not brief else ""
+    return f"{text}\n\n" + (markdown_table(header, lines) if brief else markdown_table(["grid", "pass", *header], lines, left=3))
+
+
+def memory(rows: list[dict], brief: bool) -> str:
+    """MiB per layer."""
+    arms = [arm for arm in dict.fromkeys(row["arm"] for row in rows) if not brief or arm in ("peft", "torch", "auto", "triton")]
+    lines = []
+    for (layer, K, N, M, r, p), by_arm in _points(rows, ("layer", "K", "N", "M", "r", "p")):
+        lines.append([f"{layer} {K}->{N}", M, r, f"{p:g}", *(_mib(by_arm.get(arm)) for arm in arms)])
+    peak = " / peak of forward and backward above what was in use before" if any(row["peak_bytes"] is not None for row in rows) else ""
+    header = ["layer", "tokens", "r", "dropout", *map(title, arms)]
+    return f"MiB: saved for backward besides the operands{peak}.\n\n" + markdown_table(header, lines)
+
+
+def host(rows: list[dict], brief: bool) -> str:
+    """Microseconds of host time a call."""
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    lines = []
+    for (what, p), by_arm in _points(rows, ("what", "p")):
+        lines.append([_PASSES[what], f"{p:g}", *(f"{by_arm[arm]['us']['p50']:.0f}" if arm in by_arm else "" for arm in arms)])
+    return "Median host time of an eager call in microseconds.\n\n" + markdown_table(["pass", "dropout", *map(title, arms)], lines)
+
+
+def roof(rows: list[dict], brief: bool) -> str:
+    """The copy rate and the matmul rates."""
+    lines = []
+    for row in rows:
+        if row["what"] == "copy":
+            lines.append(["device-to-device copy", significant(row["ms"]["p50"]), f"{row['gbs']:.0f} GB/s"])
+        elif not brief or row["layer"] == "square":
+            shape = f"{row['layer']} {row['M']}x{row['K']}->{row['N']}"
+            lines.append([shape, significant(row["ms"]["p50"]), f"{row['tflops']:.3g} TFLOP/s"])
+    return markdown_table(["", "ms", "rate"], lines)
+
+
+def check(rows: list[dict], brief: bool) -> str:
+    """The verdict, and in full the cases nearest to the tolerance."""
+    verdict = next(row for row in reversed(rows) if row["what"] == "verdict")
+    cases = sorted((row for row in rows if row["what"] == "case"), key=lambda row: -row["ratio"])
+    text = f"{verdict['detail']}; the largest error is {significant(verdict['ratio'])} of what is allowed."
+    if brief:
+        return text
+    return f"{text}\n\n" + markdown_table(["case", "error / allowed"], [[row["name"], row["ratio"]] for row in cases[:10]])
+
+
+RENDERERS = {"cpu": cpu, "check": check, "roof": roof, "single": single, "memory": memory, "host": host}
+
+
+def _points(rows: list[dict], keys: tuple[str, ...]):
+    """(values of the keys, rows by arm), in the rows' order."""
+    points: dict[tuple, dict[str, dict]] = {}
+    for row in rows:
+        points.setdefault(tuple(row[key] for key in keys), {})[row["arm"]] = row
+    return points.items()
+
+
+def _ms(row: dict | None, brief: bool) -> str:
+    if row is None:
+        return ""
+    p20, p50, p80 = (significant(row["ms"][q]) for q in ("p20", "p50", "p80"))
+    return p50 if brief else f"{p50} ({p20}-{p80})"
+
+
+def _mib(row: dict | None) -> str:
+    if row is None or row["saved_bytes"] is None:
+        return ""
+    sizes = [row["saved_bytes"]] + ([row["peak_bytes"]] if row["peak_bytes"] is not None else [])
+    return " / ".join(significant(size / (1 << 20)) if size else "0" for size in sizes)

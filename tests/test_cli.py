@@ -1,0 +1,61 @@
+"""The command line: exit codes, and what it prints."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from lora_kernels import cli, parity
+
+ON_GPU = torch.cuda.is_available()
+
+
+def run(*args: str):
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return subprocess.run([sys.executable, "-m", "lora_kernels", *args], capture_output=True, text=True, env=env, timeout=600)
+
+
+def test_info():
+    out = run("info")
+    assert out.returncode == 0 and "torch      yes" in out.stdout and torch.__version__ in out.stdout
+    assert ("triton     yes" if ON_GPU else "triton     no: the tensors are on cpu") in out.stdout
+
+
+def test_check_quick():
+    out = run("check", "--quick")
+    assert out.returncode == 0, out.stdout + out.stderr
+    assert "BAD" not in out.stdout and "u awaited" in out.stdout and "dropout mask, exact" in out.stdout
+    assert ("interpreter" in out.stdout) == (not ON_GPU)
+
+
+def test_check_is_red_on_a_wrong_kernel(monkeypatch, capsys):
+    monkeypatch.setattr(parity, "run_all", lambda *args: [parity.Result("a case", False, 3.0, "y uses 3.00 of its budget")])
+    assert cli.main(["check"]) == 1
+    assert "BAD  a case" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("args", [[], ["unknown"], ["compile", "--arch"]])
+def test_usage_errors(args):
+    out = run(*args)
+    assert out.returncode == 2 and "usage:" in out.stderr
+
+
+def test_help_teaches():
+    out = run("--help")
+    assert out.returncode == 0
+    for word in ("info", "check", "compile", "demo", "float64 reference", "no GPU needed"):
+        assert word in out.stdout
+    assert "Triton's interpreter" in run("check", "--help").stdout
+
+
+def test_compile_refuses_unknown_architectures():
+    out = run("compile", "--arch", "hopper")
+    assert out.returncode == 2 and "wanted a name such as sm_90 or gfx942, got 'hopper'" in out.stderr
+
+
+def test_compile_prints_a_table():
+    out = run("compile", "--arch", "sm_90")
+    assert out.returncode == 0, out.stderr
+    assert "wgmma" in out.stdout and "spills: 0" in out.stdout

@@ -1,0 +1,117 @@
+"""What the compiler makes of every kernel, for each architecture, in processes of their own (the rest of the suite interprets)."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from lora_kernels.tuning import Arch
+
+WANTED = {"sm_80": "mma", "sm_86": "mma", "sm_89": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "sm_120": "mma", "gfx942": "mfma"}
+
+
+def run(*command: str) -> subprocess.CompletedProcess:
+    env = {**os.environ, "TRITON_INTERPRET": "0"}
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=env, timeout=900)
+
+
+@pytest.mark.parametrize("arch", WANTED)
+def test_every_heuristic_config(arch):
+    """No spills, within the chip's shared memory, on the chip's own matmul instruction; TMA where there is one."""
+    out = run("-m", "lora_kernels", "compile", "--arch", arch, "--json")
+    assert out.returncode == 0, out.stdout[-2000:] + out.stderr[-2000:]
+    reports = [json.loads(line) for line in out.stdout.splitlines()]
+    assert {r["kernel"].split()[0] for r in reports} == {"shrink", "expand", "wgrad"}
+    assert {r["kernel"] for r in reports} >= {"expand given", "expand loop"}
+    for r in reports:
+        assert r["spills"] == 0, r
+        assert r["shared"] <= Arch.parse(arch).shared_memory, r
+        assert r["registers"] > 16, f"an empty kernel: {r}"
+        if r["dtype"] == "bfloat16":
+            assert r["matmul"], r
+    gemms = [r for r in reports if r["kernel"] == "expand given" and r["dtype"] == "bfloat16" and "M=8192" in r["label"]]
+    assert len(gemms) >= 4
+    for r in gemms:
+        assert r["matmul"] == WANTED[arch], r
+        assert r["tma"] == (Arch.parse(arch).kind == "cuda" and Arch.parse(arch).capability >= (9, 0)), r
+
+
+VARIANTS = """
+import json, sys, torch
+from lora_kernels.compile_only import compile_pass
+from lora_kernels.problem import Problem
+from lora_kernels.tuning import Arch, Config, Expand, why_not
+arch = Arch.parse(sys.argv[1])
+large = dict(block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=3, tma=True)
+variants = dict(
+    given=Expand(**large), persistent=Expand(**large, persistent=True), loop=Expand(**large, u="loop"),
+    awaited=Expand(**large, u="awaited"),
+    awaited_persistent=Expand(**large, u="awaited", persistent=True), library=Expand(base="library"),
+    warp_specialize=Expand(**large | dict(num_warps=4), warp_specialize=True),
+    warp_specialize_persistent=Expand(**large | dict(num_warps=4), warp_specialize=True, persistent=True),
+)
+for name, expand in variants.items():
+    for backward in (False, True):
+        for R in (16, 96):
+            problem = Problem(8192, 4096, 4096, R, torch.bfloat16)
+            problem = problem.backward() if backward else problem
+            config = Config(expand=expand)
+            if why_not(config, problem, arch) is None:
+                for report in compile_pass(problem, arch, config, name, backward):
+                    if "expand" in report.kernel:
+                        print(json.dumps(report.as_dict() | {"backward": backward, "R": R}))
+"""
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
+def test_variants_that_a_gpu_will_choose_between(arch):
+    """Each source of u, persistent or not, and warp specialisation compile to the chip's matmul instruction and fit it."""
+    out = run("-c", VARIANTS, arch)
+    assert out.returncode == 0, out.stderr[-2000:]
+    reports = [json.loads(line) for line in out.stdout.splitlines()]
+    labels = {r["label"] for r in reports}
+    assert labels >= {
+        "given",
+        "persistent",
+        "loop",
+        "awaited",
+        "awaited_persistent",
+        "library",
+        "warp_specialize",
+        "warp_specialize_persistent",
+    }
+    for r in reports:
+        assert r["matmul"] == WANTED[arch] and r["shared"] <= r["shared_limit"], r
+        if (r["label"] in ("given", "loop", "awaited") and r["R"] == 16) or (arch == "sm_90" and "warp" in r["label"]):
+            assert r["spills"] == 0, r
+
+
+def test_compiling_needs_no_interpreter():
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    out = subprocess.run([sys.executable, "-m", "lora_kernels", "compile"], capture_output=True, text=True, env=env)
+    assert out.returncode == 2 and "TRITON_INTERPRET unset" in out.stderr
+
+
+def test_one_compilation_serves_every_length_scale_and_probability():
+    code = """
+import torch
+from lora_kernels import compile_only, launch
+from lora_kernels.tuning import Arch, Config
+from lora_kernels.kernels.shrink import shrink
+from lora_kernels.kernels.expand import expand
+from lora_kernels.kernels.wgrad import wgrad
+bf16 = dict(dtype=torch.bfloat16)
+w, A, B = torch.empty(256, 512, **bf16), torch.empty(16, 512, **bf16), torch.empty(256, 16, **bf16)
+def run():
+    for M, scale, p in ((4096, 1.0, 0.1), (4097, 0.5, 0.2), (8000, 2.0, 0.5), (131072, 3.0, 0.9)):
+        x, dy, u = torch.empty(M, 512, **bf16), torch.empty(M, 256, **bf16), torch.empty(M, 16, **bf16)
+        launch.forward(x, w, A, B, None, torch.tensor(1), scale, p, True, Config())
+        launch.backward(dy, x, w, A, B, u, torch.tensor(1), scale, p, (True, True, True), torch.bfloat16, Config())
+compile_only.compile_calls(run, Arch.parse("sm_80"), "")
+print([sum(len(cache[0]) for cache in kernel.device_caches.values()) for kernel in (shrink, expand, wgrad)])
+"""
+    out = run("-c", code)
+    assert out.returncode == 0, out.stderr[-2000:]
+    assert out.stdout.strip() == "[2, 2, 2]", "one for each of the two uses of a body"

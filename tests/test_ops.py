@@ -1,0 +1,141 @@
+"""The operators as torch sees them: opcheck, fakes, torch.compile, export, FLOPs."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from lora_kernels import FusedLoRALinear, lora_linear, ops, parity
+from lora_kernels.parity import Case
+
+M, N, K, R = 6, 10, 12, 4
+
+
+def operands(dtype=torch.float32, requires_grad=False):
+    t = parity.inputs(Case(M, N, K, R, dtype), torch.device("cpu"))
+    return [t[name].requires_grad_(requires_grad and name != "weight") for name in ("x", "weight", "lora_A", "lora_B", "bias")], t["dY"]
+
+
+def layouts(x):
+    """The same values contiguous, sliced out of something larger, and dense but permuted."""
+    wide = torch.zeros(x.shape[0], x.shape[1] + 3)
+    wide[:, 1:-2] = x
+    return x, wide[:, 1:-2], x.t().contiguous().t(), x[:0], x.view(2, M // 2, K)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("save_u", [True, False])
+def test_opcheck_forward(impl, p, save_u):
+    (x, W, A, B, b), _ = operands()
+    seed = torch.tensor(3) if p else None
+    for each in layouts(x):
+        torch.library.opcheck(ops.forward_op, (each, W, A, B, b, seed, 0.5, p, save_u, impl, ""))
+    torch.library.opcheck(ops.forward_op, (x, W, A, B, None, seed, 0.5, p, save_u, impl, ""))
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize(
+    "needs", [(True, True, True, True), (True, False, False, False), (False, True, False, False), (False, False, True, False)]
+)
+def test_opcheck_backward(impl, needs):
+    (x, W, A, B, _), dY = operands()
+    u = torch.randn(M, R)
+    need_dx, need_da, need_db, _ = needs
+    for dy in (dY, dY.t().contiguous().t(), dY[:1, :1].expand(M, N)):
+        args = (
+            x if need_da else None, W if need_dx else None, A if need_dx else None, B if need_dx or need_da else None,
+            u if need_db else None, torch.tensor(3),
+        )  # fmt: skip
+        torch.library.opcheck(ops.backward_op, (dy, *args, 0.5, 0.3, *needs, torch.float32, impl, ""))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_compile_fullgraph(backend, p):
+    args, dY = operands(requires_grad=True)
+
+    def step(x, W, A, B, b, seed):
+        return lora_linear(x, W, A, B, b, scale=0.5, dropout_p=p, training=True, seed=seed, impl="torch").relu()
+
+    seed = torch.tensor(8)
+    compiled = torch.compile(step, fullgraph=True, backend=backend)
+    wanted, got = step(*args, seed), compiled(*args, seed)
+    torch.testing.assert_close(got, wanted)
+    leaves = [args[i] for i in (0, 2, 3, 4)]
+    for ours, theirs in zip(torch.autograd.grad(got, leaves, dY), torch.autograd.grad(wanted, leaves, dY), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_compile_draws_seeds_from_torchs_generator():
+    args, _ = operands()
+    compiled = torch.compile(lambda *a: lora_linear(*a, dropout_p=0.5, training=True), fullgraph=True, backend="aot_eager")
+    torch.manual_seed(1)
+    first, second = compiled(*args), compiled(*args)
+    torch.manual_seed(1)
+    assert torch.equal(first, compiled(*args)) and not torch.equal(first, second)
+
+
+def test_compile_of_a_module_has_no_graph_break_and_no_recompile_per_length():
+    model = torch.nn.Sequential(FusedLoRALinear(K, N, r=R), torch.nn.ReLU(), FusedLoRALinear(N, K, r=R, lora_dropout=0.1))
+    assert torch._dynamo.explain(model)(torch.randn(M, K)).graph_break_count == 0
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(model, backend=counter, dynamic=True)
+    for length in (5, 6, 7, 100, 333):
+        assert compiled(torch.randn(length, K)).shape == (length, K)
+    assert counter.frame_count == 1
+
+
+def test_fake_tensors_of_another_device():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        x, W = torch.empty(2, 7, K, device="cuda", dtype=torch.bfloat16), torch.empty(N, K, device="cuda", dtype=torch.bfloat16)
+        A, B = torch.empty(R, K, device="cuda", dtype=torch.bfloat16), torch.empty(N, R, device="cuda", dtype=torch.bfloat16)
+        y = lora_linear(x, W, A, B)
+        assert y.shape == (2, 7, N) and y.device.type == "cuda" and y.dtype == torch.bfloat16
+        with pytest.raises(ValueError, match="weight: wanted x's device cuda:0, got cpu"):
+            lora_linear(x, torch.empty(N, K, dtype=torch.bfloat16), A, B)
+
+
+def test_meta_tensors_infer_shapes():
+    (x, W, A, B, b), _ = operands()
+    y = lora_linear(*(t.to("meta") for t in (x, W, A, B, b)))
+    assert y.is_meta and y.shape == (M, N)
+
+
+def test_export():
+    model = FusedLoRALinear(K, N, r=R, init_lora_weights=False).eval()
+    x = torch.randn(M, K)
+    exported = torch.export.export(model, (x,))
+    torch.testing.assert_close(exported.module()(x), model(x))
+    assert any("lora_kernels.forward" in str(node.target) for node in exported.graph.nodes)
+
+
+def test_flops_are_counted():
+    args, _ = operands(requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        y = lora_linear(*args)
+    assert counter.get_total_flops() == 2 * M * (N * K + R * (N + K))
+    with FlopCounterMode(display=False) as counter:
+        y.sum().backward()
+    assert counter.get_total_flops() == 2 * M * (N * K + R * (N + K)) + 2 * M * R * (N + K)
+
+
+def test_one_registered_boundary_a_pass():
+    """A call enters one operator forward and one backward: boundaries cost microseconds each."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    args, dY = operands(requires_grad=True)
+    with Record():
+        y = lora_linear(*args, impl="torch")
+        torch.autograd.grad(y, [args[0], args[2], args[3]], dY)
+    ours = [name for name in seen if name.startswith("lora_kernels")]
+    assert ours == ["lora_kernels.forward.default", "lora_kernels.backward.default"]

@@ -1,0 +1,114 @@
+"""Configurations as values: validity in one sentence, a heuristic that always answers, tables with sources."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lora_kernels.problem import Problem
+from lora_kernels.tuning import Arch, Config, Expand, Shrink, Wgrad, heuristic, lookup, rank_block, resolve, tables, why_not
+
+ARCHS = [Arch.parse(name) for name in ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx90a", "interpreter")]
+PROBLEM = Problem(4096, 4096, 4096, 16, torch.bfloat16)
+
+
+def test_a_config_survives_its_key():
+    config = Config(Shrink(16, 64, 3, 8, 2), Expand(u="awaited", tma=True, persistent=True), Wgrad(split=5))
+    assert Config.from_key(config.key()) == config and hash(config) == hash(Config.from_key(config.key()))
+    with pytest.raises(AttributeError):
+        config.shrink = Shrink()
+
+
+@pytest.mark.parametrize("arch", ARCHS, ids=lambda a: a.name)
+def test_the_heuristic_always_answers_with_something_valid(arch):
+    for M, N, K, R, dtype, dropout, major, aligned in itertools.product(
+        (1, 16, 17, 64, 65, 512, 8192, 1 << 20), (1, 40, 4096), (1, 40, 14336), (1, 16, 65, 512),
+        (torch.float16, torch.float32), ("", "x"), ("k", "n", ""), (True, False),
+    ):  # fmt: skip
+        problem = Problem(M, N, K, R, dtype, dropout, w_major=major, aligned=aligned)
+        for each in (problem, problem.backward()):
+            config, origin = resolve(each, arch)
+            assert why_not(config, each, arch) is None and origin in ("heuristic", "table")
+
+
+def test_an_unknown_gpu_is_answered_too():
+    future = Arch.cuda(13, 7)
+    assert why_not(heuristic(PROBLEM, future), PROBLEM, future) is None
+
+
+@pytest.mark.parametrize(
+    "config, problem, arch, sentence",
+    [
+        (Config(expand=Expand(tma=True)), PROBLEM, "sm_80", "bulk tensor copy engine"),
+        (Config(expand=Expand(tma=True)), replace(PROBLEM, aligned=False), "sm_90", "16-byte aligned"),
+        (Config(expand=Expand(u="loop")), replace(PROBLEM, R=129), "sm_90", "ranks up to 128, got 129"),
+        (Config(expand=Expand(base="library", u="loop")), PROBLEM, "sm_90", "no K loop"),
+        (Config(expand=Expand(256, 256, 128, num_stages=4)), PROBLEM, "sm_90", "bytes of shared memory"),
+        (Config(expand=Expand(128, 256, 64, num_stages=4)), PROBLEM, "sm_86", "bytes of shared memory"),
+        (Config(shrink=Shrink(64)), replace(PROBLEM, dropout="x"), "sm_90", "triton #9433|register operand"),
+        (Config(wgrad=Wgrad(64, 64)), replace(PROBLEM, dropout="uv"), "sm_90", "wgrad with dropout"),
+        (Config(expand=Expand(warp_specialize=True, tma=True)), PROBLEM, "sm_90", "needs num_warps=4, got 8"),
+        (Config(expand=Expand(warp_specialize=True, tma=True, num_warps=4)), PROBLEM, "sm_120", "needs sm_90 or sm_100"),
+        (
+            Config(expand=Expand(warp_specialize=True, tma=True, num_warps=4)),
+            replace(PROBLEM, R=12),
+            "sm_90",
+            "r a multiple of 8, got r = 12",
+        ),
+        (Config(expand=Expand(num_warps=3)), PROBLEM, "sm_90", "expand.num_warps must be 1, 2, 4, 8 or 16, got 3"),
+        (Config(), replace(PROBLEM, dtype=torch.float64), "sm_90", "do not take float64"),
+    ],
+)
+def test_why_not(config, problem, arch, sentence):
+    import re
+
+    answer = why_not(config, problem, Arch.parse(arch))
+    assert answer and re.search(sentence, answer), answer
+
+
+@pytest.mark.parametrize("rank, wanted", [(1, 16), (16, 16), (17, 32), (64, 64), (65, 128), (512, 128)])
+def test_rank_block(rank, wanted):
+    assert rank_block(rank) == wanted
+
+
+def test_arch_names():
+    assert [Arch.parse(name).name for name in ("sm_90", "sm_90a", "sm_120", "gfx942", "gfx90a")] == [
+        "sm_90",
+        "sm_90",
+        "sm_120",
+        "gfx942",
+        "gfx90a",
+    ]
+    for bad in ("90", "sm_", "hopper", "sm_x"):
+        with pytest.raises(ValueError, match="arch: wanted a name such as"):
+            Arch.parse(bad)
+
+
+def test_every_row_is_valid_and_says_what_it_rests_on():
+    for row in tables.ROWS:
+        arch = Arch.cuda(*row.capability)
+        problem = Problem(row.tokens[0], row.N, row.K, row.rank[0], torch.bfloat16, "x" if row.dropout else "")
+        assert why_not(row.config, problem, arch) is None
+        assert row.source.startswith("bench/results/")
+
+
+def test_a_row_goes_before_the_heuristic(monkeypatch):
+    config = Config(Shrink(16, 64), Expand(64, 64, 64), Wgrad(32, 32))
+    row = tables.Row((9, 0), (1, 10000), 4096, 4096, (1, 33), False, 2, "triton", config, "bench/results/x.jsonl")
+    monkeypatch.setattr(tables, "ROWS", (row,))
+    assert resolve(PROBLEM, Arch.parse("sm_90")) == (config, "table")
+    for other, arch in (
+        (replace(PROBLEM, M=10000), "sm_90"),
+        (replace(PROBLEM, R=33), "sm_90"),
+        (PROBLEM, "sm_80"),
+        (replace(PROBLEM, N=8), "sm_90"),
+    ):
+        assert lookup(other, Arch.parse(arch)) is None and resolve(other, Arch.parse(arch))[1] == "heuristic"
+
+
+def test_backward_problem_swaps_and_comes_back():
+    problem = replace(PROBLEM, N=3, K=5, dropout="x")
+    back = problem.backward()
+    assert (back.N, back.K, back.w_major, back.dropout) == (5, 3, "n", "uv")
+    assert problem.flops == 2 * 4096 * (15 + 16 * 8)
