@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import subprocess
 import sys
 import time
 
@@ -81,11 +82,13 @@ def run_check(args) -> int:
     import torch
 
     device = torch.device("cuda" if args.device == "auto" and torch.cuda.is_available() else args.device.replace("auto", "cpu"))
-    if device.type == "cpu":
-        os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are defined, which the next import does
-    from . import parity
+    from . import dispatch, parity
     from .problem import UnsupportedError
 
+    if device.type == "cpu" and not dispatch.interpreting():
+        # Triton reads the variable when it is imported, and torch may have imported it already: a process of its own.
+        command = [sys.executable, "-m", "lora_kernels", "check", "--device", "cpu", *(["--quick"] if args.quick else [])]
+        return subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}).returncode
     where = "in Triton's interpreter" if device.type == "cpu" else f"on {torch.cuda.get_device_name(device)}"
     print(f"kernels against float64 {where}; budget: twice torch's own error in the same dtype, plus two roundings")
     start = time.perf_counter()

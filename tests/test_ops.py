@@ -8,16 +8,17 @@ from lora_kernels import FusedLoRALinear, lora_linear, ops, parity
 from lora_kernels.parity import Case
 
 M, N, K, R = 6, 10, 12, 4
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def operands(dtype=torch.float32, requires_grad=False):
-    t = parity.inputs(Case(M, N, K, R, dtype), torch.device("cpu"))
+    t = parity.inputs(Case(M, N, K, R, dtype), DEVICE)
     return [t[name].requires_grad_(requires_grad and name != "weight") for name in ("x", "weight", "lora_A", "lora_B", "bias")], t["dY"]
 
 
 def layouts(x):
     """The same values contiguous, sliced out of something larger, and dense but permuted."""
-    wide = torch.zeros(x.shape[0], x.shape[1] + 3)
+    wide = torch.zeros(x.shape[0], x.shape[1] + 3, device=DEVICE)
     wide[:, 1:-2] = x
     return x, wide[:, 1:-2], x.t().contiguous().t(), x[:0], x.view(2, M // 2, K)
 
@@ -27,7 +28,7 @@ def layouts(x):
 @pytest.mark.parametrize("save_u", [True, False])
 def test_opcheck_forward(impl, p, save_u):
     (x, W, A, B, b), _ = operands()
-    seed = torch.tensor(3) if p else None
+    seed = torch.tensor(3, device=DEVICE) if p else None
     for each in layouts(x):
         torch.library.opcheck(ops.forward_op, (each, W, A, B, b, seed, 0.5, p, save_u, impl, ""))
     torch.library.opcheck(ops.forward_op, (x, W, A, B, None, seed, 0.5, p, save_u, impl, ""))
@@ -39,12 +40,12 @@ def test_opcheck_forward(impl, p, save_u):
 )
 def test_opcheck_backward(impl, needs):
     (x, W, A, B, _), dY = operands()
-    u = torch.randn(M, R)
+    u = torch.randn(M, R, device=DEVICE)
     need_dx, need_da, need_db, _ = needs
     for dy in (dY, dY.t().contiguous().t(), dY[:1, :1].expand(M, N)):
         args = (
             x if need_da else None, W if need_dx else None, A if need_dx else None, B if need_dx or need_da else None,
-            u if need_db else None, torch.tensor(3),
+            u if need_db else None, torch.tensor(3, device=DEVICE),
         )  # fmt: skip
         torch.library.opcheck(ops.backward_op, (dy, *args, 0.5, 0.3, *needs, torch.float32, impl, ""))
 
@@ -57,7 +58,7 @@ def test_compile_fullgraph(backend, p):
     def step(x, W, A, B, b, seed):
         return lora_linear(x, W, A, B, b, scale=0.5, dropout_p=p, training=True, seed=seed, impl="torch").relu()
 
-    seed = torch.tensor(8)
+    seed = torch.tensor(8, device=DEVICE)
     compiled = torch.compile(step, fullgraph=True, backend=backend)
     wanted, got = step(*args, seed), compiled(*args, seed)
     torch.testing.assert_close(got, wanted)

@@ -7,6 +7,7 @@ from lora_kernels import UnsupportedError, explain, lora_linear
 from lora_kernels.tuning import Config, Expand, Shrink
 
 M, N, K, R = 4, 6, 8, 3
+DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def arguments(**changed):
@@ -14,7 +15,8 @@ def arguments(**changed):
         "x": torch.randn(M, K), "weight": torch.randn(N, K), "lora_A": torch.randn(R, K), "lora_B": torch.randn(N, R),
         "bias": torch.randn(N),
     }  # fmt: skip
-    return args | changed
+    args |= changed
+    return {name: v.to(DEVICE) if isinstance(v, torch.Tensor) and not v.is_meta else v for name, v in args.items()}
 
 
 class Segments:
@@ -35,7 +37,7 @@ CASES = [
     ({"weight": torch.randn(N, K).to_sparse()}, UnsupportedError, "weight: wanted a dense tensor, got layout torch.sparse_coo"),
     ({"weight": torch.quantize_per_tensor(torch.randn(N, K), 0.1, 0, torch.qint8)}, UnsupportedError, "weight: .*quantised.*qint8"),
     ({"weight": torch.ones(N, K, dtype=torch.uint8)}, TypeError, "weight: wanted float16.*got torch.uint8"),
-    ({"weight": torch.randn(N, K, device="meta")}, ValueError, "weight: wanted x's device cpu, got meta"),
+    ({"weight": torch.randn(N, K, device="meta")}, ValueError, f"weight: wanted x's device {DEVICE}, got meta"),
     ({"lora_A": torch.randn(R, K + 1)}, ValueError, r"lora_A: wanted shape \[r, 8\] to match weight \[6, 8\], got \[3, 9\]"),
     ({"lora_A": torch.randn(K, R)}, ValueError, r"lora_A: .*got \[8, 3\]; it looks transposed"),
     ({"lora_A": torch.randn(R, K).half()}, TypeError, "lora_A: wanted x's dtype torch.float32 or float32, got torch.float16"),
@@ -57,7 +59,7 @@ CASES = [
     ({"seed": torch.tensor([1, 2])}, TypeError, r"seed: wanted an int64 tensor with one element, got torch.int64 of shape \[2\]"),
     ({"seed": torch.tensor(1.0)}, TypeError, "seed: wanted an int64 tensor with one element, got torch.float32"),
     ({"seed": 1 << 64}, ValueError, "seed: wanted an int that fits 64 bits, got 18446744073709551616"),
-    ({"seed": torch.tensor(1, device="meta")}, ValueError, "seed: wanted x's device cpu, got meta"),
+    ({"seed": torch.tensor(1, device="meta")}, ValueError, f"seed: wanted x's device {DEVICE}, got meta"),
     ({"segments": Segments()}, UnsupportedError, "segments: wanted None, got Segments"),
     ({"impl": "cuda"}, ValueError, "impl: wanted one of auto, triton, torch, reference, got 'cuda'"),
     ({"config": {}}, TypeError, "config: wanted a lora_kernels.tuning.Config or None, got dict"),
@@ -81,14 +83,14 @@ def test_refused(function, changed, error, match):
 
 def test_triton_on_a_cpu_says_what_is_missing(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
+    args = {name: t.cpu() for name, t in arguments().items()}
     with pytest.raises(UnsupportedError, match="the tensors are on cpu; the kernels need a GPU, or TRITON_INTERPRET=1"):
-        lora_linear(**arguments(), impl="triton")
-    assert "need a GPU" in explain(**arguments()).why["triton"]
+        lora_linear(**args, impl="triton")
+    assert "need a GPU" in explain(**args).why["triton"]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU bfloat16 is served, not refused")
 def test_bfloat16_in_the_interpreter_is_refused_not_wrong():
-    if torch.cuda.is_available():
-        pytest.skip("on a GPU bfloat16 is served")
     args = {name: t.bfloat16() for name, t in arguments().items()}
     with pytest.raises(UnsupportedError, match="bfloat16 bit patterns"):
         lora_linear(**args, impl="triton")

@@ -1,0 +1,161 @@
+"""Where a GPU is: bfloat16, large shapes, 64-bit offsets, graphs, streams, repeats. The parity cases of test_kernels run there too."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lora_kernels import FusedLoRALinear, explain, lora_linear, parity
+from lora_kernels.parity import Case, run_case
+from lora_kernels.tuning import Config, Expand, why_not
+
+pytestmark = pytest.mark.cuda
+CUDA = torch.device("cuda")
+LAYER = Case(1000, 1024, 2048, 16, torch.bfloat16)
+
+
+def check(case: Case):
+    result = run_case(case, CUDA)
+    assert result.launches > 0 and result.ok, f"{result.name}: {result.detail} {result.errors}"
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("R", [1, 2, 3, 7, 8, 12, 16, 17, 24, 31, 32, 33, 48, 64, 65, 96, 128, 129, 200, 256, 300, 511, 512])
+def test_rank_sweep(R, p):
+    """Every rank in bfloat16: sm_90's hazard of register operands in pipelined wgmma (triton #9433) would show here."""
+    check(replace(LAYER, R=R, p=p))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("M, N, K", [(1, 4096, 4096), (33, 1024, 4096), (512, 4096, 1024), (4096, 4096, 4096), (777, 1536, 8960)])
+def test_layers(M, N, K, dtype):
+    check(Case(M, N, K, 16, dtype, p=0.1))
+    check(Case(M, N, K, 16, dtype))
+
+
+def test_float32_adapters_on_bfloat16():
+    check(replace(LAYER, adapter_dtype=torch.float32, p=0.1))
+
+
+@pytest.mark.parametrize("u", ["given", "loop", "awaited"])
+def test_a_thousand_repeats_bit_for_bit(u):
+    case = replace(LAYER, M=600, p=0.1 if u == "given" else 0.0, config=Config(expand=Expand(128, 128, 64, u=u, persistent=True)))
+    tensors = parity.inputs(case, CUDA)
+    first = parity.evaluate(case, tensors, "triton")
+    for _ in range(1000 if u == "awaited" else 100):
+        for ours, again in zip(first, parity.evaluate(case, tensors, "triton"), strict=True):
+            assert torch.equal(ours, again)
+
+
+def test_more_than_2_31_elements():
+    """x of 4 GiB and more: rows past the 32-bit boundary must be the right ones."""
+    K, N, M = 4096, 64, (1 << 31) // 4096 + 100
+    x = torch.randn(1, K, device=CUDA, dtype=torch.bfloat16).repeat(M, 1)
+    x[-1].mul_(2)
+    W, A, B = (torch.randn(*s, device=CUDA, dtype=torch.bfloat16) * 0.02 for s in ((N, K), (8, K), (N, 8)))
+    y = lora_linear(x, W, A, B, impl="triton")
+    few = lora_linear(torch.cat((x[:1], x[-1:])), W, A, B, impl="reference").float()
+    torch.testing.assert_close(torch.stack((y[0], y[-2], y[-1])).float(), few[[0, 0, 1]], rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+def test_cuda_graph_capture_and_replay(impl, p):
+    t = parity.inputs(replace(LAYER, M=64), CUDA)
+    args = [t[name] for name in ("x", "weight", "lora_A", "lora_B", "bias")]
+    for i in (0, 2, 3):
+        args[i] = args[i].requires_grad_()
+
+    def step():
+        y = lora_linear(*args, dropout_p=p, training=True, impl=impl)
+        return [y, *torch.autograd.grad(y, [args[0], args[2], args[3]], t["dY"])]
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outs = step()
+    graph.replay()
+    first = [o.clone() for o in outs]
+    graph.replay()
+    if p:
+        assert not torch.equal(first[0], outs[0]), "each replay draws a new mask"
+    else:
+        with torch.no_grad():
+            args[0].mul_(0.5)
+        graph.replay()
+        torch.testing.assert_close(outs[0].float(), step()[0].float(), rtol=2e-2, atol=2e-2)
+
+
+def test_nothing_waits_for_the_device():
+    t = parity.inputs(LAYER, CUDA)
+    args = [t[name] for name in ("x", "weight", "lora_A", "lora_B", "bias")]
+    lora_linear(*args, dropout_p=0.1, training=True, impl="triton")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        lora_linear(*args, dropout_p=0.1, training=True, impl="triton")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_two_streams_at_once():
+    case = replace(LAYER, config=Config(expand=Expand(128, 128, 64, u="awaited")))
+    tensors = parity.inputs(case, CUDA)
+    wanted = parity.evaluate(case, tensors, "triton")
+    torch.cuda.synchronize()
+    streams, outs = [torch.cuda.Stream() for _ in range(2)], []
+    for _ in range(20):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                outs.append(parity.evaluate(case, tensors, "triton"))
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for out in outs for a, b in zip(out, wanted, strict=True))
+
+
+def test_autocast():
+    layer, x = FusedLoRALinear(256, 128, r=8, init_lora_weights=False, device=CUDA), torch.randn(64, 256, device=CUDA, requires_grad=True)
+    with torch.autocast("cuda", torch.bfloat16):
+        y = layer(x)
+        assert y.dtype == F.linear(x, layer.weight).dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert x.grad.dtype == layer.lora_A.grad.dtype == torch.float32
+
+
+def test_tf32_follows_torchs_switch():
+    case = Case(256, 256, 1024, 16, torch.float32)
+    tensors = parity.inputs(case, CUDA)
+    truth = parity.evaluate(case, tensors, "reference", torch.float64)[0]
+    before = torch.get_float32_matmul_precision()
+    errors = {}
+    try:
+        for setting in ("highest", "high"):
+            torch.set_float32_matmul_precision(setting)
+            errors[setting] = parity.errors(parity.evaluate(case, tensors, "triton")[0], truth)[1]
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert errors["highest"] * 20 < errors["high"]
+
+
+def test_a_16_bit_layer_with_dropout_takes_the_kernels():
+    t = parity.inputs(LAYER, CUDA)
+    args = [t[name] for name in ("x", "weight", "lora_A", "lora_B", "bias")]
+    choice = explain(*args, dropout_p=0.1, training=True)
+    assert choice.arm == "triton" and choice.config is not None
+
+
+def test_warp_specialisation():
+    from lora_kernels.dispatch import device_arch
+    from lora_kernels.problem import Problem
+
+    config = Config(expand=Expand(128, 256, 64, num_warps=4, num_stages=3, tma=True, warp_specialize=True))
+    arch = device_arch(torch.device("cuda", 0))
+    reason = why_not(config, Problem(4096, 4096, 4096, 16, torch.bfloat16), arch)
+    if arch.capability[0] in (9, 10):
+        assert reason is None
+        check(Case(4096, 4096, 4096, 16, torch.bfloat16, config=config))
+    else:
+        assert "warp_specialize" in reason
