@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.metadata
 import os
 from dataclasses import dataclass
 
@@ -52,6 +53,11 @@ def triton_missing() -> str | None:
 
 
 @functools.cache
+def triton_version() -> str:
+    return importlib.metadata.version("triton")
+
+
+@functools.cache
 def device_arch(device: torch.device) -> Arch:
     """The `Arch` of a CUDA or ROCm device, asked of torch once per device."""
     properties = torch.cuda.get_device_properties(device)
@@ -84,7 +90,7 @@ def _choose(p: Problem, device: torch.device, impl: str, key: str, interpreted: 
     config, origin, reason = None, "", why_no_arch
     if arch is not None:
         config, origin = (Config.from_key(key), "explicit") if key else resolve(p, arch)
-        reason = _why_not_triton(config, p, arch) or ""
+        reason = why_not_here(config, p, arch) or ""
     if reason and (impl == "triton" or key):
         raise UnsupportedError(f"impl: 'triton' cannot serve this call: {reason}")
     why = {"reference": "the textbook formula; only where it is named"}
@@ -102,9 +108,12 @@ def _choose(p: Problem, device: torch.device, impl: str, key: str, interpreted: 
     return Choice(arm, config if arm == "triton" else None, why)
 
 
-def _why_not_triton(config: Config, p: Problem, arch: Arch) -> str | None:
+def why_not_here(config: Config, p: Problem, arch: Arch) -> str | None:
+    """`why_not`, and what the Triton of this machine cannot do."""
     if arch.kind == "interpreter" and p.dtype == torch.bfloat16:
         return "Triton's interpreter multiplies bfloat16 bit patterns (triton #11584), so bfloat16 needs a GPU"
+    if config.expand.warp_specialize and arch.capability[0] == 9 and not triton_version().startswith("3.6."):
+        return f"expand.warp_specialize on sm_90 is compiled by Triton 3.6 and not by {triton_version()} (its own pass fails)"
     return why_not(config, p, arch)
 
 

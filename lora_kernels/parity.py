@@ -18,8 +18,8 @@ import torch
 
 from . import philox, problem, reference
 from .autograd import lora_linear
-from .dispatch import arch_of
-from .tuning import Arch, Config, Expand, Shrink, Wgrad, why_not
+from .dispatch import arch_of, why_not_here
+from .tuning import Arch, Config, Expand, Shrink, Wgrad
 
 TENSORS = ("y", "dX", "dA", "dB", "dbias")
 SEED = 0x1234_5678_9ABC
@@ -209,7 +209,7 @@ def _served(case: Case, arch: Arch) -> bool:
         return True
     aligned = case.K % 8 == 0 and case.N % 8 == 0
     forward = problem.Problem(case.M, case.N, case.K, case.R, case.dtype, "x" if case.p else "", aligned=aligned)
-    return all(why_not(case.config, each, arch) is None for each in (forward, forward.backward()))
+    return all(why_not_here(case.config, each, arch) is None for each in (forward, forward.backward()))
 
 
 def run_all(device: torch.device, progress: Callable[[int, int, str], None] | None = None, quick: bool = False) -> list[Result]:

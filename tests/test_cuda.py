@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from lora_kernels import FusedLoRALinear, explain, lora_linear, parity
 from lora_kernels.parity import Case, run_case
-from lora_kernels.tuning import Config, Expand, why_not
+from lora_kernels.tuning import Config, Expand
 
 pytestmark = pytest.mark.cuda
 CUDA = torch.device("cuda")
@@ -148,14 +148,17 @@ def test_a_16_bit_layer_with_dropout_takes_the_kernels():
 
 
 def test_warp_specialisation():
-    from lora_kernels.dispatch import device_arch
+    from lora_kernels import UnsupportedError
+    from lora_kernels.dispatch import device_arch, why_not_here
     from lora_kernels.problem import Problem
 
     config = Config(expand=Expand(128, 256, 64, num_warps=4, num_stages=3, tma=True, warp_specialize=True))
     arch = device_arch(torch.device("cuda", 0))
-    reason = why_not(config, Problem(4096, 4096, 4096, 16, torch.bfloat16), arch)
-    if arch.capability[0] in (9, 10):
-        assert reason is None
-        check(Case(4096, 4096, 4096, 16, torch.bfloat16, config=config))
+    case = Case(4096, 4096, 4096, 16, torch.bfloat16, config=config)
+    reason = why_not_here(config, Problem(4096, 4096, 4096, 16, torch.bfloat16), arch)
+    if reason is None:
+        check(case)
     else:
         assert "warp_specialize" in reason
+        with pytest.raises(UnsupportedError, match="warp_specialize"):
+            run_case(case, CUDA)

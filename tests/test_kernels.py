@@ -209,6 +209,71 @@ print("right")
     assert out.stdout == "right\n", (out.returncode, out.stderr[-2000:])
 
 
+def test_a_lane_equal_to_the_threshold_is_kept():
+    zero = torch.zeros(1, dtype=torch.int64)
+    word = int(philox.philox_4x32((zero,) * 4, (parity.SEED & 0xFFFFFFFF, parity.SEED >> 32))[0])
+    result = parity.mask_result(DEVICE, p=(word & 0xFFFF) / 65536)
+    assert result.ok, result.detail
+
+
+@pytest.mark.parametrize("M, N, K", [(16, 16, 3072), (16, 2048, 16), (2048, 16, 16)])
+def test_long_sums_stay_in_float32(M, N, K):
+    """Sums rounded to float16 from block to block would pass the budget on a short axis."""
+    once = replace(TILES, shrink=replace(TILES.shrink, split=1), wgrad=replace(TILES.wgrad, split=1))
+    check(Case(M, N, K, 4, dtype=torch.float16, config=once))
+
+
+def test_partial_sums_are_float32():
+    partial = []
+
+    def record(kernel, grid, args, options):
+        if kernel.__name__ != "expand" and args[2][0].shape[0] > 1:
+            partial.append(args[2][0].dtype)
+        kernel[grid](*args, **options)
+
+    with launch.intercept(record):
+        check(replace(ODD, M=70, K=70, dtype=torch.float16))
+    assert len(partial) == 4 and set(partial) == {torch.float32}
+
+
+def test_small_sums_are_scaled_before_they_are_rounded():
+    """x A^T near 1e-8 is zero in float16; times a scale of 1e6 it is not."""
+    x, A = torch.full((16, 32), 1e-4, device=DEVICE).half(), torch.full((4, 32), 3e-6, device=DEVICE).half()
+    W, B = torch.zeros(16, 32, device=DEVICE).half(), torch.ones(16, 4, device=DEVICE).half()
+    wanted = 1e6 * x.double() @ A.double().t() @ B.double().t()
+    for u in ("given", "loop", "awaited"):
+        y = lora_linear(x, W, A, B, scale=1e6, impl="triton", config=with_u(u))
+        torch.testing.assert_close(y.double(), wanted, rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize("u", ["given", "loop", "awaited"])
+@pytest.mark.parametrize("N, K", [(32, 21), (21, 32)])
+def test_one_even_axis_beside_an_odd_one(u, N, K):
+    """NaN margins around x, weight and dY: a mask left out on the odd axis alone shows."""
+    check(replace(ODD, N=N, K=K, layout="sliced", config=with_u(u)))
+
+
+def test_tiles_past_32_bits():
+    """Rows 2^26 elements apart: the offsets inside a tile fit 32 bits, the third tile's start does not."""
+    code = """
+import os; os.environ["TRITON_INTERPRET"] = "1"
+import torch
+from lora_kernels import lora_linear
+from lora_kernels.tuning import Config, Expand, Shrink, Wgrad
+stride = 1 << 26
+buffer = torch.empty(32 * stride + 16, dtype=torch.float16)
+x = buffer.as_strided((33, 16), (stride, 1))
+x.copy_(torch.arange(33.)[:, None].expand(33, 16))
+A, B, w = torch.ones(2, 16).half(), torch.ones(5, 2).half(), torch.ones(5, 16).half()
+config = Config(Shrink(16, 16), Expand(16, 16, 16), Wgrad(16, 16))
+y = lora_linear(x, w, A, B, impl="triton", scale=0.5, config=config)
+assert torch.equal(y, (x.sum(1, keepdim=True) * 2).expand(33, 5)), y
+print("right")
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert out.stdout == "right\n", (out.returncode, out.stderr[-2000:])
+
+
 def test_sizes_and_scalars_do_not_recompile():
     """Between calls of other lengths, scales, probabilities and seeds only these may differ, and none is a constexpr."""
     recorded = []
