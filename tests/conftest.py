@@ -21,8 +21,8 @@ def _seeded():
 
 
 def pytest_collection_modifyitems(config, items):
-    """CUDA-marked tests are collected only where a GPU is: a missing GPU is no skip, it is another suite."""
-    if not torch.cuda.is_available():
-        gone = [item for item in items if item.get_closest_marker("cuda")]
-        items[:] = [item for item in items if item not in gone]
-        config.hook.pytest_deselected(items=gone)
+    """Tests marked cuda are collected where a GPU is, tests marked interpreted where none is: no skip, it is another suite."""
+    other = "interpreted" if torch.cuda.is_available() else "cuda"
+    gone = [item for item in items if item.get_closest_marker(other)]
+    items[:] = [item for item in items if not item.get_closest_marker(other)]
+    config.hook.pytest_deselected(items=gone)

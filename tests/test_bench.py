@@ -372,6 +372,7 @@ for grid, every in (("train", {every}), ("decode", False)):
 """
 
 
+@pytest.mark.interpreted
 def test_kernel_arms_compute_what_they_are_named_for():
     pytest.importorskip("triton")
     printed = run_python(KERNELS.format(every="False"), TRITON_INTERPRET="1")

@@ -190,6 +190,7 @@ def test_scaled_dY_beyond_float16_does_not_overflow():
     torch.testing.assert_close(dA.double().cpu(), wanted, rtol=5e-3, atol=wanted.abs().max().item() * 2e-3)
 
 
+@pytest.mark.interpreted
 def test_offsets_past_32_bits():
     """Rows 2^30 elements apart in 4 GiB of untouched address space: 32-bit offsets would fault or read elsewhere."""
     code = """
@@ -253,6 +254,7 @@ def test_one_even_axis_beside_an_odd_one(u, N, K):
     check(replace(ODD, N=N, K=K, layout="sliced", config=with_u(u)))
 
 
+@pytest.mark.interpreted
 def test_tiles_past_32_bits():
     """Rows 2^26 elements apart: the offsets inside a tile fit 32 bits, the third tile's start does not."""
     code = """

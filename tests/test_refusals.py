@@ -89,7 +89,7 @@ def test_triton_on_a_cpu_says_what_is_missing(monkeypatch):
     assert "need a GPU" in explain(**args).why["triton"]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU bfloat16 is served, not refused")
+@pytest.mark.interpreted
 def test_bfloat16_in_the_interpreter_is_refused_not_wrong():
     args = {name: t.bfloat16() for name, t in arguments().items()}
     with pytest.raises(UnsupportedError, match="bfloat16 bit patterns"):
