@@ -33,11 +33,17 @@ def philox_4x32(counter, key, rounds: int = ROUNDS):
     Returns:
         Four int64 tensors of uint32 values.
     """
-    c0, c1, c2, c3 = (c.clone(memory_format=torch.contiguous_format) for c in torch.broadcast_tensors(*counter))
-    p0, p1 = torch.empty_like(c0), torch.empty_like(c0)
+    c0, c1, c2, c3 = counter
     k0, k1 = key
-    for _ in range(rounds):
-        # An int64 product of two uint32 wraps modulo 2^64, so its bits are those of the unsigned product.
+    # An int64 product of two uint32 wraps modulo 2^64, so its bits are those of the unsigned product.
+    mixing = min(rounds, 2)  # the first two rounds meet words that depend on one axis each: they cost next to nothing unbroadcast
+    for _ in range(mixing):
+        p0, p1 = c0 * _MULTIPLIER_0, c2 * _MULTIPLIER_1
+        c0, c1, c2, c3 = ((p1 >> 32) & _WORD) ^ c1 ^ k0, p1 & _WORD, ((p0 >> 32) & _WORD) ^ c3 ^ k1, p0 & _WORD
+        k0, k1 = (k0 + _WEYL_0) & _WORD, (k1 + _WEYL_1) & _WORD
+    c0, c1, c2, c3 = (c.clone(memory_format=torch.contiguous_format) for c in torch.broadcast_tensors(c0, c1, c2, c3))
+    p0, p1 = torch.empty_like(c0), torch.empty_like(c0)
+    for _ in range(rounds - mixing):
         torch.mul(c0, _MULTIPLIER_0, out=p0)
         torch.mul(c2, _MULTIPLIER_1, out=p1)
         torch.bitwise_right_shift(p1, 32, out=c0).bitwise_and_(_WORD).bitwise_xor_(c1).bitwise_xor_(k0)
