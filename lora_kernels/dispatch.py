@@ -162,7 +162,7 @@ def backward_arm(dy, x, weight, lora_A, lora_B, u, dropout_p: float, impl: str, 
         dtype=dy.dtype,
         dropout="uv" if dropout_p else "",
         x_row_major=dy.stride(-1) == 1,
-        w_major="n" if w.stride(1) == 1 else "k" if w.stride(0) == 1 else "",
+        w_major=problem.contiguous_axis(w, "k", "n"),
         aligned=problem.descriptors_possible(dy, w, lora_A, lora_B),
         wide=problem.offsets_pass_int32(dy, w),
     )

@@ -64,9 +64,9 @@ def _backward(dy, x, weight, lora_A, lora_B, u, seed, scale, dropout_p, need_dx,
             dx, da, db = run(dy2, x2, weight, lora_A, lora_B, u, seed, scale, dropout_p, needs, adapter_dtype, chosen)
     nothing = dy.new_empty(0)
     return (
-        dx.view(*dy.shape[:-1], dx.shape[1]) if need_dx and dx is not None else nothing,
-        da if need_da and da is not None else dy.new_empty(0, dtype=adapter_dtype),
-        db if need_db and db is not None else dy.new_empty(0, dtype=adapter_dtype),
+        dx.view(*dy.shape[:-1], dx.shape[1]) if need_dx else nothing,
+        da if need_da else dy.new_empty(0, dtype=adapter_dtype),
+        db if need_db else dy.new_empty(0, dtype=adapter_dtype),
         dy2.sum(0) if need_dbias else dy.new_empty(0),
     )
 

@@ -79,10 +79,14 @@ def descriptors_possible(x: torch.Tensor, w: torch.Tensor, *adapters: torch.Tens
     return tma_aligned(x) and tma_aligned(w) and all(a is None or (a.is_contiguous() and a.data_ptr() % 16 == 0) for a in adapters)
 
 
+def contiguous_axis(t: torch.Tensor, first: str, second: str) -> str:
+    """The name of the axis along which a matrix is contiguous, the second before the first; "" for neither."""
+    return second if t.stride(1) == 1 else first if t.stride(0) == 1 else ""
+
+
 def describe(x, weight, lora_A, lora_B, *, dropout: bool) -> Problem:
     """The forward `Problem` of a checked call; x is ``[M, K]``."""
     N, K = weight.shape
-    w_stride = weight.stride()
     return Problem(
         M=x.shape[0],
         N=N,
@@ -91,7 +95,7 @@ def describe(x, weight, lora_A, lora_B, *, dropout: bool) -> Problem:
         dtype=x.dtype,
         dropout="x" if dropout else "",
         x_row_major=x.stride(-1) == 1,
-        w_major="k" if w_stride[1] == 1 else "n" if w_stride[0] == 1 else "",
+        w_major=contiguous_axis(weight, "n", "k"),
         aligned=descriptors_possible(x, weight, lora_A, lora_B),
         wide=offsets_pass_int32(x, weight),
         adapter_dtype=lora_A.dtype,
