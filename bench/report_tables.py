@@ -6,6 +6,7 @@ from .table import markdown_table, ratio, significant
 
 COMMANDS = {
     "cpu": "python -m bench.cpu --out bench/results/cpu.jsonl",
+    "parts": "python -m bench.parts --out bench/results/parts.jsonl",
     **{section: f"python -m bench.device {section} --out bench/results" for section in ("check", "roof", "single", "memory", "host")},
 }
 _TITLES = {
@@ -44,6 +45,16 @@ def cpu(rows: list[dict], brief: bool) -> str:
     span = f"{rounds[0]} to {rounds[-1]}" if len(rounds) > 1 else f"{rounds[0]}"
     ranks = ", ".join(f"{r}" for r in sorted({row["r"] for row in rows}))
     return f"{spread} of {span} interleaved rounds, r = {ranks}.\n\n" + markdown_table(header, lines, left=3 if brief else 4)
+
+
+def parts(rows: list[dict], brief: bool) -> str:
+    """Each part by shape and dtype."""
+    shapes = list(dict.fromkeys((row["M"], row["K"], row["dtype"]) for row in rows))
+    lines: dict[str, dict] = {}
+    for row in rows:
+        lines.setdefault(row["arm"], {})[row["M"], row["K"], row["dtype"]] = row
+    header = ["ms", *(f"{M} x {K}, {dtype}" for M, K, dtype in shapes)]
+    return markdown_table(header, [[arm, *(_ms(by.get(shape), brief) for shape in shapes)] for arm, by in lines.items()])
 
 
 def single(rows: list[dict], brief: bool) -> str:
@@ -109,7 +120,7 @@ def check(rows: list[dict], brief: bool) -> str:
     return f"{text}\n\n" + markdown_table(["case", "error / allowed"], [[row["name"], row["ratio"]] for row in cases[:10]])
 
 
-RENDERERS = {"cpu": cpu, "check": check, "roof": roof, "single": single, "memory": memory, "host": host}
+RENDERERS = {"cpu": cpu, "parts": parts, "check": check, "roof": roof, "single": single, "memory": memory, "host": host}
 
 
 def _points(rows: list[dict], keys: tuple[str, ...]):

@@ -23,7 +23,7 @@ class LoRALinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, lora_A, lora_B, bias, seed, scale, dropout_p, impl, config):
         need_x, _, need_A, need_B, need_bias = ctx.needs_input_grad[:5]
-        y, u = ops.forward_op(x, weight, lora_A, lora_B, bias, seed, scale, dropout_p, need_B, impl, config)
+        y, u = ops.forward(x, weight, lora_A, lora_B, bias, seed, scale, dropout_p, need_B, impl, config)
         ctx.save_for_backward(
             x if need_A else None,
             weight if need_x else None,
@@ -38,7 +38,7 @@ class LoRALinearFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        dx, da, db, dbias = ops.backward_op(dy, *ctx.saved_tensors, *ctx.constants)
+        dx, da, db, dbias = ops.backward(dy, *ctx.saved_tensors, *ctx.constants)
         need_x, need_A, need_B, need_bias = ctx.constants[2:6]
         return (
             dx if need_x else None,
@@ -98,7 +98,7 @@ def lora_linear(
     drawn = reference.as_seed(seed, x.device) if p else None
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, lora_A, lora_B, bias)):
         return LoRALinearFunction.apply(x, weight, lora_A, lora_B, bias, drawn, float(scale), p, impl, key)
-    return ops.forward_op(x, weight, lora_A, lora_B, bias, drawn, float(scale), p, False, impl, key)[0]
+    return ops.forward(x, weight, lora_A, lora_B, bias, drawn, float(scale), p, False, impl, key)[0]
 
 
 def explain(

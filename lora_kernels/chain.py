@@ -16,6 +16,8 @@ import torch.nn.functional as F
 
 from . import philox
 
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 
 def base_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """``x @ weight.T + bias`` by the fastest library at hand.
@@ -51,12 +53,22 @@ def grad_mm(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tenso
     return torch.mm(a.to(dtype), b.to(dtype))
 
 
+def kept_bits(seed: torch.Tensor, tokens: int, features: int, p: float, dtype: torch.dtype) -> torch.Tensor:
+    """The dropout mask as integers of ``dtype``'s width, all ones where an element is kept: see `drop`."""
+    return philox.keep_mask(seed, tokens, features, p).to(_INTEGERS[dtype.itemsize]).neg_()
+
+
+def drop(t: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
+    """``where(keep, t, 0)`` as a bitwise and: seven times as fast as masked_fill in bfloat16 on a CPU (docs/measured.md)."""
+    return t.view(bits.dtype).bitwise_and(bits).view(t.dtype)
+
+
 def forward(x, weight, lora_A, lora_B, bias, seed, scale: float, p: float):
     """``y [M, N]`` and ``u [M, r]`` for x ``[M, K]``; p = 0 means no dropout."""
     A, B = lora_A.to(x.dtype), lora_B.to(x.dtype)
     adapter_in, u_scale = x, scale
     if p:  # the 1 / (1 - p) goes into the product's scale, so that nothing is rounded here
-        adapter_in, u_scale = x.masked_fill(~philox.keep_mask(seed, x.shape[0], x.shape[1], p), 0.0), scale * philox.inv_keep(p)
+        adapter_in, u_scale = drop(x, kept_bits(seed, x.shape[0], x.shape[1], p, x.dtype)), scale * philox.inv_keep(p)
     u = scaled_mm(adapter_in, A.t(), u_scale)
     y = base_linear(x, weight, bias)
     return y.addmm_(u, B.t()), u
@@ -69,16 +81,16 @@ def backward(dy, x, weight, lora_A, lora_B, u, seed, scale: float, p: float, nee
         ds = scaled_mm(dy, lora_B.to(dy.dtype), scale)
         if p:
             K = x.shape[1] if need_da else weight.shape[1]
-            gone = ~philox.keep_mask(seed, dy.shape[0], K, p)  # one mask serves dX and dA
+            bits = kept_bits(seed, dy.shape[0], K, p, dy.dtype)  # one mask serves dX and dA
     if need_dx:
         dx = base_linear(dy, weight.t(), None)
         A = lora_A.to(dy.dtype)
         if p:
-            dx += scaled_mm(ds, A, philox.inv_keep(p)).masked_fill_(gone, 0.0)
+            dx += drop(scaled_mm(ds, A, philox.inv_keep(p)), bits)
         else:
             dx.addmm_(ds, A)
     if need_da:
-        da = grad_mm(ds.t(), x.masked_fill(gone, 0.0) if p else x, adapter_dtype)
+        da = grad_mm(ds.t(), drop(x, bits) if p else x, adapter_dtype)
         if p:
             da *= philox.inv_keep(p)
     if need_db:

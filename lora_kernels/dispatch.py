@@ -130,18 +130,18 @@ def _preferred(p: Problem, arch: Arch) -> tuple[str, str]:
     return "torch", "not measured on this device; without dropout, at many tokens, the vendor's matmul is the safe choice"
 
 
-def _plainly_chain(device: torch.device, impl: str, key: str) -> bool:
+def plainly_chain(device: torch.device, impl: str, key: str) -> bool:
     """Whether `choose` would say "torch" whatever the sizes: then the call need not be described first, which costs microseconds."""
     return impl == "torch" or (impl == "auto" and not key and device.type == "cpu" and not interpreting())
 
 
 def forward_arm(x, weight, lora_A, lora_B, dropout_p: float, impl: str, key: str):
     """(function, config) that computes a forward pass of x ``[M, K]``."""
-    if _plainly_chain(x.device, impl, key):
-        return _chain_forward, None
+    if plainly_chain(x.device, impl, key):
+        return chain_forward, None
     choice = choose(problem.describe(x, weight, lora_A, lora_B, dropout=bool(dropout_p)), x.device, impl, key)
     if choice.arm == "torch":
-        return _chain_forward, None
+        return chain_forward, None
     from . import launch
 
     return launch.forward, choice.config
@@ -149,8 +149,8 @@ def forward_arm(x, weight, lora_A, lora_B, dropout_p: float, impl: str, key: str
 
 def backward_arm(dy, x, weight, lora_A, lora_B, u, dropout_p: float, impl: str, key: str):
     """(function, config) that computes a backward pass from dY ``[M, N]``; operands may be None where no gradient uses them."""
-    if _plainly_chain(dy.device, impl, key):
-        return _chain_backward, None
+    if plainly_chain(dy.device, impl, key):
+        return chain_backward, None
     K = weight.shape[1] if weight is not None else x.shape[1] if x is not None else dy.shape[1]
     R = u.shape[1] if lora_B is None else lora_B.shape[1]
     w = dy if weight is None else weight
@@ -168,7 +168,7 @@ def backward_arm(dy, x, weight, lora_A, lora_B, u, dropout_p: float, impl: str, 
     )
     choice = choose(p, dy.device, impl, key)
     if choice.arm == "torch":
-        return _chain_backward, None
+        return chain_backward, None
     from . import launch
 
     return launch.backward, choice.config
@@ -179,11 +179,11 @@ def _no_autocast(device: torch.device):
     return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else contextlib.nullcontext()
 
 
-def _chain_forward(x, weight, lora_A, lora_B, bias, seed, scale, p, save_u, config):
+def chain_forward(x, weight, lora_A, lora_B, bias, seed, scale, p, save_u, config):
     with _no_autocast(x.device):
         return chain.forward(x, weight, lora_A, lora_B, bias, seed, scale, p)
 
 
-def _chain_backward(dy, x, weight, lora_A, lora_B, u, seed, scale, p, needs, adapter_dtype, config):
+def chain_backward(dy, x, weight, lora_A, lora_B, u, seed, scale, p, needs, adapter_dtype, config):
     with _no_autocast(dy.device):
         return chain.backward(dy, x, weight, lora_A, lora_B, u, seed, scale, p, *needs, adapter_dtype)

@@ -31,6 +31,33 @@ forward_op = torch.ops.lora_kernels.forward.default
 backward_op = torch.ops.lora_kernels.backward.default
 
 
+def forward(x, weight, lora_A, lora_B, bias, seed, scale, dropout_p, save_u, impl, config):
+    """``y [..., N]`` and ``u [M, r]``: the forward operator, or its library calls themselves where nobody is to see an operator."""
+    if _unseen(x, impl, config):
+        return _forward(x, weight, lora_A, lora_B, bias, seed, scale, dropout_p, save_u, impl, config)
+    return forward_op(x, weight, lora_A, lora_B, bias, seed, scale, dropout_p, save_u, impl, config)
+
+
+def backward(dy, x, weight, lora_A, lora_B, u, seed, scale, dropout_p, need_dx, need_da, need_db, need_dbias, adapter_dtype, impl, config):
+    """``dX, dA, dB, dbias``, what is not needed undefined: the backward operator, or its library calls, likewise."""
+    needs = (need_dx, need_da, need_db, need_dbias)
+    if _unseen(dy, impl, config):
+        return _backward(dy, x, weight, lora_A, lora_B, u, seed, scale, dropout_p, needs, adapter_dtype, impl, config)
+    return backward_op(dy, x, weight, lora_A, lora_B, u, seed, scale, dropout_p, *needs, adapter_dtype, impl, config)
+
+
+def _unseen(t: torch.Tensor, impl: str, config: str) -> bool:
+    """Whether a call is library calls anyway, and no compiler nor dispatch mode (fake tensors, FLOP counters, tracers) looks on.
+
+    A registered operator costs some 20 us of host time on a CPU (docs/measured.md).
+    """
+    return (
+        dispatch.plainly_chain(t.device, impl, config)
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0  # torch has no public name for it
+    )
+
+
 def _forward(x, weight, lora_A, lora_B, bias, seed, scale, dropout_p, save_u, impl, config):
     x2 = rows(x)
     if x2.numel() == 0 or weight.shape[0] == 0:
@@ -38,7 +65,7 @@ def _forward(x, weight, lora_A, lora_B, bias, seed, scale, dropout_p, save_u, im
     else:
         run, chosen = dispatch.forward_arm(x2, weight, lora_A, lora_B, dropout_p, impl, config)
         y, u = run(x2, weight, lora_A, lora_B, bias, seed, scale, dropout_p, save_u, chosen)
-    return y.view(*x.shape[:-1], weight.shape[0]), u if save_u else x.new_empty(0)
+    return y if x is x2 else y.view(*x.shape[:-1], weight.shape[0]), u
 
 
 def _empty_forward(x, weight, lora_A, bias):
@@ -49,26 +76,21 @@ def _empty_forward(x, weight, lora_A, bias):
     return y, x.new_zeros(x.shape[0], lora_A.shape[0])
 
 
-def _backward(dy, x, weight, lora_A, lora_B, u, seed, scale, dropout_p, need_dx, need_da, need_db, need_dbias, adapter_dtype, impl, config):
+def _backward(dy, x, weight, lora_A, lora_B, u, seed, scale, dropout_p, needs, adapter_dtype, impl, config):
+    need_dx, need_da, need_db, need_dbias = needs
     dy2, x2 = rows(dy), None if x is None else rows(x)
     dx = da = db = None
-    if need_dx or need_da or need_db:
-        if dy2.numel() == 0 or (x2 is not None and x2.numel() == 0):
-            K = weight.shape[1] if weight is not None else 0 if x2 is None else x2.shape[1]
-            dx = dy.new_zeros(dy2.shape[0], K)
-            da = _zeros(need_da, dy, adapter_dtype, lora_B, 1, x2, 1)
-            db = _zeros(need_db, dy, adapter_dtype, dy2, 1, u, 1)
-        else:
-            run, chosen = dispatch.backward_arm(dy2, x2, weight, lora_A, lora_B, u, dropout_p, impl, config)
-            needs = (need_dx, need_da, need_db)
-            dx, da, db = run(dy2, x2, weight, lora_A, lora_B, u, seed, scale, dropout_p, needs, adapter_dtype, chosen)
-    nothing = dy.new_empty(0)
-    return (
-        dx.view(*dy.shape[:-1], dx.shape[1]) if need_dx else nothing,
-        da if need_da else dy.new_empty(0, dtype=adapter_dtype),
-        db if need_db else dy.new_empty(0, dtype=adapter_dtype),
-        dy2.sum(0) if need_dbias else dy.new_empty(0),
-    )
+    if dy2.numel() == 0 or (x2 is not None and x2.numel() == 0):
+        K = weight.shape[1] if weight is not None else 0 if x2 is None else x2.shape[1]
+        dx = dy.new_zeros(dy2.shape[0], K)
+        da = _zeros(need_da, dy, adapter_dtype, lora_B, 1, x2, 1)
+        db = _zeros(need_db, dy, adapter_dtype, dy2, 1, u, 1)
+    elif need_dx or need_da or need_db:
+        run, chosen = dispatch.backward_arm(dy2, x2, weight, lora_A, lora_B, u, dropout_p, impl, config)
+        dx, da, db = run(dy2, x2, weight, lora_A, lora_B, u, seed, scale, dropout_p, needs[:3], adapter_dtype, chosen)
+    if need_dx and dy is not dy2:
+        dx = dx.view(*dy.shape[:-1], dx.shape[1])
+    return dx if need_dx else None, da, db, dy2.sum(0) if need_dbias else None
 
 
 def _zeros(needed, like, dtype, rows_of, row_axis, columns_of, column_axis):
@@ -77,9 +99,23 @@ def _zeros(needed, like, dtype, rows_of, row_axis, columns_of, column_axis):
     return like.new_zeros(rows_of.shape[row_axis], columns_of.shape[column_axis], dtype=dtype)
 
 
+def _forward_kernel(x, weight, lora_A, lora_B, bias, seed, scale, dropout_p, save_u, impl, config):
+    y, u = _forward(x, weight, lora_A, lora_B, bias, seed, scale, dropout_p, save_u, impl, config)
+    return y, u if save_u else x.new_empty(0)
+
+
+def _backward_kernel(
+    dy, x, weight, lora_A, lora_B, u, seed, scale, dropout_p, need_dx, need_da, need_db, need_dbias, adapter_dtype, impl, config
+):
+    needs = (need_dx, need_da, need_db, need_dbias)
+    grads = _backward(dy, x, weight, lora_A, lora_B, u, seed, scale, dropout_p, needs, adapter_dtype, impl, config)
+    dtypes = (dy.dtype, adapter_dtype, adapter_dtype, dy.dtype)
+    return tuple(dy.new_empty(0, dtype=dtype) if grad is None else grad for grad, dtype in zip(grads, dtypes, strict=True))
+
+
 for _key in ("CPU", "CUDA"):
-    _library.impl("forward", _forward, _key)
-    _library.impl("backward", _backward, _key)
+    _library.impl("forward", _forward_kernel, _key)
+    _library.impl("backward", _backward_kernel, _key)
 
 
 @torch.library.register_fake("lora_kernels::forward")

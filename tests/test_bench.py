@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:  # bench is not installed with the package
     sys.path.insert(0, str(ROOT))
 
-from bench import baselines, check, conditions, cpu, device, report, roof, session, timing, variants, workloads  # noqa: E402
+from bench import baselines, check, conditions, cpu, device, parts, report, roof, session, timing, variants, workloads  # noqa: E402
 from bench.workloads import Point  # noqa: E402
 from lora_kernels import chain, reference  # noqa: E402
 
@@ -259,6 +259,15 @@ def test_interleave_times_every_step_each_round():
     measured = calls[3:]
     assert [sorted(measured[i : i + 3]) for i in range(0, 12, 3)] == [["a", "b", "c"]] * 4
     assert timing.quantile([3.0, 1.0, 2.0], 0.5) == 2.0 and timing.quantile([0.0, 1.0], 0.2) == pytest.approx(0.2)
+
+
+def test_parts_bench_and_its_report(tmp_path):
+    out = tmp_path / "results" / "parts.jsonl"
+    assert parts.main(["--out", str(out), "--quick", "--seconds", "0.01"]) == 0
+    rows = conditions.read_rows(out)
+    assert len(rows) == 14 and all(row["ms"]["p50"] > 0 for row in rows)
+    text = report.rewritten("<!-- bench:parts -->\n<!-- /bench:parts -->\n", out.parent, False, "measured.md")
+    assert "| the Philox mask | " in text and "32 x 64, bfloat16" in text
 
 
 def test_cpu_bench_and_its_report(tmp_path):
