@@ -65,7 +65,7 @@ def drop(t: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
 
 def forward(x, weight, lora_A, lora_B, bias, seed, scale: float, p: float):
     """``y [M, N]`` and ``u [M, r]`` for x ``[M, K]``; p = 0 means no dropout."""
-    A, B = lora_A.to(x.dtype), lora_B.to(x.dtype)
+    A, B = (lora_A, lora_B) if lora_A.dtype == x.dtype else (lora_A.to(x.dtype), lora_B.to(x.dtype))
     adapter_in, u_scale = x, scale
     if p:  # the 1 / (1 - p) goes into the product's scale, so that nothing is rounded here
         adapter_in, u_scale = drop(x, kept_bits(seed, x.shape[0], x.shape[1], p, x.dtype)), scale * philox.inv_keep(p)
@@ -94,5 +94,8 @@ def backward(dy, x, weight, lora_A, lora_B, u, seed, scale: float, p: float, nee
         if p:
             da *= philox.inv_keep(p)
     if need_db:
-        db = grad_mm(u.t(), dy, adapter_dtype).t().contiguous()  # the long matrix untransposed: faster by more than the small copy
+        if adapter_dtype == torch.float32:  # the long matrix untransposed: in float32 faster by more than the small copy
+            db = grad_mm(u.t(), dy, adapter_dtype).t().contiguous()
+        else:
+            db = grad_mm(dy.t(), u, adapter_dtype)
     return dx, da, db
