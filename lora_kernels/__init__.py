@@ -8,6 +8,7 @@ from .autograd import explain, lora_linear
 from .dispatch import Choice
 from .nn import FusedLoRALinear
 from .problem import UnsupportedError
+from .segments import Segments
 
 __version__ = "0.1.0"
-__all__ = ["Choice", "FusedLoRALinear", "UnsupportedError", "explain", "lora_linear", "reference"]
+__all__ = ["Choice", "FusedLoRALinear", "Segments", "UnsupportedError", "explain", "lora_linear", "reference"]

@@ -3,7 +3,8 @@
     dX = dY W + D.(dS A)      dA = dS^T (D.x)      dB = dY^T U      dbias = sum over tokens of dY
     with dS = scale dY B, U = scale (D.x) A^T and D the dropout mask over 1 - p
 
-Saved for backward: x, weight, A, B, U and the seed, each only where a gradient that is wanted uses it.
+Saved for backward: x, weight, A, B, U and the seed, each only where a gradient that is wanted uses it; with segments the plan,
+which all layers share.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from . import dispatch, ops, problem, reference
+from .segments import ONE, Adapters
 from .tuning import Config
 
 IMPLS = ("auto", "triton", "torch", "reference")
@@ -21,9 +23,10 @@ class LoRALinearFunction(torch.autograd.Function):
     """``y [..., N]`` with gradients for x, lora_A, lora_B and bias; the weight is frozen."""
 
     @staticmethod
-    def forward(ctx, x, weight, lora_A, lora_B, bias, seed, scale, dropout_p, impl, config):
+    def forward(ctx, x, weight, lora_A, lora_B, bias, seed, scale, dropout_p, impl, config, geometry, scales, ranks, *plan):
         need_x, _, need_A, need_B, need_bias = ctx.needs_input_grad[:5]
-        y, u = ops.forward(x, weight, lora_A, lora_B, bias, seed, scale, dropout_p, need_B, impl, config)
+        adapters = Adapters.from_flat(scales, ranks, plan, geometry)
+        y, u = ops.forward(x, weight, lora_A, lora_B, bias, seed, adapters, scale, dropout_p, need_B, impl, config)
         ctx.save_for_backward(
             x if need_A else None,
             weight if need_x else None,
@@ -31,22 +34,28 @@ class LoRALinearFunction(torch.autograd.Function):
             lora_B if need_x or need_A else None,
             u if need_B else None,
             seed if need_x or need_A else None,
+            scales,
+            ranks,
+            *plan,
         )
-        ctx.constants = (scale, dropout_p, need_x, need_A, need_B, need_bias, lora_A.dtype, impl, config)
+        ctx.constants = (scale, dropout_p, (need_x, need_A, need_B, need_bias), lora_A.dtype, impl, config)
+        ctx.geometry, ctx.inputs = geometry, 13 + len(plan)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        dx, da, db, dbias = ops.backward(dy, *ctx.saved_tensors, *ctx.constants)
-        need_x, need_A, need_B, need_bias = ctx.constants[2:6]
+        operands, (scales, ranks, *plan) = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
+        adapters = Adapters.from_flat(scales, ranks, plan, ctx.geometry)
+        dx, da, db, dbias = ops.backward(dy, *operands, adapters, *ctx.constants)
+        need_x, need_A, need_B, need_bias = ctx.constants[2]
         return (
             dx if need_x else None,
             None,
             da if need_A else None,
             db if need_B else None,
             dbias if need_bias else None,
-            *(None,) * 5,
+            *(None,) * (ctx.inputs - 5),
         )
 
 
@@ -62,6 +71,7 @@ def lora_linear(
     training=False,
     seed=None,
     segments=None,
+    ranks=None,
     config=None,
     impl="auto",
 ):
@@ -70,15 +80,17 @@ def lora_linear(
     Args:
         x: Tokens ``[..., K]``, float16, bfloat16, float32 (every arm) or float64 (reference and torch).
         weight: The frozen base ``[N, K]``, as nn.Linear stores it, x's dtype, any strides.
-        lora_A: ``[r, K]`` with r from 1 to 512, x's dtype or float32 (rounded to x's dtype tile by tile, as autocast would).
-        lora_B: ``[N, r]``, lora_A's dtype.
+        lora_A: ``[r, K]``, or with segments a stack ``[E, r, K]``, r from 1 to 512, any strides, x's dtype or float32 (rounded to x's dtype tile by tile, as autocast would).
+        lora_B: ``[N, r]`` or ``[E, N, r]``, lora_A's dtype.
         bias: ``[N]``, x's dtype, or None; added before the result is rounded.
-        scale: ``lora_alpha / r`` (or ``/ sqrt(r)`` for rsLoRA); applied in float32, never folded into a 16-bit tensor.
+        scale: ``lora_alpha / r`` (or ``/ sqrt(r)`` for rsLoRA); applied in float32, never folded into a 16-bit tensor. Or a float32
+            tensor on x's device, one element or with segments ``[E]``, which may change between calls and CUDA-graph replays.
         dropout_p: Dropout on the adapter's input, in [0, 1), rounded to a multiple of 2^-16; acts when ``training``.
         training: Whether dropout acts.
         seed: The dropout mask's seed: int64 tensor with one element on x's device, an int, or None to draw one from torch's
             generator (so torch.manual_seed and checkpoint recomputation govern it).
-        segments: Refused by this version: one adapter per call.
+        segments: A `Segments`: each token's adapter in the stack, -1 for the base alone. None: one adapter for all.
+        ranks: int32 ``[E]``, each adapter's own rank; the stack beyond it is not read, its gradient is 0. None: all have r.
         config: A ``lora_kernels.tuning.Config`` for the kernels, or None for the tuned one.
         impl: "auto" (the fastest that can run), "triton" (the kernels), "torch" (library calls), "reference" (the textbook
             formula); a named one never falls back. `explain` tells what "auto" takes.
@@ -91,18 +103,32 @@ def lora_linear(
         ValueError: shapes, devices or values disagree. TypeError: dtypes or types. UnsupportedError: legal, but not here.
     Source: Hu et al. 2021, arXiv:2106.09685, eq. 3; gradients in docs/math.md.
     """
-    x, weight, bias, key = prepare(x, weight, lora_A, lora_B, bias, scale, dropout_p, seed, segments, config, impl)
+    x, weight, bias, key = prepare(x, weight, lora_A, lora_B, bias, scale, dropout_p, seed, segments, ranks, config, impl)
     p = float(dropout_p) if training else 0.0
     if impl == "reference":
-        return reference.lora_linear(x, weight, lora_A, lora_B, bias, scale=scale, dropout_p=p, training=training, seed=seed)
+        return reference.lora_linear(
+            x, weight, lora_A, lora_B, bias, scale=scale, dropout_p=p, training=training, seed=seed, segments=segments, ranks=ranks
+        )
     drawn = reference.as_seed(seed, x.device) if p else None
+    adapters, factor = ONE, scale
+    if segments is not None or isinstance(scale, torch.Tensor):
+        adapters, factor = carried(segments, scale, ranks)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, lora_A, lora_B, bias)):
-        return LoRALinearFunction.apply(x, weight, lora_A, lora_B, bias, drawn, float(scale), p, impl, key)
-    return ops.forward(x, weight, lora_A, lora_B, bias, drawn, float(scale), p, False, impl, key)[0]
+        scales, _, plan, geometry = adapters.flat()
+        return LoRALinearFunction.apply(x, weight, lora_A, lora_B, bias, drawn, float(factor), p, impl, key, geometry, scales, ranks, *plan)
+    return ops.forward(x, weight, lora_A, lora_B, bias, drawn, adapters, float(factor), p, False, impl, key)[0]
+
+
+def carried(segments, scale, ranks) -> tuple[Adapters, float]:
+    """(`Adapters`, the scale that is a number)."""
+    if isinstance(scale, torch.Tensor):
+        return Adapters(segments, scale, ranks), 1.0
+    return Adapters(segments, None, ranks), scale
 
 
 def explain(
-    x, weight, lora_A, lora_B, bias=None, *, scale=1.0, dropout_p=0.0, training=False, seed=None, segments=None, config=None, impl="auto"
+    x, weight, lora_A, lora_B, bias=None, *,
+    scale=1.0, dropout_p=0.0, training=False, seed=None, segments=None, ranks=None, config=None, impl="auto",
 ):  # fmt: skip
     """Which arm `lora_linear` takes for these arguments, and why: the same arguments, nothing computed.
 
@@ -111,17 +137,17 @@ def explain(
     Raises:
         The errors of `lora_linear`.
     """
-    x, weight, bias, key = prepare(x, weight, lora_A, lora_B, bias, scale, dropout_p, seed, segments, config, impl)
+    x, weight, bias, key = prepare(x, weight, lora_A, lora_B, bias, scale, dropout_p, seed, segments, ranks, config, impl)
     if impl == "reference":
         return dispatch.Choice("reference", None, {"reference": "named"})
-    asked = problem.describe(problem.rows(x), weight, lora_A, lora_B, dropout=bool(training and dropout_p))
+    asked = problem.describe(problem.rows(x), weight, lora_A, lora_B, dropout=bool(training and dropout_p), adapters=carried(segments, scale, ranks)[0])
     return dispatch.choose(asked, x.device, impl, key)
 
 
-def prepare(x, weight, lora_A, lora_B, bias, scale, dropout_p, seed, segments, config, impl):
+def prepare(x, weight, lora_A, lora_B, bias, scale, dropout_p, seed, segments, ranks, config, impl):
     """x, weight and bias as autocast wants them, and the config's key, all checked."""
     x, weight, bias = autocast(x, weight, bias)
-    problem.check_arguments(x, weight, lora_A, lora_B, bias, scale, dropout_p, seed, segments)
+    problem.check_arguments(x, weight, lora_A, lora_B, bias, scale, dropout_p, seed, segments, ranks)
     if impl not in IMPLS:
         raise ValueError(f"impl: wanted one of {', '.join(IMPLS)}, got {impl!r}")
     if config is None:

@@ -5,16 +5,22 @@
 
 The scale rides on the skinny products as GEMM's alpha, in float32; nothing makes an extra pass over y, and dY B is
 computed once for dA and dX. The dropout mask is regenerated from Philox, never stored.
+
+Many adapters: the same for each adapter's own tokens, which are views where they are neighbours and gathered where not. How many
+tokens an adapter has is asked of the device, so on a GPU this arm waits for it, and cannot be captured in a CUDA graph.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from . import philox
+from .segments import Adapters
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -63,39 +69,119 @@ def drop(t: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
     return t.view(bits.dtype).bitwise_and(bits).view(t.dtype)
 
 
-def forward(x, weight, lora_A, lora_B, bias, seed, scale: float, p: float):
+class Run(NamedTuple):
+    """One adapter's tokens: a slice where they are neighbours, else their indices; its rank, and its scale."""
+
+    adapter: int
+    rows: slice | torch.Tensor
+    rank: int
+    scale: float
+
+
+def runs(adapters: Adapters, rank: int, scale: float) -> Iterator[Run]:
+    """The adapters that have tokens."""
+    plan = adapters.segments
+    starts = plan.starts.tolist()
+    scales = None if adapters.scales is None else adapters.scales.tolist()
+    ranks = None if adapters.ranks is None else adapters.ranks.tolist()
+    order, E = plan.order.long(), plan.num_adapters
+    first = order[plan.starts[:E].clamp(max=plan.tokens - 1).long()].tolist()
+    last = order[(plan.starts[1 : E + 1] - 1).clamp(min=0).long()].tolist()
+    for e in range(E):
+        begin, end = starts[e], starts[e + 1]
+        if begin == end:
+            continue
+        neighbours = last[e] - first[e] == end - begin - 1  # the order is stable, so ascending
+        rows = slice(first[e], last[e] + 1) if neighbours else order[begin:end]
+        yield Run(e, rows, rank if ranks is None else min(ranks[e], rank), scale * (1.0 if scales is None else scales[e]))
+
+
+def add_product(t: torch.Tensor, rows, a: torch.Tensor, b: torch.Tensor) -> None:
+    """``t[rows] += a @ b``."""
+    if isinstance(rows, slice):
+        t[rows].addmm_(a, b)
+    else:
+        t.index_copy_(0, rows, torch.addmm(t[rows], a, b))
+
+
+def forward(x, weight, lora_A, lora_B, bias, seed, adapters: Adapters, scale: float, p: float):
     """``y [M, N]`` and ``u [M, r]`` for x ``[M, K]``; p = 0 means no dropout."""
     A, B = (lora_A, lora_B) if lora_A.dtype == x.dtype else (lora_A.to(x.dtype), lora_B.to(x.dtype))
-    adapter_in, u_scale = x, scale
+    adapter_in = x
     if p:  # the 1 / (1 - p) goes into the product's scale, so that nothing is rounded here
-        adapter_in, u_scale = drop(x, kept_bits(seed, x.shape[0], x.shape[1], p, x.dtype)), scale * philox.inv_keep(p)
-    u = scaled_mm(adapter_in, A.t(), u_scale)
-    y = base_linear(x, weight, bias)
-    return y.addmm_(u, B.t()), u
+        adapter_in, scale = drop(x, kept_bits(seed, x.shape[0], x.shape[1], p, x.dtype)), scale * philox.inv_keep(p)
+    if adapters.segments is None:
+        u = scaled_mm(adapter_in, A.t(), scale)
+        if adapters.scales is not None:
+            u.mul_(adapters.scales)
+        return base_linear(x, weight, bias).addmm_(u, B.t()), u
+    y, u = base_linear(x, weight, bias), x.new_zeros(x.shape[0], A.shape[1])
+    for run in runs(adapters, A.shape[1], scale):
+        its_u = scaled_mm(adapter_in[run.rows], A[run.adapter, : run.rank].t(), run.scale)
+        u[run.rows, : run.rank] = its_u
+        add_product(y, run.rows, its_u, B[run.adapter, :, : run.rank].t())
+    return y, u
 
 
-def backward(dy, x, weight, lora_A, lora_B, u, seed, scale: float, p: float, need_dx: bool, need_da: bool, need_db: bool, adapter_dtype):
-    """``dX [M, K], dA [r, K], dB [N, r]``, each None where not needed; operands that no needed gradient uses may be None."""
-    dx = da = db = None
-    if need_dx or need_da:
-        ds = scaled_mm(dy, lora_B.to(dy.dtype), scale)
-        if p:
-            K = x.shape[1] if need_da else weight.shape[1]
-            bits = kept_bits(seed, dy.shape[0], K, p, dy.dtype)  # one mask serves dX and dA
+def backward(dy, x, weight, lora_A, lora_B, u, seed, adapters: Adapters, scale: float, p: float, needs, adapter_dtype):
+    """``dX [M, K], dA [(E,) r, K], dB [(E,) N, r]``, each None where not needed; operands that no needed gradient uses may be None."""
+    need_dx, need_da, need_db = needs
+    bits = None
+    if p and (need_dx or need_da):
+        bits = kept_bits(seed, dy.shape[0], x.shape[1] if need_da else weight.shape[1], p, dy.dtype)  # one mask serves dX and dA
+    A = None if lora_A is None else lora_A.to(dy.dtype)
+    B = None if lora_B is None else lora_B.to(dy.dtype)
+    keep = philox.inv_keep(p) if p else 1.0
+    dx = None
+    if adapters.segments is None:
+        ds = da = db = None
+        if need_dx or need_da:
+            ds = scaled_mm(dy, B, scale)
+            if adapters.scales is not None:
+                ds.mul_(adapters.scales)
+        if need_dx:
+            dx = base_linear(dy, weight.t(), None)
+            _add_low_rank(dx, slice(None), ds, A, bits, keep)
+        if need_da:
+            da = _grad_A(ds, x, bits, keep, adapter_dtype)
+        if need_db:
+            db = _grad_B(dy, u, adapter_dtype)
+        return dx, da, db
+    E, R = adapters.segments.num_adapters, (u if B is None else B).shape[-1]
     if need_dx:
         dx = base_linear(dy, weight.t(), None)
-        A = lora_A.to(dy.dtype)
-        if p:
-            dx += drop(scaled_mm(ds, A, philox.inv_keep(p)), bits)
-        else:
-            dx.addmm_(ds, A)
-    if need_da:
-        da = grad_mm(ds.t(), drop(x, bits) if p else x, adapter_dtype)
-        if p:
-            da *= philox.inv_keep(p)
-    if need_db:
-        if adapter_dtype == torch.float32:  # the long matrix untransposed: in float32 faster by more than the small copy
-            db = grad_mm(u.t(), dy, adapter_dtype).t().contiguous()
-        else:
-            db = grad_mm(dy.t(), u, adapter_dtype)
+    da = dy.new_zeros(E, R, x.shape[1], dtype=adapter_dtype) if need_da else None
+    db = dy.new_zeros(E, dy.shape[1], R, dtype=adapter_dtype) if need_db else None
+    for e, rows, rank, its_scale in runs(adapters, R, scale):
+        its_dy, its_bits = dy[rows], None if bits is None else bits[rows]
+        if need_dx or need_da:
+            ds = scaled_mm(its_dy, B[e, :, :rank], its_scale)
+        if need_dx:
+            _add_low_rank(dx, rows, ds, A[e, :rank], its_bits, keep)
+        if need_da:
+            da[e, :rank] = _grad_A(ds, x[rows], its_bits, keep, adapter_dtype)
+        if need_db:
+            db[e, :, :rank] = _grad_B(its_dy, u[rows, :rank], adapter_dtype)
     return dx, da, db
+
+
+def _add_low_rank(dx, rows, ds, A, bits, keep: float) -> None:
+    """``dX[rows] += D.(dS A)``."""
+    if bits is None:
+        add_product(dx, rows, ds, A)
+    else:
+        dx[rows] += drop(scaled_mm(ds, A, keep), bits)
+
+
+def _grad_A(ds, x, bits, keep: float, dtype):
+    """``dS^T (D.x)``."""
+    if bits is None:
+        return grad_mm(ds.t(), x, dtype)
+    return grad_mm(ds.t(), drop(x, bits), dtype).mul_(keep)
+
+
+def _grad_B(dy, u, dtype):
+    """``dY^T u``."""
+    if dtype == torch.float32:  # the long matrix untransposed: in float32 faster by more than the small copy
+        return grad_mm(u.t(), dy, dtype).t().contiguous()
+    return grad_mm(dy.t(), u, dtype)

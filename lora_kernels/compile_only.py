@@ -108,9 +108,9 @@ def compile_pass(problem: Problem, arch: Arch, config: Config, label: str = "", 
     def run():
         if backward:
             u = torch.empty(M, R, dtype=dtype)
-            launch.backward(dy, x, weight, A, B, u, seed, 1.0, p, (True, True, True), adapter, config)
+            launch.backward(dy, x, weight, A, B, u, seed, adapters, 1.0, p, (True, True, True), adapter, config)
         else:
-            launch.forward(x, weight, A, B, bias, seed, 1.0, p, True, config)
+            launch.forward(x, weight, A, B, bias, seed, adapters, 1.0, p, True, config)
 
     return compile_calls(run, arch, label)
 

@@ -17,6 +17,7 @@ import torch
 
 from . import chain, problem
 from .problem import Problem, UnsupportedError
+from .segments import Adapters
 from .tuning import Arch, Config, lookup, resolve, why_not
 
 FEW_TOKENS = 256
@@ -123,6 +124,8 @@ def _preferred(p: Problem, arch: Arch) -> tuple[str, str]:
         return row.arm, f"measured faster: {row.source}"
     if arch.kind == "interpreter":
         return "torch", "faster than interpreting the kernels"
+    if p.adapters:
+        return "triton", "not measured on this device; the chain would wait for the device to tell each adapter's tokens"
     if p.dropout:
         return "triton", "not measured on this device; with dropout the chain would make a mask and a second x"
     if p.M <= FEW_TOKENS:
@@ -135,11 +138,11 @@ def plainly_chain(device: torch.device, impl: str, key: str) -> bool:
     return impl == "torch" or (impl == "auto" and not key and device.type == "cpu" and not interpreting())
 
 
-def forward_arm(x, weight, lora_A, lora_B, dropout_p: float, impl: str, key: str):
+def forward_arm(x, weight, lora_A, lora_B, adapters: Adapters, dropout_p: float, impl: str, key: str):
     """(function, config) that computes a forward pass of x ``[M, K]``."""
     if plainly_chain(x.device, impl, key):
         return chain_forward, None
-    choice = choose(problem.describe(x, weight, lora_A, lora_B, dropout=bool(dropout_p)), x.device, impl, key)
+    choice = choose(problem.describe(x, weight, lora_A, lora_B, dropout=bool(dropout_p), adapters=adapters), x.device, impl, key)
     if choice.arm == "torch":
         return chain_forward, None
     from . import launch
@@ -147,12 +150,12 @@ def forward_arm(x, weight, lora_A, lora_B, dropout_p: float, impl: str, key: str
     return launch.forward, choice.config
 
 
-def backward_arm(dy, x, weight, lora_A, lora_B, u, dropout_p: float, impl: str, key: str):
+def backward_arm(dy, x, weight, lora_A, lora_B, u, adapters: Adapters, dropout_p: float, impl: str, key: str):
     """(function, config) that computes a backward pass from dY ``[M, N]``; operands may be None where no gradient uses them."""
     if plainly_chain(dy.device, impl, key):
         return chain_backward, None
     K = weight.shape[1] if weight is not None else x.shape[1] if x is not None else dy.shape[1]
-    R = u.shape[1] if lora_B is None else lora_B.shape[1]
+    R = u.shape[1] if lora_B is None else lora_B.shape[-1]
     w = dy if weight is None else weight
     p = Problem(
         M=dy.shape[0],
@@ -165,6 +168,7 @@ def backward_arm(dy, x, weight, lora_A, lora_B, u, dropout_p: float, impl: str, 
         w_major=problem.contiguous_axis(w, "k", "n"),
         aligned=problem.descriptors_possible(dy, w, lora_A, lora_B),
         wide=problem.offsets_pass_int32(dy, w),
+        **problem.segment_fields(adapters),
     )
     choice = choose(p, dy.device, impl, key)
     if choice.arm == "torch":
@@ -179,11 +183,11 @@ def _no_autocast(device: torch.device):
     return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else contextlib.nullcontext()
 
 
-def chain_forward(x, weight, lora_A, lora_B, bias, seed, scale, p, save_u, config):
+def chain_forward(x, weight, lora_A, lora_B, bias, seed, adapters, scale, p, save_u, config):
     with _no_autocast(x.device):
-        return chain.forward(x, weight, lora_A, lora_B, bias, seed, scale, p)
+        return chain.forward(x, weight, lora_A, lora_B, bias, seed, adapters, scale, p)
 
 
-def chain_backward(dy, x, weight, lora_A, lora_B, u, seed, scale, p, needs, adapter_dtype, config):
+def chain_backward(dy, x, weight, lora_A, lora_B, u, seed, adapters, scale, p, needs, adapter_dtype, config):
     with _no_autocast(dy.device):
-        return chain.backward(dy, x, weight, lora_A, lora_B, u, seed, scale, p, *needs, adapter_dtype)
+        return chain.backward(dy, x, weight, lora_A, lora_B, u, seed, adapters, scale, p, needs, adapter_dtype)

@@ -3,7 +3,8 @@
     forward    U = shrink(x, A), Y = expand(x, W^T, U, B^T)          or one launch, with u in the loop or awaited
     backward   dS = shrink(dY, B^T), dX = expand(dY, W, dS, A), dA = wgrad(x, dS), dB = wgrad(dY, U)
 
-Inside the kernels letters are GEMM roles, so a transposition here is a pair of strides in the other order.
+Inside the kernels letters are GEMM roles, so a transposition here is a pair of strides in the other order. With segments adapters
+are stacks, ``[E, r, K]`` and ``[E, N, r]``, and each kernel takes its part of the plan.
 """
 
 from __future__ import annotations
@@ -18,13 +19,15 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import philox
 from .kernels.expand import expand
-from .kernels.load import load_dense, load_descriptor, load_descriptor_transposed
+from .kernels.load import load_dense, load_descriptor, load_descriptor_transposed, load_parts
 from .kernels.shrink import shrink
 from .kernels.wgrad import wgrad
+from .segments import ONE, Adapters
 from .tuning import Config, rank_block
-from .tuning.validity import LOOP_RANK, TILE_RANK
+from .tuning.validity import LOOP_RANK, MIXED_RANK, TILE_RANK
 
 INT32 = 1 << 31
+SPLIT_ADAPTERS = 64  # so few adapters that their tokens are split over programs, too: partial sums cost a stack of gradients each
 
 
 def _device_launch(kernel, grid, args, options):
@@ -63,13 +66,18 @@ def precision(dtype: torch.dtype) -> str:
 
 
 def _matrix(t: torch.Tensor) -> tuple:
-    """The argument tuple of `load_dense`: pointer and strides."""
-    return (t, *t.stride())
+    """The argument tuple of `load_dense`: pointer and the strides of the last two axes."""
+    return (t, t.stride(-2), t.stride(-1))
+
+
+def _stack_stride(t: torch.Tensor | None) -> int:
+    """The elements from one adapter to the next."""
+    return t.stride(0) if t is not None and t.dim() == 3 else 0
 
 
 def _wide(*tiles: tuple[torch.Tensor, int]) -> bool:
     """Whether an offset inside one tile passes 2^31; the offset of a tile itself is always 64-bit."""
-    return any(sum(abs(s) for s in t.stride()) * block >= INT32 for t, block in tiles)
+    return any(sum(abs(s) for s in t.stride()[-2:]) * block >= INT32 for t, block in tiles)
 
 
 def _split(length: int, block: int, wanted: int) -> tuple[int, int]:
@@ -79,82 +87,103 @@ def _split(length: int, block: int, wanted: int) -> tuple[int, int]:
     return per_split, triton.cdiv(blocks, per_split)
 
 
-def run_shrink(x, a, *, scale: float, dropout, config: Config, dtype: torch.dtype) -> torch.Tensor:
-    """``scale * (D.x) a`` as ``[M, R]`` in ``dtype``. x: ``[M, K]``, a: ``[K, R]``, any strides. dropout: None or (seed, p)."""
-    c = config.shrink
+def run_shrink(x, a, *, scale: float, adapters: Adapters = ONE, dropout, config: Config, dtype: torch.dtype, parts: bool = False):
+    """``scale * (D.x) a`` as ``[M, R]`` in ``dtype``. x: ``[M, K]``, a: ``[(E,) K, R]``, any strides. dropout: None or (seed, p).
+
+    parts: Return float32 ``[splits, M, R]``, not yet added, where K was split.
+    """
+    c, seg = config.shrink, adapters.segments
     M, K = x.shape
-    R = a.shape[1]
-    block_r = rank_block(R)
+    R = a.shape[-1]
+    block_r = rank_block(R, TILE_RANK if adapters.ranks is not None else 128)
     blocks, splits = _split(K, c.block_k, c.split)
     z = x.new_empty(splits, M, R, dtype=torch.float32 if splits > 1 else dtype)
     seed, threshold, inv_keep = _dropout(dropout)
-    args = (_matrix(x), _matrix(a), (z, R, 1), z.stride(0), seed, threshold, scale * inv_keep, M, K, R, blocks)
-    options = dict(
-        LOAD_X=load_dense, DROPOUT=dropout is not None, PRECISION=precision(x.dtype), BLOCK_M=c.block_m, BLOCK_K=c.block_k, BLOCK_R=block_r,
-        EVEN_K=K % c.block_k == 0, EVEN_R=R % block_r == 0, WIDE=_wide((x, max(c.block_m, c.block_k)), (a, c.block_k)),
-        num_warps=c.num_warps, num_stages=c.num_stages,
+    args = (
+        _matrix(x), _matrix(a), (z, R, 1), z.stride(0), adapters.gather(), adapters.number, _stack_stride(a), adapters.scales, adapters.ranks,
+        seed, threshold, scale * inv_keep, M, K, R, blocks,
     )  # fmt: skip
-    _run(shrink, (triton.cdiv(M, c.block_m), triton.cdiv(R, block_r), splits), args, options)
-    return z[0] if splits == 1 else z.sum(0).to(dtype)
+    options = dict(
+        LOAD_X=load_dense, SEGMENTS=seg is not None, DROPOUT=dropout is not None, PRECISION=precision(x.dtype),
+        BLOCK_M=c.block_m, BLOCK_K=c.block_k, BLOCK_R=block_r, EVEN_K=K % c.block_k == 0, EVEN_R=R % block_r == 0 and adapters.ranks is None,
+        WIDE=_wide((x, max(c.block_m, c.block_k)), (a, c.block_k)), num_warps=c.num_warps, num_stages=c.num_stages,
+    )  # fmt: skip
+    tiles = triton.cdiv(M, c.block_m) if seg is None else seg.tile_adapter.shape[0]
+    _run(shrink, (tiles, triton.cdiv(R, block_r), splits), args, options)
+    return z if parts and splits > 1 else z[0] if splits == 1 else z.sum(0).to(dtype)
 
 
-def run_wgrad(x, g, *, scale: float, dropout, config: Config, out_transposed: bool, dtype: torch.dtype) -> torch.Tensor:
-    """``scale * (D.x)^T g`` as ``[J, R]``, or ``[R, J]`` if transposed, in ``dtype``, from float32 sums in a fixed order."""
-    c = config.wgrad
+def run_wgrad(x, g, *, scale: float, adapters: Adapters = ONE, dropout, config: Config, out_transposed: bool, dtype: torch.dtype) -> torch.Tensor:
+    """``scale * (D.x)^T g`` as ``[(E,) J, R]``, or ``[(E,) R, J]`` if transposed, in ``dtype``, from float32 sums in a fixed order."""
+    c, seg, E = config.wgrad, adapters.segments, adapters.number
     (M, J), R = x.shape, g.shape[1]
-    block_r = rank_block(R)
+    block_r = rank_block(R, TILE_RANK if adapters.ranks is not None else 128)
     blocks, splits = _split(M, c.block_m, c.split)
-    shape = (splits, R, J) if out_transposed else (splits, J, R)
+    if seg is not None:  # every adapter's tokens are split alike, for how many they are is known on the device alone
+        splits = max(1, min(splits, SPLIT_ADAPTERS // E))
+    shape = (splits, E, R, J) if out_transposed else (splits, E, J, R)
     out = x.new_empty(shape, dtype=torch.float32 if splits > 1 else dtype)
     seed, threshold, inv_keep = _dropout(dropout)
     strides = (1, J) if out_transposed else (R, 1)
-    args = (_matrix(x), _matrix(g), (out, *strides), out.stride(0), seed, threshold, scale * inv_keep, M, J, R, blocks)
-    options = dict(
-        DROPOUT=dropout is not None, PRECISION=precision(x.dtype), BLOCK_M=c.block_m, BLOCK_J=c.block_j, BLOCK_R=block_r,
-        EVEN_J=J % c.block_j == 0, EVEN_R=R % block_r == 0, WIDE=_wide((x, max(c.block_m, c.block_j)), (out[0], c.block_j)),
-        num_warps=c.num_warps, num_stages=c.num_stages,
+    starts, order = (None, None) if seg is None else (seg.starts, seg.order)
+    args = (
+        _matrix(x), _matrix(g), (out, *strides), out.stride(0), starts, order, out.stride(1), adapters.ranks,
+        seed, threshold, scale * inv_keep, M, J, R, blocks,
     )  # fmt: skip
-    _run(wgrad, (triton.cdiv(J, c.block_j), triton.cdiv(R, block_r), splits), args, options)
-    return out[0] if splits == 1 else out.sum(0).to(dtype)
+    options = dict(
+        SEGMENTS=seg is not None, DROPOUT=dropout is not None, PRECISION=precision(x.dtype), BLOCK_M=c.block_m, BLOCK_J=c.block_j,
+        BLOCK_R=block_r, EVEN_J=J % c.block_j == 0, EVEN_R=R % block_r == 0 and adapters.ranks is None,
+        WIDE=_wide((x, max(c.block_m, c.block_j)), (out, c.block_j)), num_warps=c.num_warps, num_stages=c.num_stages,
+    )  # fmt: skip
+    _run(wgrad, (E * triton.cdiv(J, c.block_j), triton.cdiv(R, block_r), splits), args, options)
+    total = out[0] if splits == 1 else out.sum(0).to(dtype)
+    return total[0] if seg is None else total
 
 
-def run_expand(x, w, v, *, transposed: bool, u, a=None, scale=1.0, bias=None, y=None, drop_x=None, drop_uv=None, config: Config):
+def run_expand(
+    x, w, v, *, transposed: bool, u, a=None, scale=1.0, adapters: Adapters = ONE, bias=None, y=None, drop_x=None, drop_uv=None, config: Config
+):  # fmt: skip
     """``x w + D.(u v) + bias`` as ``[M, N]``, and u.
 
-    w: ``[K, N]``, v: ``[R, N]``, a: ``[K, R]``, all three the other way round if transposed (as the parameters lie for the forward pass).
-    u: ``[M, R]`` where it is given; a matrix to write it to, or None, where the kernel computes it. y: the base product, where the
-    library made it. drop_x, drop_uv: None or (seed, p).
+    w: ``[K, N]``, v: ``[(E,) R, N]``, a: ``[(E,) K, R]``, all three the other way round if transposed (as the parameters lie for the
+    forward pass). u: ``[M, R]``, or float32 ``[parts, M, R]`` to be added, where it is given; a matrix to write it to, or None, where
+    the kernel computes it. y: the base product, where the library made it. drop_x, drop_uv: None or (seed, p).
     """
-    c = config.expand
+    c, seg = config.expand, adapters.segments
     if transposed:
-        w, v, a = w.t(), v.t(), None if a is None else a.t()
-    (M, K), (R, N) = x.shape, v.shape
-    block_r = rank_block(R, LOOP_RANK if c.u == "loop" else TILE_RANK)
+        w, v, a = w.t(), v.mT, None if a is None else a.mT
+    (M, K), (R, N) = x.shape, v.shape[-2:]
+    block_r = rank_block(R, LOOP_RANK if c.u == "loop" else TILE_RANK if adapters.ranks is None else MIXED_RANK)
     r_blocks = triton.cdiv(R, block_r)
     library = y is not None
     y = x.new_empty(M, N) if y is None else y
     num_m, tiles = triton.cdiv(M, c.block_m), triton.cdiv(M, c.block_m) * triton.cdiv(N, c.block_n)
     items, flags, ticket = tiles, None, None
     if c.u == "awaited":
-        items += num_m * r_blocks
+        items += (num_m if seg is None else seg.tile_adapter.shape[0]) * r_blocks
         flags = torch.zeros(num_m + 1, dtype=torch.int32, device=x.device)
         flags, ticket = flags[:num_m], flags[num_m:]
         u = x.new_empty(M, R) if u is None else u
     seed, threshold, inv_keep = _dropout(drop_x or drop_uv)
     load_x, x_args = (None, None) if library else _operand(x, c.block_m, c.block_k, c.tma)
     load_w, w_args = (None, None) if library else _operand(w, c.block_k, c.block_n, c.tma)
-    load_u, u_args = (load_dense, None) if u is None else _operand(u, c.block_m, block_r, c.warp_specialize)
+    if u is not None and u.dim() == 3:
+        load_u, u_args = load_parts, (u, u.stride(1), u.stride(2), u.stride(0), u.shape[0])
+    else:
+        load_u, u_args = (load_dense, None) if u is None else _operand(u, c.block_m, block_r, c.warp_specialize)
     load_v, v_args = _operand(v, block_r, c.block_n, c.warp_specialize)
     args = (
         x_args, w_args, None if a is None else _matrix(a), u_args, v_args, bias, (y, N, 1),
-        flags, ticket, seed, threshold, inv_keep, scale * (inv_keep if drop_x else 1.0), M, N, K, R,
+        adapters.rows(), adapters.gather(), 0 if seg is None else seg.tile_adapter.shape[0], adapters.number, _stack_stride(a), _stack_stride(v),
+        None if c.u == "given" else adapters.scales, adapters.ranks, flags, ticket, seed, threshold, inv_keep, scale * (inv_keep if drop_x else 1.0), M, N, K, R,
     )  # fmt: skip
     blocks = max(c.block_m, c.block_n, c.block_k)
     options = dict(
-        LOAD_X=load_x, LOAD_W=load_w, LOAD_U=load_u, LOAD_V=load_v, U=c.u, SAVE_U=c.u == "loop" and u is not None,
+        LOAD_X=load_x, LOAD_W=load_w, LOAD_U=load_u, LOAD_V=load_v, U=c.u, SEGMENTS=seg is not None, SAVE_U=c.u == "loop" and u is not None,
         DROP_X=drop_x is not None and c.u != "given",
         DROP_UV=drop_uv is not None, PRECISION=precision(x.dtype), BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, BLOCK_R=block_r,
-        R_BLOCKS=r_blocks, GROUP_M=c.group_m, EVEN_N=N % c.block_n == 0, EVEN_K=K % c.block_k == 0, EVEN_R=R % block_r == 0,
+        R_BLOCKS=r_blocks, GROUP_M=c.group_m, GATHER_M=c.block_m if seg is None else seg.gather_block,
+        EVEN_N=N % c.block_n == 0, EVEN_K=K % c.block_k == 0, EVEN_R=R % block_r == 0 and adapters.ranks is None,
         WIDE=_wide((x, blocks), (w, blocks), (v, blocks)), PERSISTENT=c.persistent, WARP_SPECIALIZE=c.warp_specialize,
         num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip
@@ -185,37 +214,39 @@ def _dropout(dropout) -> tuple:
     return seed, philox.threshold_of(p), philox.inv_keep(p)
 
 
-def forward(x, weight, lora_A, lora_B, bias, seed, scale: float, p: float, save_u: bool, config: Config):
+def forward(x, weight, lora_A, lora_B, bias, seed, adapters: Adapters, scale: float, p: float, save_u: bool, config: Config):
     """``y [M, N]`` and ``u [M, r]`` (None unless ``save_u``) for x ``[M, K]``; p = 0 means no dropout."""
     drop = (seed, p) if p else None
+    shared = dict(transposed=True, adapters=adapters, config=config)
     with on_device(x):
         if config.expand.u == "given":
-            u = run_shrink(x, lora_A.t(), scale=scale, dropout=drop, config=config, dtype=x.dtype)
+            u = run_shrink(x, lora_A.mT, scale=scale, adapters=adapters, dropout=drop, config=config, dtype=x.dtype, parts=not (save_u or config.expand.warp_specialize))
             if config.expand.base == "library":
-                return run_expand(x, weight, lora_B, transposed=True, u=u, y=F.linear(x, weight, bias), config=config)
-            return run_expand(x, weight, lora_B, transposed=True, u=u, bias=bias, config=config)
-        space = x.new_empty(x.shape[0], lora_A.shape[0]) if save_u else None
-        return run_expand(x, weight, lora_B, transposed=True, u=space, a=lora_A, scale=scale, bias=bias, drop_x=drop, config=config)
+                return run_expand(x, weight, lora_B, u=u, y=F.linear(x, weight, bias), **shared)
+            return run_expand(x, weight, lora_B, u=u, bias=bias, **shared)
+        space = x.new_empty(x.shape[0], lora_A.shape[-2]) if save_u else None
+        return run_expand(x, weight, lora_B, u=space, a=lora_A, scale=scale, bias=bias, drop_x=drop, **shared)
 
 
-def backward(dy, x, weight, lora_A, lora_B, u, seed, scale: float, p: float, needs, adapter_dtype, config: Config):
-    """``dX [M, K], dA [r, K], dB [N, r]``, each None where ``needs`` says so; operands that no needed gradient uses may be None."""
+def backward(dy, x, weight, lora_A, lora_B, u, seed, adapters: Adapters, scale: float, p: float, needs, adapter_dtype, config: Config):
+    """``dX [M, K], dA [(E,) r, K], dB [(E,) N, r]``, each None where ``needs`` says so; operands that no needed gradient uses may be None."""
     need_dx, need_da, need_db = needs
     drop = (seed, p) if p else None
+    shared = dict(adapters=adapters, config=config)
     dx = da = db = None
     ds: torch.Tensor | None = None
     with on_device(dy):
         one_launch = need_dx and config.expand.u != "given"
         if (need_dx or need_da) and not one_launch:
-            ds = run_shrink(dy, lora_B, scale=scale, dropout=None, config=config, dtype=dy.dtype)
+            ds = run_shrink(dy, lora_B, scale=scale, dropout=None, dtype=dy.dtype, parts=not (need_da or config.expand.warp_specialize), **shared)
         if one_launch:
-            ds = dy.new_empty(dy.shape[0], lora_B.shape[1]) if need_da else None
-            dx, ds = run_expand(dy, weight, lora_A, transposed=False, u=ds, a=lora_B, scale=scale, drop_uv=drop, config=config)
+            ds = dy.new_empty(dy.shape[0], lora_B.shape[-1]) if need_da else None
+            dx, ds = run_expand(dy, weight, lora_A, transposed=False, u=ds, a=lora_B, scale=scale, drop_uv=drop, **shared)
         elif need_dx:
             base = torch.mm(dy, weight) if config.expand.base == "library" else None
-            dx, _ = run_expand(dy, weight, lora_A, transposed=False, u=ds, y=base, drop_uv=drop, config=config)
+            dx, _ = run_expand(dy, weight, lora_A, transposed=False, u=ds, y=base, drop_uv=drop, **shared)
         if need_da:
-            da = run_wgrad(x, ds, scale=1.0, dropout=drop, config=config, out_transposed=True, dtype=adapter_dtype)
+            da = run_wgrad(x, ds, scale=1.0, dropout=drop, out_transposed=True, dtype=adapter_dtype, **shared)
         if need_db:
-            db = run_wgrad(dy, u, scale=1.0, dropout=None, config=config, out_transposed=False, dtype=adapter_dtype)
+            db = run_wgrad(dy, u, scale=1.0, dropout=None, out_transposed=False, dtype=adapter_dtype, **shared)
     return dx, da, db

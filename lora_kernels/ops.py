@@ -13,17 +13,18 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from . import dispatch
-from .problem import rows
+from .problem import forward_flops, rows
+from .segments import Adapters
 
 _library = torch.library.Library("lora_kernels", "DEF")
 _library.define(
-    "forward(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, Tensor? seed, float scale, float dropout_p, "
-    "bool save_u, str impl, str config) -> (Tensor, Tensor)",
+    "forward(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, Tensor? seed, Tensor? scales, Tensor? ranks, "
+    "Tensor[] plan, int[] geometry, float scale, float dropout_p, bool save_u, str impl, str config) -> (Tensor, Tensor)",
     tags=[torch.Tag.pt2_compliant_tag],
 )
 _library.define(
-    "backward(Tensor dy, Tensor? x, Tensor? weight, Tensor? lora_A, Tensor? lora_B, Tensor? u, Tensor? seed, float scale, "
-    "float dropout_p, bool need_dx, bool need_da, bool need_db, bool need_dbias, ScalarType adapter_dtype, str impl, str config) "
+    "backward(Tensor dy, Tensor? x, Tensor? weight, Tensor? lora_A, Tensor? lora_B, Tensor? u, Tensor? seed, "
+    "Tensor? scales, Tensor? ranks, Tensor[] plan, int[] geometry, float scale, float dropout_p, bool need_dx, bool need_da, bool need_db, bool need_dbias, ScalarType adapter_dtype, str impl, str config) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     tags=[torch.Tag.pt2_compliant_tag],
 )
@@ -31,19 +32,18 @@ forward_op = torch.ops.lora_kernels.forward.default
 backward_op = torch.ops.lora_kernels.backward.default
 
 
-def forward(x, weight, lora_A, lora_B, bias, seed, scale, dropout_p, save_u, impl, config):
+def forward(x, weight, lora_A, lora_B, bias, seed, adapters: Adapters, scale, dropout_p, save_u, impl, config):
     """``y [..., N]`` and ``u [M, r]``: the forward operator, or its library calls themselves where nobody is to see an operator."""
     if _unseen(x, impl, config):
-        return _forward(x, weight, lora_A, lora_B, bias, seed, scale, dropout_p, save_u, impl, config)
-    return forward_op(x, weight, lora_A, lora_B, bias, seed, scale, dropout_p, save_u, impl, config)
+        return _forward(x, weight, lora_A, lora_B, bias, seed, adapters, scale, dropout_p, save_u, impl, config)
+    return forward_op(x, weight, lora_A, lora_B, bias, seed, *adapters.flat(), scale, dropout_p, save_u, impl, config)
 
 
-def backward(dy, x, weight, lora_A, lora_B, u, seed, scale, dropout_p, need_dx, need_da, need_db, need_dbias, adapter_dtype, impl, config):
+def backward(dy, x, weight, lora_A, lora_B, u, seed, adapters: Adapters, scale, dropout_p, needs, adapter_dtype, impl, config):
     """``dX, dA, dB, dbias``, what is not needed undefined: the backward operator, or its library calls, likewise."""
-    needs = (need_dx, need_da, need_db, need_dbias)
     if _unseen(dy, impl, config):
-        return _backward(dy, x, weight, lora_A, lora_B, u, seed, scale, dropout_p, needs, adapter_dtype, impl, config)
-    return backward_op(dy, x, weight, lora_A, lora_B, u, seed, scale, dropout_p, *needs, adapter_dtype, impl, config)
+        return _backward(dy, x, weight, lora_A, lora_B, u, seed, adapters, scale, dropout_p, needs, adapter_dtype, impl, config)
+    return backward_op(dy, x, weight, lora_A, lora_B, u, seed, *adapters.flat(), scale, dropout_p, *needs, adapter_dtype, impl, config)
 
 
 def _unseen(t: torch.Tensor, impl: str, config: str) -> bool:
@@ -58,13 +58,13 @@ def _unseen(t: torch.Tensor, impl: str, config: str) -> bool:
     )
 
 
-def _forward(x, weight, lora_A, lora_B, bias, seed, scale, dropout_p, save_u, impl, config):
+def _forward(x, weight, lora_A, lora_B, bias, seed, adapters, scale, dropout_p, save_u, impl, config):
     x2 = rows(x)
     if x2.numel() == 0 or weight.shape[0] == 0:
         y, u = _empty_forward(x2, weight, lora_A, bias)
     else:
-        run, chosen = dispatch.forward_arm(x2, weight, lora_A, lora_B, dropout_p, impl, config)
-        y, u = run(x2, weight, lora_A, lora_B, bias, seed, scale, dropout_p, save_u, chosen)
+        run, chosen = dispatch.forward_arm(x2, weight, lora_A, lora_B, adapters, dropout_p, impl, config)
+        y, u = run(x2, weight, lora_A, lora_B, bias, seed, adapters, scale, dropout_p, save_u, chosen)
     return y if x is x2 else y.view(*x.shape[:-1], weight.shape[0]), u
 
 
@@ -73,42 +73,41 @@ def _empty_forward(x, weight, lora_A, bias):
     y = x.new_zeros(x.shape[0], weight.shape[0])
     if bias is not None:
         y += bias
-    return y, x.new_zeros(x.shape[0], lora_A.shape[0])
+    return y, x.new_zeros(x.shape[0], lora_A.shape[-2])
 
 
-def _backward(dy, x, weight, lora_A, lora_B, u, seed, scale, dropout_p, needs, adapter_dtype, impl, config):
+def _backward(dy, x, weight, lora_A, lora_B, u, seed, adapters, scale, dropout_p, needs, adapter_dtype, impl, config):
     need_dx, need_da, need_db, need_dbias = needs
     dy2, x2 = rows(dy), None if x is None else rows(x)
     dx = da = db = None
     if dy2.numel() == 0 or (x2 is not None and x2.numel() == 0):
         K = weight.shape[1] if weight is not None else 0 if x2 is None else x2.shape[1]
+        stack = [] if adapters.segments is None else [adapters.number]
         dx = dy.new_zeros(dy2.shape[0], K)
-        da = _zeros(need_da, dy, adapter_dtype, lora_B, 1, x2, 1)
-        db = _zeros(need_db, dy, adapter_dtype, dy2, 1, u, 1)
+        da = dy.new_zeros(*stack, lora_B.shape[-1], x2.shape[1], dtype=adapter_dtype) if need_da else None
+        db = dy.new_zeros(*stack, dy2.shape[1], u.shape[1], dtype=adapter_dtype) if need_db else None
     elif need_dx or need_da or need_db:
-        run, chosen = dispatch.backward_arm(dy2, x2, weight, lora_A, lora_B, u, dropout_p, impl, config)
-        dx, da, db = run(dy2, x2, weight, lora_A, lora_B, u, seed, scale, dropout_p, needs[:3], adapter_dtype, chosen)
+        run, chosen = dispatch.backward_arm(dy2, x2, weight, lora_A, lora_B, u, adapters, dropout_p, impl, config)
+        dx, da, db = run(dy2, x2, weight, lora_A, lora_B, u, seed, adapters, scale, dropout_p, needs[:3], adapter_dtype, chosen)
     if need_dx and dy is not dy2:
         dx = dx.view(*dy.shape[:-1], dx.shape[1])
     return dx if need_dx else None, da, db, dy2.sum(0) if need_dbias else None
 
 
-def _zeros(needed, like, dtype, rows_of, row_axis, columns_of, column_axis):
-    if not needed:
-        return None
-    return like.new_zeros(rows_of.shape[row_axis], columns_of.shape[column_axis], dtype=dtype)
-
-
-def _forward_kernel(x, weight, lora_A, lora_B, bias, seed, scale, dropout_p, save_u, impl, config):
-    y, u = _forward(x, weight, lora_A, lora_B, bias, seed, scale, dropout_p, save_u, impl, config)
+def _forward_kernel(
+    x, weight, lora_A, lora_B, bias, seed, scales, ranks, plan, geometry, scale, dropout_p, save_u, impl, config
+):  # fmt: skip
+    adapters = Adapters.from_flat(scales, ranks, plan, geometry)
+    y, u = _forward(x, weight, lora_A, lora_B, bias, seed, adapters, scale, dropout_p, save_u, impl, config)
     return y, u if save_u else x.new_empty(0)
 
 
 def _backward_kernel(
-    dy, x, weight, lora_A, lora_B, u, seed, scale, dropout_p, need_dx, need_da, need_db, need_dbias, adapter_dtype, impl, config
-):
-    needs = (need_dx, need_da, need_db, need_dbias)
-    grads = _backward(dy, x, weight, lora_A, lora_B, u, seed, scale, dropout_p, needs, adapter_dtype, impl, config)
+    dy, x, weight, lora_A, lora_B, u, seed, scales, ranks, plan, geometry, scale, dropout_p,
+    need_dx, need_da, need_db, need_dbias, adapter_dtype, impl, config,
+):  # fmt: skip
+    adapters, needs = Adapters.from_flat(scales, ranks, plan, geometry), (need_dx, need_da, need_db, need_dbias)
+    grads = _backward(dy, x, weight, lora_A, lora_B, u, seed, adapters, scale, dropout_p, needs, adapter_dtype, impl, config)
     dtypes = (dy.dtype, adapter_dtype, adapter_dtype, dy.dtype)
     return tuple(dy.new_empty(0, dtype=dtype) if grad is None else grad for grad, dtype in zip(grads, dtypes, strict=True))
 
@@ -119,39 +118,45 @@ for _key in ("CPU", "CUDA"):
 
 
 @torch.library.register_fake("lora_kernels::forward")
-def _forward_fake(x, weight, lora_A, lora_B, bias, seed, scale, dropout_p, save_u, impl, config):
-    u = x.new_empty(math.prod(x.shape[:-1]), lora_A.shape[0]) if save_u else x.new_empty(0)
+def _forward_fake(
+    x, weight, lora_A, lora_B, bias, seed, scales, ranks, plan, geometry, scale, dropout_p, save_u, impl, config
+):  # fmt: skip
+    u = x.new_empty(math.prod(x.shape[:-1]), lora_A.shape[-2]) if save_u else x.new_empty(0)
     return x.new_empty(*x.shape[:-1], weight.shape[0]), u
 
 
 @torch.library.register_fake("lora_kernels::backward")
 def _backward_fake(
-    dy, x, weight, lora_A, lora_B, u, seed, scale, dropout_p, need_dx, need_da, need_db, need_dbias, adapter_dtype, impl, config
-):
+    dy, x, weight, lora_A, lora_B, u, seed, scales, ranks, plan, geometry, scale, dropout_p,
+    need_dx, need_da, need_db, need_dbias, adapter_dtype, impl, config,
+):  # fmt: skip
+    stack = geometry[:1]
     return (
         dy.new_empty(*dy.shape[:-1], weight.shape[1]) if need_dx else dy.new_empty(0),
-        dy.new_empty(*((lora_B.shape[1], x.shape[-1]) if need_da else (0,)), dtype=adapter_dtype),
-        dy.new_empty(*((dy.shape[-1], u.shape[1]) if need_db else (0,)), dtype=adapter_dtype),
+        dy.new_empty(*((*stack, lora_B.shape[-1], x.shape[-1]) if need_da else (0,)), dtype=adapter_dtype),
+        dy.new_empty(*((*stack, dy.shape[-1], u.shape[1]) if need_db else (0,)), dtype=adapter_dtype),
         dy.new_empty(dy.shape[-1] if need_dbias else 0),
     )
 
 
 @register_flop_formula(torch.ops.lora_kernels.forward)
 def _forward_flops(x, weight, lora_A, *args, out_shape=None, **kwargs) -> int:
-    M, (N, K), R = math.prod(x[:-1]), weight, lora_A[0]
-    return 2 * M * (N * K + R * (N + K))
+    return forward_flops(math.prod(x[:-1]), *weight, lora_A[-2])
 
 
 @register_flop_formula(torch.ops.lora_kernels.backward)
-def _backward_flops(dy, x, weight, lora_A, lora_B, u, seed, scale, dropout_p, need_dx, need_da, need_db, *args, **kwargs) -> int:
+def _backward_flops(
+    dy, x, weight, lora_A, lora_B, u, seed, scales, ranks, plan, geometry, scale, dropout_p, need_dx, need_da, need_db, *args, **kwargs
+) -> int:
+    """Of what these gradients need; with segments every token is taken to have an adapter of the full rank."""
     M, N = math.prod(dy[:-1]), dy[-1]
     total = 0
     if need_dx or need_da:
-        total += M * N * lora_B[1]
+        total += M * N * lora_B[-1]
     if need_dx:
-        total += M * weight[1] * (N + lora_A[0])
+        total += M * weight[1] * (N + lora_A[-2])
     if need_da:
-        total += M * x[-1] * lora_B[1]
+        total += M * x[-1] * lora_B[-1]
     if need_db:
         total += M * N * u[1]
     return 2 * total

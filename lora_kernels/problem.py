@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from .segments import ONE, Adapters, Segments
+
 MAX_RANK = 512
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -26,7 +28,8 @@ class Problem:
     ``x_row_major``: x is contiguous along K. ``w_major``: the axis along which w is contiguous, "k" (nn.Linear's weight in the
     forward pass), "n" (the same weight in the backward pass), or "" (neither). ``aligned``: base addresses and the other
     strides are multiples of 16 bytes, as TMA descriptors need. ``dropout``: "" (none), "x" (on the adapter's input, forward) or
-    "uv" (on the low-rank term, backward). ``wide``: an offset passes 2^31.
+    "uv" (on the low-rank term, backward). ``wide``: an offset passes 2^31. ``adapters``: E of a batch with segments, 0 for one
+    adapter; ``row_block`` and ``gather_block`` are then its plan's, ``mixed_ranks`` whether adapters have ranks of their own.
     """
 
     M: int
@@ -40,6 +43,10 @@ class Problem:
     aligned: bool = True
     wide: bool = False
     adapter_dtype: torch.dtype | None = None
+    adapters: int = 0
+    row_block: int = 0
+    gather_block: int = 0
+    mixed_ranks: bool = False
 
     @property
     def itemsize(self) -> int:
@@ -47,12 +54,17 @@ class Problem:
 
     @property
     def flops(self) -> int:
-        return 2 * self.M * (self.N * self.K + self.R * (self.N + self.K))
+        return forward_flops(self.M, self.N, self.K, self.R)
 
     def backward(self) -> Problem:
         """The problem of dX: K and N change places, and w is read along its other axis."""
         other = {"k": "n", "n": "k", "": ""}[self.w_major]
         return replace(self, N=self.K, K=self.N, w_major=other, dropout="uv" if self.dropout else "")
+
+
+def forward_flops(M: int, N: int, K: int, R: int) -> int:
+    """Floating-point operations of a forward pass, a multiplication and an addition each."""
+    return 2 * M * (N * K + R * (N + K))
 
 
 def rows(t: torch.Tensor) -> torch.Tensor:
@@ -84,14 +96,22 @@ def contiguous_axis(t: torch.Tensor, first: str, second: str) -> str:
     return second if t.stride(1) == 1 else first if t.stride(0) == 1 else ""
 
 
-def describe(x, weight, lora_A, lora_B, *, dropout: bool) -> Problem:
+def segment_fields(adapters: Adapters) -> dict:
+    """`Problem`'s part about many adapters."""
+    s = adapters.segments
+    if s is None:
+        return {}
+    return dict(adapters=s.num_adapters, row_block=s.row_block, gather_block=s.gather_block, mixed_ranks=adapters.ranks is not None)
+
+
+def describe(x, weight, lora_A, lora_B, *, dropout: bool, adapters: Adapters = ONE) -> Problem:
     """The forward `Problem` of a checked call; x is ``[M, K]``."""
     N, K = weight.shape
     return Problem(
         M=x.shape[0],
         N=N,
         K=K,
-        R=lora_A.shape[0],
+        R=lora_A.shape[-2],
         dtype=x.dtype,
         dropout="x" if dropout else "",
         x_row_major=x.stride(-1) == 1,
@@ -99,6 +119,7 @@ def describe(x, weight, lora_A, lora_B, *, dropout: bool) -> Problem:
         aligned=descriptors_possible(x, weight, lora_A, lora_B),
         wide=offsets_pass_int32(x, weight),
         adapter_dtype=lora_A.dtype,
+        **segment_fields(adapters),
     )
 
 
@@ -117,15 +138,18 @@ def check_tensor(name: str, t, what: str) -> None:
         raise TypeError(f"{name}: wanted float16, bfloat16, float32 or float64, got {t.dtype}")
 
 
-def check_arguments(x, weight, lora_A, lora_B, bias, scale, dropout_p, seed, segments) -> None:
+def check_arguments(x, weight, lora_A, lora_B, bias, scale, dropout_p, seed, segments, ranks) -> None:
     """Refuse what `lora_linear` cannot compute. Raises ValueError, TypeError or UnsupportedError."""
+    stack = "" if segments is None else "num_adapters, "
     check_tensor("x", x, "a tensor [..., in_features]")
     check_tensor("weight", weight, "a tensor [out_features, in_features]")
-    check_tensor("lora_A", lora_A, "a tensor [r, in_features]")
-    check_tensor("lora_B", lora_B, "a tensor [out_features, r]")
+    check_tensor("lora_A", lora_A, f"a tensor [{stack}r, in_features]")
+    check_tensor("lora_B", lora_B, f"a tensor [{stack}out_features, r]")
     if bias is not None:
         check_tensor("bias", bias, "a tensor [out_features] or None")
-    check_shapes(x, weight, lora_A, lora_B, bias)
+    if segments is not None:
+        check_segments(x, segments)
+    check_shapes(x, weight, lora_A, lora_B, bias, segments)
     check_dtypes(x, weight, lora_A, lora_B, bias)
     check_devices(x, weight, lora_A, lora_B, bias)
     if weight.requires_grad:
@@ -133,41 +157,92 @@ def check_arguments(x, weight, lora_A, lora_B, bias, scale, dropout_p, seed, seg
             "weight: wanted a frozen base weight, got one with requires_grad=True; "
             "call weight.requires_grad_(False): LoRA trains lora_A and lora_B only"
         )
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise TypeError(f"scale: wanted a float (lora_alpha / r), got {type(scale).__name__}")
+    check_scale(scale, x, segments)
+    check_ranks(ranks, x, lora_A, segments)
     if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)):
         raise TypeError(f"dropout_p: wanted a float in [0, 1), got {type(dropout_p).__name__}")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p: wanted a probability in [0, 1), got {dropout_p}")
     check_seed(seed, x)
-    if segments is not None:
-        raise UnsupportedError(
-            f"segments: wanted None, got {type(segments).__name__}; several adapters in one batch are not supported by this version"
-        )
 
 
-def check_shapes(x, weight, lora_A, lora_B, bias) -> None:
+def check_segments(x, segments) -> None:
+    if not isinstance(segments, Segments):
+        wanted = "a lora_kernels.Segments (Segments.from_ids(adapter_ids, num_adapters)) or None"
+        raise TypeError(f"segments: wanted {wanted}, got {type(segments).__name__}")
+    tokens = math.prod(x.shape[:-1])
+    if segments.tokens != tokens:
+        raise ValueError(f"segments: wanted one id for each of the {tokens} tokens of x {_shape(x)}, got {segments.tokens}")
+    if segments.device != x.device:
+        raise ValueError(f"segments: wanted x's device {x.device}, got {segments.device}")
+
+
+def check_scale(scale, x, segments) -> None:
+    if isinstance(scale, torch.Tensor):
+        E = 1 if segments is None else segments.num_adapters
+        if scale.dtype != torch.float32:
+            raise TypeError(f"scale: wanted a float or a float32 tensor, got {scale.dtype}")
+        if (scale.numel() != 1) if segments is None else (tuple(scale.shape) != (E,)):
+            wanted = "one element" if segments is None else f"shape [{E}], one for each adapter of segments"
+            raise ValueError(f"scale: wanted {wanted}, got {_shape(scale)}")
+        if scale.device != x.device:
+            raise ValueError(f"scale: wanted x's device {x.device}, got {scale.device}")
+        if scale.requires_grad:
+            raise UnsupportedError("scale: wanted a tensor without gradient, got requires_grad=True; the scale is not trained")
+        if not scale.is_contiguous():
+            raise ValueError(f"scale: wanted a contiguous tensor, got strides {list(scale.stride())}")
+    elif isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"scale: wanted a float (lora_alpha / r) or a float32 tensor, got {type(scale).__name__}")
+
+
+def check_ranks(ranks, x, lora_A, segments) -> None:
+    if ranks is None:
+        return
+    if segments is None:
+        raise ValueError("ranks: wanted None without segments (the rank is lora_A's), got a value")
+    if not isinstance(ranks, torch.Tensor) or ranks.dtype != torch.int32:
+        given = ranks.dtype if isinstance(ranks, torch.Tensor) else type(ranks).__name__
+        raise TypeError(f"ranks: wanted an int32 tensor [num_adapters] or None, got {given}")
+    if tuple(ranks.shape) != (segments.num_adapters,) or not ranks.is_contiguous():
+        raise ValueError(f"ranks: wanted shape [{segments.num_adapters}], contiguous, got {_shape(ranks)}")
+    if ranks.device != x.device:
+        raise ValueError(f"ranks: wanted x's device {x.device}, got {ranks.device}")
+    R = lora_A.shape[-2]
+    if type(ranks) is torch.Tensor and ranks.device.type == "cpu" and ((ranks < 0) | (ranks > R)).any():
+        raise ValueError(f"ranks: wanted ranks from 0 to lora_A's {R}, got {ranks.min().item()} to {ranks.max().item()}")
+
+
+def check_shapes(x, weight, lora_A, lora_B, bias, segments=None) -> None:
     if weight.dim() != 2:
         raise ValueError(f"weight: wanted shape [out_features, in_features], got {_shape(weight)}")
     N, K = weight.shape
     if x.dim() < 1 or x.shape[-1] != K:
         raise ValueError(f"x: wanted shape [..., {K}] to match weight {_shape(weight)}, got {_shape(x)}")
-    if lora_A.dim() != 2 or lora_A.shape[1] != K:
-        hint = ""
-        if lora_A.dim() == 2 and lora_A.shape[0] == K:
-            hint = "; it looks transposed: PEFT stores lora_A as [r, in_features], pass lora_A.T"
-        raise ValueError(f"lora_A: wanted shape [r, {K}] to match weight {_shape(weight)}, got {_shape(lora_A)}{hint}")
-    R = lora_A.shape[0]
-    if lora_B.dim() != 2 or tuple(lora_B.shape) != (N, R):
-        hint = ""
-        if lora_B.dim() == 2 and tuple(lora_B.shape) == (R, N):
-            hint = "; it looks transposed: PEFT stores lora_B as [out_features, r], pass lora_B.T"
-        wanted = f"[{N}, {R}] to match weight {_shape(weight)} and lora_A {_shape(lora_A)}"
-        raise ValueError(f"lora_B: wanted shape {wanted}, got {_shape(lora_B)}{hint}")
+    stack = [] if segments is None else [segments.num_adapters]
+    check_adapter("lora_A", lora_A, [*stack, "r", K], f"to match weight {_shape(weight)}", "[r, in_features]")
+    R = lora_A.shape[-2]
+    check_adapter("lora_B", lora_B, [*stack, N, R], f"to match weight {_shape(weight)} and lora_A {_shape(lora_A)}", "[out_features, r]")
     if not 1 <= R <= MAX_RANK:
         raise UnsupportedError(f"lora_A: wanted a rank r from 1 to {MAX_RANK}, got r = {R} (shape {_shape(lora_A)})")
     if bias is not None and tuple(bias.shape) != (N,):
         raise ValueError(f"bias: wanted shape [{N}] to match weight {_shape(weight)}, got {_shape(bias)}")
+
+
+def check_adapter(name: str, t, wanted: list, why: str, peft: str) -> None:
+    """``wanted``: the shape, "r" for any size."""
+    if t.dim() == len(wanted) and all(w in ("r", size) for w, size in zip(wanted, t.shape, strict=True)):
+        return
+    hint = ""
+    if t.dim() != len(wanted):
+        if (t.dim(), len(wanted)) == (3, 2):
+            hint = "; a stack of adapters needs segments"
+        elif (t.dim(), len(wanted)) == (2, 3):
+            hint = "; segments need a stack of adapters"
+    elif all(w in ("r", size) for w, size in zip(wanted, t.mT.shape, strict=True)):
+        hint = f"; it looks transposed: PEFT stores {name} as {peft}, pass {name}.{'T' if t.dim() == 2 else 'mT'}"
+    elif len(wanted) == 3 and t.shape[0] != wanted[0]:
+        hint = f"; segments name {wanted[0]} adapters"
+    raise ValueError(f"{name}: wanted shape [{', '.join(map(str, wanted))}] {why}, got {_shape(t)}{hint}")
 
 
 def check_dtypes(x, weight, lora_A, lora_B, bias) -> None:

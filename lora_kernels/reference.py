@@ -18,29 +18,49 @@ def dropout(x: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:
     return torch.where(keep.reshape(x.shape), x * philox.inv_keep(p), x.new_zeros(()))
 
 
-def lora_linear(x, weight, lora_A, lora_B, bias=None, *, scale=1.0, dropout_p=0.0, training=False, seed=None, segments=None):
+def lora_linear(
+    x, weight, lora_A, lora_B, bias=None, *, scale=1.0, dropout_p=0.0, training=False, seed=None, segments=None, ranks=None
+):  # fmt: skip
     """Linear layer with a low-rank update, as the textbook has it: each product rounded to the tensors' dtype.
 
     Args:
         x: Tokens ``[..., K]``; any floating dtype, float64 included.
         weight: ``[N, K]`` as nn.Linear stores it, x's dtype.
-        lora_A, lora_B: ``[r, K]`` and ``[N, r]`` as PEFT stores them; cast to x's dtype.
+        lora_A, lora_B: ``[r, K]`` and ``[N, r]`` as PEFT stores them, or stacks ``[E, r, K]`` and ``[E, N, r]``; cast to x's dtype.
         bias: ``[N]`` or None.
-        scale: ``lora_alpha / r``, a float.
+        scale: ``lora_alpha / r``, a float, or float32 with one for each adapter.
         dropout_p: Probability of the adapter branch's dropout, in [0, 1); it acts when ``training``.
         seed: int64 tensor with one element, or int; None draws one from torch's generator.
-        segments: Refused: one adapter only.
+        segments: A `Segments`, each token's adapter in the stack; None for one adapter.
+        ranks: ints ``[E]``, each adapter's own rank; what the stack holds beyond it is not read.
     Returns:
         ``[..., N]`` in x's dtype.
     Source: Hu et al. 2021, arXiv:2106.09685, eq. 3; dropout on the adapter's input as in PEFT.
     """
-    if segments is not None:
-        raise NotImplementedError("segments: wanted None, got a value; several adapters in one batch are not supported yet")
     adapter_in = x
     if training and dropout_p > 0.0:
         adapter_in = dropout(x, dropout_p, as_seed(seed, x.device))
-    low_rank = F.linear(F.linear(adapter_in, lora_A.to(x.dtype)), lora_B.to(x.dtype))
-    return F.linear(x, weight, bias) + low_rank * scale
+    lora_A, lora_B = lora_A.to(x.dtype), lora_B.to(x.dtype)
+    if segments is None:
+        low_rank = F.linear(F.linear(adapter_in, lora_A), lora_B) * (scale.to(x.dtype) if isinstance(scale, torch.Tensor) else scale)
+    else:
+        low_rank = _by_adapter(adapter_in, lora_A, lora_B, scale, segments.ids, ranks)
+    return F.linear(x, weight, bias) + low_rank
+
+
+def _by_adapter(x, lora_A, lora_B, scale, ids, ranks):
+    """Each token through its own adapter, and zero for those without one."""
+    rows = x.reshape(-1, x.shape[-1])
+    nothing = lora_A[:0].sum() + lora_B[:0].sum()  # zero, and the stacks are in the graph even where no token has an adapter
+    low_rank = (rows[:0].sum() + nothing).expand(rows.shape[0], lora_B.shape[1])
+    for e in ids.unique().tolist():
+        if e < 0:
+            continue
+        at = (ids == e).nonzero().squeeze(1)
+        r = lora_A.shape[1] if ranks is None else int(ranks[e])
+        factor = scale[e].to(x.dtype) if isinstance(scale, torch.Tensor) else scale
+        low_rank = low_rank.index_put((at,), F.linear(F.linear(rows[at], lora_A[e, :r]), lora_B[e, :, :r]) * factor)
+    return low_rank.reshape(*x.shape[:-1], lora_B.shape[1])
 
 
 def as_seed(seed, device: torch.device) -> torch.Tensor:

@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "lora_kernels"
 FLOORS = (
-    ("reference", "philox", "problem"),
+    ("reference", "philox", "problem", "segments"),
     ("kernels",),
     ("tuning",),
     ("launch", "compile_only", "chain"),

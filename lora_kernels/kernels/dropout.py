@@ -9,9 +9,9 @@ import triton.language as tl
 
 
 @triton.jit
-def keep_tile(seed, threshold, m0, j0, BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr):
-    """The mask of the tile that starts at token m0 and feature j0, a multiple of 8: int1 [BLOCK_M, BLOCK_J]."""
-    token = (m0 + tl.arange(0, BLOCK_M))[:, None]
+def keep_tile(seed, threshold, tokens, j0, BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr):
+    """The mask of these tokens from feature j0 on, a multiple of 8: int1 [BLOCK_M, BLOCK_J]. tokens: [BLOCK_M], in any order."""
+    token = tokens[:, None]
     group = (j0 // 8 + tl.arange(0, BLOCK_J // 8))[None, :]
     # [BLOCK_M, BLOCK_J // 8]
     zero = tl.zeros([BLOCK_M, BLOCK_J // 8], tl.int32)
@@ -23,6 +23,6 @@ def keep_tile(seed, threshold, m0, j0, BLOCK_M: tl.constexpr, BLOCK_J: tl.conste
 
 
 @triton.jit
-def drop(x, seed, threshold, m0, j0, BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr):
+def drop(x, seed, threshold, tokens, j0, BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr):
     """``where(keep, x, 0)``; the factor 1 / (1 - p) belongs to the float32 scale of the product that follows."""
-    return tl.where(keep_tile(seed, threshold, m0, j0, BLOCK_M, BLOCK_J), x, tl.zeros_like(x))
+    return tl.where(keep_tile(seed, threshold, tokens, j0, BLOCK_M, BLOCK_J), x, tl.zeros_like(x))

@@ -6,6 +6,8 @@ Where u comes from is a plug, ``U``:
   "awaited"  one launch whose work list holds the shrink items ahead of the tiles: a tile computes its base product, then
              waits for its row block's flag. Items are handed out by a ticket, in order, to running programs only, and
              a producer never waits, so the wait always ends.
+With segments (given and awaited) the low-rank product is made once for each adapter present in the row block, and a token selects its
+own: a select, not a masked sum, for 0 * inf is NaN and one adapter must never reach another's tokens.
 """
 
 import triton
@@ -22,6 +24,9 @@ def low_rank(
     acc,
     u,
     v,
+    rows,
+    stride_ve,
+    ranks_ptr,
     seed,
     threshold,
     inv_keep,
@@ -30,8 +35,10 @@ def low_rank(
     M,
     N,
     R,
+    TYPE: tl.constexpr,
     LOAD_U: tl.constexpr,
     LOAD_V: tl.constexpr,
+    SEGMENTS: tl.constexpr,
     DROP_UV: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -45,17 +52,41 @@ def low_rank(
 ):
     """``acc + D.(u v)``; FIRST says that acc is still zero, so that the product needs no registers of its own."""
     uv = acc
-    if DROP_UV and not FIRST:
+    tokens = m0 + tl.arange(0, BLOCK_M)
+    if (DROP_UV or SEGMENTS) and not FIRST:
         uv = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    # A loop, not unrolled: Triton 3.6 compiles consecutive dots before a pipelined loop to an empty kernel on sm_100.
-    for r0 in tl.range(0, R_BLOCKS * BLOCK_R, BLOCK_R, num_stages=1):
-        # u: [BLOCK_M, BLOCK_R], v: [BLOCK_R, BLOCK_N]
-        u_tile = LOAD_U(u, m0, r0, M, R, BLOCK_M, BLOCK_R, False, EVEN_R, WIDE)
-        v_tile = LOAD_V(v, r0, n0, R, N, BLOCK_R, BLOCK_N, EVEN_R, EVEN_N, WIDE).to(u_tile.dtype)
-        uv = tl.dot(u_tile, v_tile, uv, input_precision=PRECISION)
-    if not DROP_UV:
+    if SEGMENTS:
+        ids = tl.load(rows[0] + tokens, mask=tokens < M, other=-1)
+        if R_BLOCKS == 1:
+            u_tile = LOAD_U(u, m0, 0, M, R, BLOCK_M, BLOCK_R, False, EVEN_R, WIDE).to(TYPE)
+        for i in tl.range(0, tl.load(rows[2] + m0 // BLOCK_M)):
+            adapter = tl.load(rows[1] + m0 + i)
+            rank = R
+            if ranks_ptr is not None:
+                rank = tl.minimum(tl.load(ranks_ptr + adapter), R)
+            its_v = (v[0] + adapter.to(tl.int64) * stride_ve, v[1], v[2])
+            # v: [BLOCK_R, BLOCK_N]
+            if R_BLOCKS == 1:
+                v_tile = LOAD_V(its_v, 0, n0, rank, N, BLOCK_R, BLOCK_N, EVEN_R, EVEN_N, WIDE).to(TYPE)
+                product = tl.dot(u_tile, v_tile, input_precision=PRECISION)
+            else:
+                product = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+                for r0 in tl.range(0, rank, BLOCK_R, num_stages=1):
+                    u_tile = LOAD_U(u, m0, r0, M, R, BLOCK_M, BLOCK_R, False, EVEN_R, WIDE).to(TYPE)
+                    v_tile = LOAD_V(its_v, r0, n0, rank, N, BLOCK_R, BLOCK_N, EVEN_R, EVEN_N, WIDE).to(TYPE)
+                    product = tl.dot(u_tile, v_tile, product, input_precision=PRECISION)
+            uv = tl.where((ids == adapter)[:, None], product, uv)
+    else:
+        # A loop, not unrolled: Triton 3.6 compiles consecutive dots before a pipelined loop to an empty kernel on sm_100.
+        for r0 in tl.range(0, R_BLOCKS * BLOCK_R, BLOCK_R, num_stages=1):
+            # u: [BLOCK_M, BLOCK_R], v: [BLOCK_R, BLOCK_N]
+            u_tile = LOAD_U(u, m0, r0, M, R, BLOCK_M, BLOCK_R, False, EVEN_R, WIDE).to(TYPE)
+            v_tile = LOAD_V(v, r0, n0, R, N, BLOCK_R, BLOCK_N, EVEN_R, EVEN_N, WIDE).to(TYPE)
+            uv = tl.dot(u_tile, v_tile, uv, input_precision=PRECISION)
+    if DROP_UV:
+        uv = tl.where(keep_tile(seed, threshold, tokens, n0, BLOCK_M, BLOCK_N), uv * inv_keep, 0.0)
+    elif not SEGMENTS:
         return uv
-    uv = tl.where(keep_tile(seed, threshold, m0, n0, BLOCK_M, BLOCK_N), uv * inv_keep, 0.0)
     return uv if FIRST else acc + uv
 
 
@@ -68,6 +99,10 @@ def expand_tile(
     v,
     bias_ptr,
     y,
+    rows,
+    stride_ve,
+    scales_ptr,
+    ranks_ptr,
     flag_ptr,
     seed,
     threshold,
@@ -84,6 +119,7 @@ def expand_tile(
     LOAD_U: tl.constexpr,
     LOAD_V: tl.constexpr,
     U: tl.constexpr,
+    SEGMENTS: tl.constexpr,
     SAVE_U: tl.constexpr,
     DROP_X: tl.constexpr,
     DROP_UV: tl.constexpr,
@@ -106,8 +142,8 @@ def expand_tile(
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if U == "given" and not WARP_SPECIALIZE:
         acc = low_rank(
-            acc, u, v, seed, threshold, inv_keep, m0, n0, M, N, R,
-            LOAD_U, LOAD_V, DROP_UV, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R, R_BLOCKS, EVEN_N, EVEN_R, WIDE, True,
+            acc, u, v, rows, stride_ve, ranks_ptr, seed, threshold, inv_keep, m0, n0, M, N, R, y[0].dtype.element_ty,
+            LOAD_U, LOAD_V, SEGMENTS, DROP_UV, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R, R_BLOCKS, EVEN_N, EVEN_R, WIDE, True,
         )  # fmt: skip
     if LOAD_W is None:
         acc += tl.load(y_ptrs, mask=y_mask, other=0.0)
@@ -120,13 +156,15 @@ def expand_tile(
             acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)
             if U == "loop":
                 if DROP_X:
-                    x_tile = drop(x_tile, seed, threshold, m0, k0, BLOCK_M, BLOCK_K)
+                    x_tile = drop(x_tile, seed, threshold, m0 + tl.arange(0, BLOCK_M), k0, BLOCK_M, BLOCK_K)
                 # a: [BLOCK_K, BLOCK_R]
                 a_tile = load_dense(a, k0, 0, K, R, BLOCK_K, BLOCK_R, EVEN_K, EVEN_R, WIDE).to(x_tile.dtype)
                 u_acc = tl.dot(x_tile, a_tile, u_acc, input_precision=PRECISION)
         if U == "loop":
             # v: [BLOCK_R, BLOCK_N]
             v_tile = load_dense(v, 0, n0, R, N, BLOCK_R, BLOCK_N, EVEN_R, EVEN_N, WIDE)
+            if scales_ptr is not None:
+                scale *= tl.load(scales_ptr)
             u_tile = (u_acc * scale).to(y[0].dtype.element_ty)
             if SAVE_U:
                 if pid_n == 0:
@@ -134,17 +172,18 @@ def expand_tile(
                     tl.store(u_ptrs, u_tile, mask=tile_mask(m0, 0, M, R, BLOCK_M, BLOCK_R))
             if DROP_UV:
                 uv = tl.dot(u_tile, v_tile.to(u_tile.dtype), input_precision=PRECISION)
-                acc += tl.where(keep_tile(seed, threshold, m0, n0, BLOCK_M, BLOCK_N), uv * inv_keep, 0.0)
+                acc += tl.where(keep_tile(seed, threshold, m0 + tl.arange(0, BLOCK_M), n0, BLOCK_M, BLOCK_N), uv * inv_keep, 0.0)
             else:
                 acc = tl.dot(u_tile, v_tile.to(u_tile.dtype), acc, input_precision=PRECISION)
         if U == "awaited":
-            while tl.atomic_add(flag_ptr + pid_m, 0, sem="acquire", scope="gpu") < R_BLOCKS:
+            wanted = R_BLOCKS * tl.minimum(BLOCK_M, M - m0) if SEGMENTS else R_BLOCKS
+            while tl.atomic_add(flag_ptr + pid_m, 0, sem="acquire", scope="gpu") < wanted:
                 pass
             tl.debug_barrier()
         if U == "awaited" or (U == "given" and WARP_SPECIALIZE):
             acc = low_rank(
-                acc, u, v, seed, threshold, inv_keep, m0, n0, M, N, R,
-                LOAD_U, LOAD_V, DROP_UV, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R, R_BLOCKS, EVEN_N, EVEN_R, WIDE, False,
+                acc, u, v, rows, stride_ve, ranks_ptr, seed, threshold, inv_keep, m0, n0, M, N, R, y[0].dtype.element_ty,
+                LOAD_U, LOAD_V, SEGMENTS, DROP_UV, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R, R_BLOCKS, EVEN_N, EVEN_R, WIDE, False,
             )  # fmt: skip
     if bias_ptr is not None:
         n = n0 + tl.arange(0, BLOCK_N)
@@ -152,7 +191,7 @@ def expand_tile(
     tl.store(y_ptrs, acc.to(y[0].dtype.element_ty), mask=y_mask)
 
 
-@triton.jit(do_not_specialize=["M", "threshold"])
+@triton.jit(do_not_specialize=["M", "threshold", "adapters", "gathered"])
 def expand(
     x,
     w,
@@ -161,6 +200,14 @@ def expand(
     v,
     bias_ptr,
     y,
+    rows,
+    gather,
+    gathered,
+    adapters,
+    stride_ae,
+    stride_ve,
+    scales_ptr,
+    ranks_ptr,
     flag_ptr,
     ticket_ptr,
     seed_ptr,
@@ -176,6 +223,7 @@ def expand(
     LOAD_U: tl.constexpr,
     LOAD_V: tl.constexpr,
     U: tl.constexpr,
+    SEGMENTS: tl.constexpr,
     SAVE_U: tl.constexpr,
     DROP_X: tl.constexpr,
     DROP_UV: tl.constexpr,
@@ -186,6 +234,7 @@ def expand(
     BLOCK_R: tl.constexpr,
     R_BLOCKS: tl.constexpr,
     GROUP_M: tl.constexpr,
+    GATHER_M: tl.constexpr,
     EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
     EVEN_R: tl.constexpr,
@@ -193,10 +242,15 @@ def expand(
     PERSISTENT: tl.constexpr,
     WARP_SPECIALIZE: tl.constexpr,
 ):
-    """Grid [programs]: as many as there are work items, or fewer (PERSISTENT), each taking every grid-th item or ticket."""
+    """Grid [programs]: as many as there are work items, or fewer (PERSISTENT), each taking every grid-th item or ticket.
+
+    With segments: rows: (ids, present, counts), gather: as in `gathered_tile`, gathered: how many such tiles, of GATHER_M tokens.
+    """
     num_m = tl.cdiv(M, BLOCK_M)
     num_n = tl.cdiv(N, BLOCK_N)
-    producers = num_m * R_BLOCKS if U == "awaited" else 0
+    producers = 0
+    if U == "awaited":
+        producers = (gathered if SEGMENTS else num_m) * R_BLOCKS
     seed = tl.load(seed_ptr) if DROP_X or DROP_UV else 0
     first = tl.program_id(0)
     last = producers + num_m * num_n if PERSISTENT else first + 1
@@ -208,18 +262,23 @@ def expand(
             item = tl.atomic_add(ticket_ptr, 1, sem="relaxed", scope="gpu")
             tile = item - producers
             if item < producers:
-                row_block = item // R_BLOCKS
-                shrink_tile(
-                    x, a, u, seed, threshold, scale, row_block * BLOCK_M, (item % R_BLOCKS) * BLOCK_R, 0, K, M, K, R,
-                    LOAD_X, DROP_X, PRECISION, BLOCK_M, BLOCK_K, BLOCK_R, EVEN_K, EVEN_R, WIDE,
+                source = item // R_BLOCKS
+                tokens, row_mask = shrink_tile(
+                    x, a, u, gather, adapters, stride_ae, scales_ptr, ranks_ptr, seed, threshold, scale,
+                    source, (item % R_BLOCKS) * BLOCK_R, 0, K, M, K, R,
+                    LOAD_X, SEGMENTS, DROP_X, PRECISION, GATHER_M, BLOCK_K, BLOCK_R, EVEN_K, EVEN_R, WIDE,
                 )  # fmt: skip
                 tl.debug_barrier()
-                tl.atomic_add(flag_ptr + row_block, 1, sem="release", scope="gpu")
+                if SEGMENTS:  # a row block is ready when each of its tokens is
+                    tl.atomic_add(flag_ptr + tokens // BLOCK_M, 1, mask=row_mask, sem="release", scope="gpu")
+                else:
+                    tl.atomic_add(flag_ptr + source, 1, sem="release", scope="gpu")
         # The condition is true for u in the loop, too, but Triton 3.6 compiles its dots in a straight line to nothing on sm_100.
         if U == "given" or (tile >= 0) & (tile < num_m * num_n):
             pid_m, pid_n = grouped_tile(tile, num_m, num_n, GROUP_M)
             expand_tile(
-                x, w, a, u, v, bias_ptr, y, flag_ptr, seed, threshold, inv_keep, scale, pid_m, pid_n, M, N, K, R,
-                LOAD_X, LOAD_W, LOAD_U, LOAD_V, U, SAVE_U, DROP_X, DROP_UV, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, R_BLOCKS,
+                x, w, a, u, v, bias_ptr, y, rows, stride_ve, scales_ptr, ranks_ptr, flag_ptr,
+                seed, threshold, inv_keep, scale, pid_m, pid_n, M, N, K, R,
+                LOAD_X, LOAD_W, LOAD_U, LOAD_V, U, SEGMENTS, SAVE_U, DROP_X, DROP_UV, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, R_BLOCKS,
                 EVEN_N, EVEN_K, EVEN_R, WIDE, WARP_SPECIALIZE,
             )  # fmt: skip

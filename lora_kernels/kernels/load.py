@@ -85,3 +85,42 @@ def load_descriptor_transposed(
 ):
     """The same, from a matrix contiguous along i. t: (descriptor of [J, I] in blocks [BLOCK_J, BLOCK_I],)."""
     return t[0].load([tl.cast(j0, tl.int32), tl.cast(i0, tl.int32)]).T
+
+
+@triton.jit
+def row_offsets(t, rows, j0):
+    """Pointers [BLOCK_I, 1] to column j0 of these rows, each row's offset in 64 bits."""
+    return (t[0] + tl.cast(j0, tl.int64) * t[2]) + (rows.to(tl.int64) * t[1])[:, None]
+
+
+@triton.jit
+def load_rows(t, rows, row_mask, j0, J, BLOCK_J: tl.constexpr, EVEN_J: tl.constexpr, WIDE: tl.constexpr):
+    """Gathered rows, any strides: [BLOCK_I, BLOCK_J], zero where row_mask says so. rows, row_mask: [BLOCK_I]."""
+    j = tl.arange(0, BLOCK_J)
+    mask = row_mask[:, None]
+    if not EVEN_J:
+        mask = mask & (j0 + j < J)[None, :]
+    if WIDE:
+        j = j.to(tl.int64)
+    return tl.load(row_offsets(t, rows, j0) + j[None, :] * t[2], mask=mask, other=0.0)
+
+
+@triton.jit
+def load_parts(
+    t,
+    i0,
+    j0,
+    I,
+    J,
+    BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    EVEN_I: tl.constexpr,
+    EVEN_J: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """The float32 sum, in order, of partial matrices. t: (pointer, stride_i, stride_j, stride_part, parts)."""
+    total = tl.zeros([BLOCK_I, BLOCK_J], tl.float32)
+    for part in tl.range(0, t[4]):
+        one = (t[0] + tl.cast(part, tl.int64) * t[3], t[1], t[2])
+        total += load_dense(one, i0, j0, I, J, BLOCK_I, BLOCK_J, EVEN_I, EVEN_J, WIDE)
+    return total

@@ -1,13 +1,15 @@
 """shrink: ``z[M, R] = scale * (D.x)[M, K] @ a[K, R]``: U in the forward pass, dS in the backward pass.
 
-The scale, and 1 / (1 - p) with it, multiplies the float32 sum, once, before the only rounding.
+The scale, and 1 / (1 - p) with it, multiplies the float32 sum, once, before the only rounding. With segments a tile holds tokens
+of one adapter, gathered from x and written back to their own rows; tokens without an adapter, and columns beyond its rank, are 0.
 """
 
 import triton
 import triton.language as tl
 
 from .dropout import drop
-from .load import load_dense, tile_base, tile_mask, tile_offsets
+from .load import load_dense, load_rows, row_offsets, tile_base, tile_mask, tile_offsets
+from .tiles import gathered_tile
 
 
 @triton.jit
@@ -15,10 +17,15 @@ def shrink_tile(
     x,
     a,
     z,
+    gather,
+    adapters,
+    stride_ae,
+    scales_ptr,
+    ranks_ptr,
     seed,
     threshold,
     scale,
-    m0,
+    tile,
     r0,
     k_start,
     k_end,
@@ -26,6 +33,7 @@ def shrink_tile(
     K,
     R,
     LOAD_X: tl.constexpr,
+    SEGMENTS: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -35,26 +43,59 @@ def shrink_tile(
     EVEN_R: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """One tile of z from the columns [k_start, k_end) of x."""
+    """One tile of z from the columns [k_start, k_end) of x; returns its tokens and which of them are real, [BLOCK_M] each."""
+    m0 = tile * BLOCK_M
+    rank = R
+    slot = 0
+    if SEGMENTS:
+        slot, tokens, row_mask = gathered_tile(gather, tile, BLOCK_M)
+        live = (slot >= 0) & (slot < adapters)
+        slot = tl.where(live, slot, 0)
+        if ranks_ptr is not None:
+            rank = tl.minimum(tl.load(ranks_ptr + slot), R)
+        k_end = tl.where(live & (r0 < rank), k_end, k_start)
+    else:
+        tokens = m0 + tl.arange(0, BLOCK_M)
+        row_mask = tokens < M
+    if scales_ptr is not None:
+        scale *= tl.load(scales_ptr + slot)
+    adapter = (a[0] + tl.cast(slot, tl.int64) * stride_ae, a[1], a[2])
     acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
     for k0 in tl.range(k_start, k_end, BLOCK_K):
         # x: [BLOCK_M, BLOCK_K]
-        x_tile = LOAD_X(x, m0, k0, M, K, BLOCK_M, BLOCK_K, False, EVEN_K, WIDE)
+        if SEGMENTS:
+            x_tile = load_rows(x, tokens, row_mask, k0, K, BLOCK_K, EVEN_K, WIDE)
+        else:
+            x_tile = LOAD_X(x, m0, k0, M, K, BLOCK_M, BLOCK_K, False, EVEN_K, WIDE)
         if DROPOUT:
-            x_tile = drop(x_tile, seed, threshold, m0, k0, BLOCK_M, BLOCK_K)
+            x_tile = drop(x_tile, seed, threshold, tokens, k0, BLOCK_M, BLOCK_K)
         # a: [BLOCK_K, BLOCK_R]
-        a_tile = load_dense(a, k0, r0, K, R, BLOCK_K, BLOCK_R, EVEN_K, EVEN_R, WIDE).to(x_tile.dtype)
+        a_tile = load_dense(adapter, k0, r0, K, rank, BLOCK_K, BLOCK_R, EVEN_K, EVEN_R, WIDE).to(x_tile.dtype)
         acc = tl.dot(x_tile, a_tile, acc, input_precision=PRECISION)
-    ptrs = tile_base(z[0], m0, r0, z[1], z[2]) + tile_offsets(z[1], z[2], BLOCK_M, BLOCK_R, WIDE)
-    tl.store(ptrs, (acc * scale).to(z[0].dtype.element_ty), mask=tile_mask(m0, r0, M, R, BLOCK_M, BLOCK_R))
+    out = acc * scale
+    if SEGMENTS:  # what no sum was made for is 0 whatever its scale, NaN too
+        out = tl.where((r0 + tl.arange(0, BLOCK_R) < rank)[None, :] & live, out, 0.0)
+        r = tl.arange(0, BLOCK_R)
+        ptrs = row_offsets(z, tokens, r0) + r[None, :] * z[2]
+        mask = row_mask[:, None] & (r0 + r < R)[None, :]
+    else:
+        ptrs = tile_base(z[0], m0, r0, z[1], z[2]) + tile_offsets(z[1], z[2], BLOCK_M, BLOCK_R, WIDE)
+        mask = tile_mask(m0, r0, M, R, BLOCK_M, BLOCK_R)
+    tl.store(ptrs, out.to(z[0].dtype.element_ty), mask=mask)
+    return tokens, row_mask
 
 
-@triton.jit(do_not_specialize=["M", "threshold", "blocks_per_split"])
+@triton.jit(do_not_specialize=["M", "threshold", "blocks_per_split", "adapters"])
 def shrink(
     x,
     a,
     z,
     stride_split,
+    gather,
+    adapters,
+    stride_ae,
+    scales_ptr,
+    ranks_ptr,
     seed_ptr,
     threshold,
     scale,
@@ -63,6 +104,7 @@ def shrink(
     R,
     blocks_per_split,
     LOAD_X: tl.constexpr,
+    SEGMENTS: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -72,14 +114,13 @@ def shrink(
     EVEN_R: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Grid [row blocks, rank blocks, splits of K]. z: [splits, M, R] with stride_split between the partial sums."""
-    m0 = tl.program_id(0) * BLOCK_M
+    """Grid [row blocks or gathered tiles, rank blocks, splits of K]. z: [splits, M, R] with stride_split between the partial sums."""
     r0 = tl.program_id(1) * BLOCK_R
     k_start = tl.program_id(2) * blocks_per_split * BLOCK_K  # in blocks, so that the compiler sees its alignment
     k_end = tl.minimum(k_start + blocks_per_split * BLOCK_K, K)
     seed = tl.load(seed_ptr) if DROPOUT else 0
     part = (z[0] + tl.cast(tl.program_id(2), tl.int64) * stride_split, z[1], z[2])
     shrink_tile(
-        x, a, part, seed, threshold, scale, m0, r0, k_start, k_end, M, K, R,
-        LOAD_X, DROPOUT, PRECISION, BLOCK_M, BLOCK_K, BLOCK_R, EVEN_K, EVEN_R, WIDE,
+        x, a, part, gather, adapters, stride_ae, scales_ptr, ranks_ptr, seed, threshold, scale, tl.program_id(0), r0, k_start, k_end, M, K, R,
+        LOAD_X, SEGMENTS, DROPOUT, PRECISION, BLOCK_M, BLOCK_K, BLOCK_R, EVEN_K, EVEN_R, WIDE,
     )  # fmt: skip

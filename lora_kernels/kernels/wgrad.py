@@ -1,14 +1,15 @@
 """wgrad: ``out[J, R] = scale * (D.x)[M, J]^T @ g[M, R]``: dA (x, dS) and dB (dY, U), each stored by its strides.
 
 The long axis comes first, for only so does a small rank reach the wide matmul instructions. Tokens are split over
-programs; each split writes its float32 sum, and they are added in a fixed order: deterministic, without atomics.
+programs; each split writes its float32 sum, and they are added in a fixed order: deterministic, without atomics. With segments
+there is such a sum for each adapter over its own tokens, gathered; an absent adapter's, and a column's beyond its rank, is exactly 0.
 """
 
 import triton
 import triton.language as tl
 
 from .dropout import drop
-from .load import load_dense, tile_base, tile_mask, tile_offsets
+from .load import load_dense, load_rows, tile_base, tile_mask, tile_offsets
 
 
 @triton.jit(do_not_specialize=["M", "threshold", "blocks_per_split"])
@@ -17,6 +18,10 @@ def wgrad(
     g,
     out,
     stride_split,
+    starts_ptr,
+    order_ptr,
+    stride_oe,
+    ranks_ptr,
     seed_ptr,
     threshold,
     scale,
@@ -24,6 +29,7 @@ def wgrad(
     J,
     R,
     blocks_per_split,
+    SEGMENTS: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -33,21 +39,42 @@ def wgrad(
     EVEN_R: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Grid [column blocks, rank blocks, splits of the tokens]. out: [splits, J, R] by strides."""
+    """Grid [column blocks of every adapter, rank blocks, splits of the tokens]. out: [splits, adapters, J, R] by strides."""
+    adapter = 0
     j0 = tl.program_id(0) * BLOCK_J
     r0 = tl.program_id(1) * BLOCK_R
     split = tl.program_id(2)
+    rank = R
+    first = 0
+    if SEGMENTS:
+        num_j = tl.cdiv(J, BLOCK_J)
+        adapter = tl.program_id(0) // num_j
+        j0 = tl.program_id(0) % num_j * BLOCK_J
+        first = tl.load(starts_ptr + adapter)
+        M = tl.load(starts_ptr + adapter + 1)
+        if ranks_ptr is not None:
+            rank = tl.minimum(tl.load(ranks_ptr + adapter), R)
+            M = tl.where(r0 < rank, M, first)
+        blocks_per_split = tl.cdiv(tl.cdiv(M - first, BLOCK_M), tl.num_programs(2))
     seed = tl.load(seed_ptr) if DROPOUT else 0
     acc = tl.zeros([BLOCK_J, BLOCK_R], tl.float32)
-    m_start = split * blocks_per_split * BLOCK_M
+    m_start = first + split * blocks_per_split * BLOCK_M
     for m0 in tl.range(m_start, tl.minimum(m_start + blocks_per_split * BLOCK_M, M), BLOCK_M):
-        # x: [BLOCK_M, BLOCK_J]
-        x_tile = load_dense(x, m0, j0, M, J, BLOCK_M, BLOCK_J, False, EVEN_J, WIDE)
+        tokens = m0 + tl.arange(0, BLOCK_M)
+        # x: [BLOCK_M, BLOCK_J], g: [BLOCK_M, BLOCK_R]
+        if SEGMENTS:
+            row_mask = tokens < M
+            tokens = tl.load(order_ptr + tokens, mask=row_mask, other=0)
+            x_tile = load_rows(x, tokens, row_mask, j0, J, BLOCK_J, EVEN_J, WIDE)
+            g_tile = load_rows(g, tokens, row_mask, r0, rank, BLOCK_R, EVEN_R, WIDE)
+        else:
+            x_tile = load_dense(x, m0, j0, M, J, BLOCK_M, BLOCK_J, False, EVEN_J, WIDE)
+            g_tile = load_dense(g, m0, r0, M, R, BLOCK_M, BLOCK_R, False, EVEN_R, WIDE)
         if DROPOUT:
-            x_tile = drop(x_tile, seed, threshold, m0, j0, BLOCK_M, BLOCK_J)
-        # g: [BLOCK_M, BLOCK_R]
-        g_tile = load_dense(g, m0, r0, M, R, BLOCK_M, BLOCK_R, False, EVEN_R, WIDE)
+            x_tile = drop(x_tile, seed, threshold, tokens, j0, BLOCK_M, BLOCK_J)
         acc = tl.dot(tl.trans(x_tile), g_tile, acc, input_precision=PRECISION)
-    base = tile_base(out[0], j0, r0, out[1], out[2]) + tl.cast(split, tl.int64) * stride_split
+    if SEGMENTS:  # a column beyond the rank is 0 even where x is not finite
+        acc = tl.where((r0 + tl.arange(0, BLOCK_R) < rank)[None, :], acc, 0.0)
+    base = tile_base(out[0], j0, r0, out[1], out[2]) + tl.cast(split, tl.int64) * stride_split + tl.cast(adapter, tl.int64) * stride_oe
     ptrs = base + tile_offsets(out[1], out[2], BLOCK_J, BLOCK_R, WIDE)
     tl.store(ptrs, (acc * scale).to(out[0].dtype.element_ty), mask=tile_mask(j0, r0, J, R, BLOCK_J, BLOCK_R))

@@ -1,7 +1,8 @@
 """A configuration for any problem on any GPU, from first principles and what the compiler says; measured rows go before it.
 
 Few tokens: the base product streams W once, the tile is small, u is computed in the loop (one launch). Many tokens: the
-largest tile whose stages fit the chip's shared memory, u given by a shrink that reads x at memory speed.
+largest tile whose stages fit the chip's shared memory, u given by a shrink that reads x at memory speed. Many adapters: the tiles
+are the plan's, u is given, and the select keeps a second accumulator, so the tile is at most 128 x 128.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def heuristic(problem: Problem, arch: Arch) -> Config:
 
 def _shrink(problem: Problem, arch: Arch) -> Shrink:
     # Memory-bound: x is read once, so rows per program are few enough to fill the chip, and few row blocks share K.
-    block_m = 16 if problem.M <= 16 * arch.sms else 32
+    block_m = problem.gather_block or (16 if problem.M <= 16 * arch.sms else 32)
     blocks = -(-problem.M // block_m)
     block_k = 64 if problem.itemsize == 4 or problem.dropout else 128
     return Shrink(block_m, block_k, split=_split(blocks, problem.K, 4 * block_k, arch), num_warps=4, num_stages=3)
@@ -36,7 +37,7 @@ def _shrink(problem: Problem, arch: Arch) -> Shrink:
 
 def _wgrad(problem: Problem, arch: Arch) -> Wgrad:
     block_j = 32 if problem.dropout or problem.itemsize == 4 else 64
-    block_m = 32 if problem.itemsize == 4 else 64
+    block_m = 32 if problem.itemsize == 4 or problem.adapters * 64 > problem.M else 64
     blocks = -(-max(problem.N, problem.K) // block_j)
     return Wgrad(block_m, block_j, split=_split(blocks, problem.M, 4 * block_m, arch), num_warps=4, num_stages=3)
 
@@ -48,6 +49,8 @@ def _split(blocks: int, length: int, least: int, arch: Arch) -> int:
 
 
 def _expand(problem: Problem, arch: Arch) -> Expand:
+    if problem.adapters:
+        return _segments(problem, arch)
     if problem.M <= 64:
         return _few_tokens(problem)
     if problem.itemsize == 4:
@@ -71,6 +74,19 @@ def _few_tokens(problem: Problem) -> Expand:
     loop = problem.R <= 64 and (not problem.dropout or (problem.dropout == "x" and block_m < 64))
     block_k = 32 if problem.itemsize == 4 else 64
     return Expand(block_m, 32 if loop else 64, block_k, num_warps=4, num_stages=5, u="loop" if loop else "given")
+
+
+def _segments(problem: Problem, arch: Arch) -> Expand:
+    block_m = problem.row_block
+    if block_m <= 64:
+        return Expand(block_m, 64 if block_m == 64 else 32, 32 if problem.itemsize == 4 else 64, num_warps=4, num_stages=5)
+    if problem.itemsize == 4:
+        return Expand(block_m, 32, 32, num_warps=8, num_stages=3)
+    if arch.kind == "hip":
+        return Expand(block_m, 64, 32, num_warps=8, num_stages=2)
+    tma = arch.kind == "cuda" and arch.has_tma and problem.aligned and problem.x_row_major and bool(problem.w_major) and not problem.wide
+    roomy = arch.shared_memory >= 160 << 10
+    return Expand(block_m, 128 if problem.dropout != "uv" else 64, 64 if roomy else 32, num_warps=8, num_stages=3, tma=tma)
 
 
 def _narrower(part):

@@ -10,11 +10,18 @@ from .config import Config, Expand, rank_block
 
 LOOP_RANK = 128  # u in the loop keeps the whole rank in one accumulator
 TILE_RANK = 64  # otherwise expand takes the rank in blocks of at most this, for u and v sit beside the stages of x and w
+MIXED_RANK = 32  # and of at most this where adapters have ranks of their own, so that a small one costs its own rank
 
 
 def why_not(config: Config, problem: Problem, arch: Arch) -> str | None:
     """A sentence that says why a configuration cannot serve a problem on an architecture, or None if it can."""
-    return _shapes(config) or _expand(config.expand, problem, arch) or _dropout(config, problem, arch) or _memory(config, problem, arch)
+    return (
+        _shapes(config)
+        or _expand(config.expand, problem, arch)
+        or _segments(config, problem)
+        or _dropout(config, problem, arch)
+        or _memory(config, problem, arch)
+    )
 
 
 def _shapes(config: Config) -> str | None:
@@ -66,6 +73,22 @@ def _expand(e: Expand, problem: Problem, arch: Arch) -> str | None:
     return None
 
 
+def _segments(config: Config, problem: Problem) -> str | None:
+    """The plan's blocks are the tiles, and one accumulator of u in the loop cannot serve several adapters."""
+    if not problem.adapters:
+        return None
+    s, e = config.shrink, config.expand
+    if e.u == "loop":
+        return "expand.u='loop' sums x a for one adapter a tile, so it cannot serve segments; use 'given' or 'awaited'"
+    if e.warp_specialize:
+        return "expand.warp_specialize reads v by one descriptor, so it cannot serve segments' stack of adapters"
+    if e.block_m != problem.row_block:
+        return f"expand.block_m must be the plan's row_block, {problem.row_block}, got {e.block_m}"
+    if s.block_m != problem.gather_block:
+        return f"shrink.block_m must be the plan's gather_block, {problem.gather_block}, got {s.block_m}"
+    return None
+
+
 def _dropout(config: Config, problem: Problem, arch: Arch) -> str | None:
     """A dropped tile is a register operand, and on sm_90 a pipelined wgmma with one is miscompiled by ptxas before 13.3 (triton #9433)."""
     if not problem.dropout or not arch.has_wgmma:
@@ -75,7 +98,8 @@ def _dropout(config: Config, problem: Problem, arch: Arch) -> str | None:
     if problem.dropout == "x":
         if s.block_m >= 64 and s.num_warps >= 4 and s.num_stages > 1:
             return f"shrink with dropout {hazard}; use shrink.block_m=32 or num_stages=1"
-        if e.u != "given" and e.block_m >= 64 and e.num_warps >= 4 and e.num_stages > 1:
+        rows = problem.gather_block or e.block_m
+        if e.u != "given" and rows >= 64 and e.num_warps >= 4 and e.num_stages > 1:
             return f"expand.u='{e.u}' with dropout {hazard}; use expand.block_m=32, num_stages=1 or u='given'"
     elif w.block_j >= 64 and w.num_warps >= 4 and w.num_stages > 1:
         return f"wgrad with dropout {hazard}; use wgrad.block_j=32 or num_stages=1"

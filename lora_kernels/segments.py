@@ -1,0 +1,268 @@
+"""`Segments`: which adapter each token takes, as the plan that the kernels read.
+
+    order, starts    tokens sorted by adapter: shrink and wgrad gather the rows of one adapter at a time
+    tiles            the sorted tokens cut into tiles of one adapter each
+    present          for each block of neighbouring rows the adapters in it: expand keeps contiguous rows and walks this list
+
+Everything is built by torch operations on the ids' device, without a host sync, at sizes that the number of tokens bounds. So a
+plan built inside a CUDA-graph capture is rebuilt at every replay, from whatever the ids' buffer then holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+_TENSORS = ("ids", "order", "starts", "tile_adapter", "tile_first", "present", "counts")
+
+
+@dataclass(frozen=True, eq=False)
+class Segments:
+    """The adapters of a batch of tokens; make one by `from_ids` or `from_lengths`, once for all layers, forward and backward.
+
+    Attributes (int32; M tokens, E adapters; slot E stands for "no adapter"):
+        ids: ``[M]``, each token's adapter, -1 for the base alone.
+        order: ``[M]``, tokens sorted by adapter, stable, those without one last.
+        starts: ``[E + 2]``, adapter e owns ``order[starts[e]:starts[e + 1]]``.
+        tile_adapter, tile_first: ``[T]``, the slot of each gathered tile and where in ``order`` it begins; -1 where unused.
+        present: ``[blocks * row_block]``, for each block of ``row_block`` rows the adapters in it, ascending, from its first row on.
+        counts: ``[blocks]``, how many they are.
+    """
+
+    ids: torch.Tensor
+    order: torch.Tensor
+    starts: torch.Tensor
+    tile_adapter: torch.Tensor
+    tile_first: torch.Tensor
+    present: torch.Tensor
+    counts: torch.Tensor
+    num_adapters: int
+    row_block: int
+    gather_block: int
+
+    @property
+    def tokens(self) -> int:
+        return self.ids.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.ids.device
+
+    def __repr__(self) -> str:
+        return f"Segments(tokens={self.tokens}, num_adapters={self.num_adapters}, device='{self.device}')"
+
+    @classmethod
+    def from_ids(
+        cls,
+        adapter_ids: torch.Tensor,
+        num_adapters: int,
+        *,
+        validate: bool = True,
+        row_block: int | None = None,
+        gather_block: int | None = None,
+    ) -> Segments:
+        """The plan for tokens with these adapters.
+
+        Args:
+            adapter_ids: int32 or int64, one id a token in row-major order of ``x[..., :]``, in any order; -1 is the base alone.
+            num_adapters: E, the adapters in the stack; those absent from the batch cost nothing but their zero gradients.
+            validate: Whether ids outside [-1, E) raise: ValueError on a CPU, a device assertion (without a sync) on a GPU.
+                Without it they count as -1.
+            row_block, gather_block: Rows of expand's tiles and of the gathered tiles, powers of two from 16; None lets the number
+                of tokens decide. A `Config` passed beside the plan must name the same.
+        Raises:
+            TypeError: not an integer tensor. ValueError: num_adapters, or an id, out of range.
+        """
+        if not isinstance(adapter_ids, torch.Tensor) or adapter_ids.dtype not in (torch.int32, torch.int64):
+            given = adapter_ids.dtype if isinstance(adapter_ids, torch.Tensor) else type(adapter_ids).__name__
+            raise TypeError(f"adapter_ids: wanted an int32 or int64 tensor, one id a token, got {given}")
+        _check_int("num_adapters", num_adapters, 1)
+        raw = adapter_ids.reshape(-1)
+        if validate:
+            _validate(raw, num_adapters)
+        M = raw.shape[0]
+        row_block = _block("row_block", row_block, _default_row_block(M))
+        gather_block = _block("gather_block", gather_block, _default_gather_block(M, num_adapters))
+        slot = torch.where((raw < 0) | (raw >= num_adapters), num_adapters, raw).to(torch.int32)
+        sorted_slot, order = torch.sort(slot, stable=True)
+        slots = torch.arange(num_adapters + 2, dtype=torch.int32, device=raw.device)
+        starts = torch.searchsorted(sorted_slot, slots, out_int32=True)
+        tile_adapter, tile_first = _tiles(starts, M, num_adapters, gather_block)
+        ids = torch.where(slot == num_adapters, -1, slot)
+        present, counts = _present(ids, row_block)
+        order = order.to(torch.int32)
+        return cls(ids, order, starts, tile_adapter, tile_first, present, counts, num_adapters, row_block, gather_block)
+
+    @classmethod
+    def from_lengths(
+        cls,
+        lengths: torch.Tensor | Sequence[int],
+        adapters: torch.Tensor | Sequence[int] | None = None,
+        *,
+        num_adapters: int | None = None,
+        tokens: int | None = None,
+        device=None,
+        validate: bool = True,
+    ) -> Segments:
+        """The plan for contiguous runs of tokens, such as packed sequences: ``lengths[i]`` tokens of adapter ``adapters[i]``.
+
+        Args:
+            lengths: ints ``[runs]``, zeros allowed.
+            adapters: ``[runs]``, any order and repeats, -1 for the base alone; None: run i has adapter i.
+            num_adapters: E; None: as many as runs, or one more than the largest of ``adapters`` (of host values, for no sync).
+            tokens: The sum of lengths; needed where they are on a GPU, for no sync.
+            device: Of the plan; None: of ``lengths``.
+            validate: As in `from_ids`.
+        """
+        lengths = _as_ints("lengths", lengths, device)
+        on_host = lengths.device.type == "cpu"
+        device = lengths.device if device is None else torch.device(device)
+        if adapters is None:
+            num_adapters = max(lengths.shape[0], 1) if num_adapters is None else num_adapters
+            chosen = torch.arange(lengths.shape[0], dtype=torch.int32, device=lengths.device)
+        else:
+            chosen = _as_ints("adapters", adapters, lengths.device)
+            if chosen.shape != lengths.shape:
+                raise ValueError(f"adapters: wanted one for each of {lengths.shape[0]} lengths, got {chosen.shape[0]}")
+            if num_adapters is None:
+                if chosen.device.type != "cpu":
+                    raise ValueError("num_adapters: wanted a number where adapters are on a GPU (asking them would wait for it), got None")
+                num_adapters = max(int(chosen.max()), 0) + 1 if chosen.numel() else 1
+        if on_host:
+            if (lengths < 0).any():
+                raise ValueError(f"lengths: wanted no negative length, got {int(lengths.min())}")
+            total = int(lengths.sum())
+            if tokens is not None and tokens != total:
+                raise ValueError(f"tokens: wanted the sum of lengths, {total}, got {tokens}")
+            tokens = total
+        elif tokens is None:
+            raise ValueError("tokens: wanted the sum of lengths where they are on a GPU (asking it would wait for it), got None")
+        ids = torch.repeat_interleave(chosen, lengths, output_size=tokens)
+        return cls.from_ids(ids.to(device), num_adapters, validate=validate)
+
+    def to(self, device) -> Segments:
+        """The same plan on another device."""
+        return Segments.of([t.to(device) for t in self.tensors()], self.geometry())
+
+    def tensors(self) -> list[torch.Tensor]:
+        """The plan's tensors, in the order `of` takes them."""
+        return [getattr(self, name) for name in _TENSORS]
+
+    def geometry(self) -> list[int]:
+        """The plan's integers, in the order `of` takes them."""
+        return [self.num_adapters, self.row_block, self.gather_block]
+
+    @classmethod
+    def of(cls, tensors: Sequence[torch.Tensor], geometry: Sequence[int]) -> Segments:
+        """A plan from `tensors` and `geometry`: what an operator's schema can carry."""
+        return cls(*tensors, *geometry)
+
+
+class Adapters(NamedTuple):
+    """What varies by token beside the stacks: the plan, a float32 scale for each adapter on the device, and ranks; None for what is absent."""
+
+    segments: Segments | None = None
+    scales: torch.Tensor | None = None
+    ranks: torch.Tensor | None = None
+
+    def gather(self) -> tuple | None:
+        """What a kernel needs to gather the tokens of a tile."""
+        s = self.segments
+        return None if s is None else (s.tile_adapter, s.tile_first, s.starts, s.order)
+
+    def rows(self) -> tuple | None:
+        """What a kernel needs to know of its row block: each row's adapter, and those present."""
+        s = self.segments
+        return None if s is None else (s.ids, s.present, s.counts)
+
+    def flat(self) -> tuple:
+        """(scales, ranks, plan, geometry): what an operator's schema can carry."""
+        s = self.segments
+        return self.scales, self.ranks, [] if s is None else s.tensors(), [] if s is None else s.geometry()
+
+    @classmethod
+    def from_flat(cls, scales, ranks, plan, geometry) -> Adapters:
+        return cls(Segments.of(plan, geometry) if plan else None, scales, ranks)
+
+    @property
+    def number(self) -> int:
+        return self.segments.num_adapters if self.segments else 1
+
+
+ONE = Adapters()
+
+
+def _default_row_block(tokens: int) -> int:
+    return 16 if tokens <= 16 else 32 if tokens <= 32 else 64 if tokens <= 256 else 128
+
+
+def _default_gather_block(tokens: int, adapters: int) -> int:
+    # A tile of one adapter is rarely full where each has few tokens; 32 keeps dropped tiles out of wgmma's register operand.
+    return 16 if tokens < 32 * adapters or tokens <= 256 else 32
+
+
+def _tiles(starts: torch.Tensor, M: int, E: int, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each slot's tokens cut into tiles of ``block``: (slot, first position) for each, -1 past the last."""
+    used = min(E + 1, M)
+    bound = (M + used * (block - 1)) // block
+    tiles = (starts[1:] - starts[:-1] + (block - 1)) // block
+    ends = torch.cumsum(tiles, 0, dtype=torch.int32)
+    index = torch.arange(bound, dtype=torch.int32, device=starts.device)
+    slot = torch.searchsorted(ends, index, right=True, out_int32=True)
+    unused = slot > E
+    inside = slot.clamp(max=E)
+    first = starts[inside] + (index - (ends - tiles)[inside]) * block
+    return torch.where(unused, -1, slot), torch.where(unused, 0, first)
+
+
+def _present(ids: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each block of rows its distinct adapters, ascending, packed to the block's front; and their number."""
+    M = ids.shape[0]
+    blocks = -(-M // block)
+    padded = torch.nn.functional.pad(ids, (0, blocks * block - M), value=-1).view(blocks, block)
+    ordered = torch.sort(padded, dim=1).values
+    new = ordered >= 0
+    new[:, 1:] &= ordered[:, 1:] != ordered[:, :-1]
+    place = torch.where(new, torch.cumsum(new, 1) - 1, block)
+    present = ordered.new_zeros(blocks, block + 1).scatter_(1, place, ordered)[:, :block]
+    return present.reshape(-1), new.sum(1, dtype=torch.int32)
+
+
+def _validate(ids: torch.Tensor, num_adapters: int) -> None:
+    good = ((ids >= -1) & (ids < num_adapters)).all()
+    if ids.is_cuda:
+        torch._assert_async(good, f"adapter_ids: wanted ids from -1 to {num_adapters - 1}")
+    elif ids.device.type == "cpu" and type(ids) is torch.Tensor and not good:
+        wrong = ids[(ids < -1) | (ids >= num_adapters)]
+        raise ValueError(f"adapter_ids: wanted ids from -1 to {num_adapters - 1}, got {wrong[0].item()} ({wrong.numel()} out of range)")
+
+
+def _check_int(name: str, value, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: wanted an int, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name}: wanted at least {least}, got {value}")
+
+
+def _block(name: str, value: int | None, default: int) -> int:
+    if value is None:
+        return default
+    _check_int(name, value, 16)
+    if value & (value - 1):
+        raise ValueError(f"{name}: wanted a power of two, got {value}")
+    return value
+
+
+def _as_ints(name: str, values, device) -> torch.Tensor:
+    if isinstance(values, torch.Tensor):
+        if values.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"{name}: wanted int32 or int64, got {values.dtype}")
+        if values.dim() != 1:
+            raise ValueError(f"{name}: wanted one dimension, got shape {list(values.shape)}")
+        return values
+    if not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
+        raise TypeError(f"{name}: wanted ints, got {[v for v in values if not isinstance(v, int) or isinstance(v, bool)][0]!r}")
+    return torch.tensor(list(values), dtype=torch.int64)
