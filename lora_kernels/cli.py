@@ -140,10 +140,10 @@ def run_compile(args) -> int:
 
 def print_reports(arch, reports) -> None:
     print(f"{arch.name}: {len(reports)} kernels of the heuristic configurations")
-    print(f"  {'kernel':<16} {'for':<34} {'dtype':<9} {'warps':>5} {'registers':>9} {'spills':>6} {'shared':>7} {'matmul':>8}  tma")
+    print(f"  {'kernel':<24} {'for':<34} {'dtype':<9} {'warps':>5} {'registers':>9} {'spills':>6} {'shared':>7} {'matmul':>8}  tma")
     for r in reports:
         flag = "" if r.good else "  <- BAD"
-        row = f"  {r.kernel:<16} {r.label:<34} {r.dtype:<9} {r.warps:>5} {r.registers:>9} {r.spills:>6} {r.shared:>7} {r.matmul or '-':>8}"
+        row = f"  {r.kernel:<24} {r.label:<34} {r.dtype:<9} {r.warps:>5} {r.registers:>9} {r.spills:>6} {r.shared:>7} {r.matmul or '-':>8}"
         print(f"{row}  {'yes' if r.tma else '-'}{flag}")
     shared = max(r.shared for r in reports)
     print(f"  spills: {sum(r.spills for r in reports)}; most shared memory {shared} of {arch.shared_memory} bytes\n")

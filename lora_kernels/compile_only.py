@@ -20,6 +20,7 @@ from triton.runtime import driver
 
 from . import launch
 from .problem import Problem
+from .segments import ONE, Adapters, Segments
 from .tuning import Arch, Config, heuristic
 
 _MATMUL = (("tcgen05.mma", "tcgen05"), ("wgmma.mma_async", "wgmma"), ("mma.sync", "mma"), ("v_mfma", "mfma"), ("v_wmma", "wmma"))
@@ -103,6 +104,12 @@ def compile_pass(problem: Problem, arch: Arch, config: Config, label: str = "", 
     N, K = (problem.K, problem.N) if backward else (problem.N, problem.K)
     x, dy, weight = torch.empty(M, K, dtype=dtype), torch.empty(M, N, dtype=dtype), torch.empty(N, K, dtype=dtype)
     A, B, bias = torch.empty(R, K, dtype=adapter), torch.empty(N, R, dtype=adapter), torch.empty(N, dtype=dtype)
+    adapters = ONE
+    if problem.adapters:
+        E, ids = problem.adapters, torch.zeros(M, dtype=torch.int32)
+        plan = Segments.from_ids(ids, E, row_block=problem.row_block, gather_block=problem.gather_block)
+        adapters = Adapters(plan, torch.empty(E), torch.empty(E, dtype=torch.int32) if problem.mixed_ranks else None)
+        A, B = A.expand(E, R, K), B.expand(E, N, R)
     seed, p = (torch.zeros((), dtype=torch.int64), 0.1) if problem.dropout else (None, 0.0)
 
     def run():
@@ -117,7 +124,7 @@ def compile_pass(problem: Problem, arch: Arch, config: Config, label: str = "", 
 
 def heuristic_reports(arch: Arch, progress=lambda done, total, what: None) -> list[Report]:
     """Every kernel of every heuristic configuration worth telling apart, compiled for ``arch``; the same kernel once."""
-    problems = list(heuristic_problems())
+    problems = [*heuristic_problems(), *segment_problems()]
     reports: dict[tuple, Report] = {}
     for done, (label, problem, backward) in enumerate(problems):
         progress(done, len(problems), f"{arch.name} {label}")
@@ -144,6 +151,19 @@ def heuristic_problems() -> Iterator[tuple[str, Problem, bool]]:
             yield f"backward {label}", problem.backward(), True
 
 
+def segment_problems() -> Iterator[tuple[str, Problem, bool]]:
+    """The same for many adapters: decode, prefill and training, equal and mixed ranks."""
+    for M, R, mixed, blocks in ((16, 16, False, (16, 16)), (64, 128, True, (64, 16)), (8192, 16, False, (128, 32)), (8192, 128, True, (128, 16))):
+        for dropout in ("", "x"):
+            problem = Problem(
+                M, 4096, 4096, R, torch.bfloat16, dropout,
+                adapters=64, row_block=blocks[0], gather_block=blocks[1], mixed_ranks=mixed,
+            )  # fmt: skip
+            label = f"segments M={M} r{'<' if mixed else ''}={R}{' dropout' if dropout else ''}"
+            yield f"forward {label}", problem, False
+            yield f"backward {label}", problem.backward(), True
+
+
 def _first_tensor(args) -> torch.Tensor:
     for arg in args:
         for item in arg if isinstance(arg, tuple) else (arg,):
@@ -158,7 +178,7 @@ def _report(name, compiled, label: str, arch: Arch, options: dict, dtype: str) -
     matmul = next((short for pattern, short in _MATMUL if pattern in text), "")
     registers, spills = _amd_resources(text) if arch.kind == "hip" else _nvidia_resources(compiled, arch)
     tma = "cp.async.bulk.tensor" in text
-    what = f"{name} {options.get('U', '')}".strip()
+    what = " ".join(filter(None, (name, options.get("U"), "segments" if options["SEGMENTS"] else "")))
     shared, warps = compiled.metadata.shared, options["num_warps"]
     return Report(what, label, arch.name, dtype, registers, spills, shared, arch.shared_memory, matmul, tma, warps)
 
