@@ -174,7 +174,7 @@ def run_expand(
     load_v, v_args = _operand(v, block_r, c.block_n, c.warp_specialize)
     args = (
         x_args, w_args, None if a is None else _matrix(a), u_args, v_args, bias, (y, N, 1),
-        adapters.rows(), adapters.gather(), 0 if seg is None else seg.tile_adapter.shape[0], adapters.number, _stack_stride(a), _stack_stride(v),
+        adapters.rows(), _matrix(x) if seg and c.u == "awaited" else None, adapters.gather(), 0 if seg is None else seg.tile_adapter.shape[0], adapters.number, _stack_stride(a), _stack_stride(v),
         None if c.u == "given" else adapters.scales, adapters.ranks, flags, ticket, seed, threshold, inv_keep, scale * (inv_keep if drop_x else 1.0), M, N, K, R,
     )  # fmt: skip
     blocks = max(c.block_m, c.block_n, c.block_k)

@@ -19,6 +19,7 @@ import torch
 from . import philox, problem, reference
 from .autograd import lora_linear
 from .dispatch import arch_of, why_not_here
+from .segments import Segments
 from .tuning import Arch, Config, Expand, Shrink, Wgrad
 
 TENSORS = ("y", "dX", "dA", "dB", "dbias")
@@ -41,6 +42,9 @@ class Case:
     adapter_dtype: torch.dtype | None = None
     layout: str = "contiguous"  # or "transposed", "sliced", "expanded" (dY of stride 0)
     impl: str = "triton"
+    adapters: int = 0  # E of a batch with segments; 0: one adapter
+    popularity: str = "mixed"  # or "distinct", "runs" (contiguous), "one", "none": see `adapter_ids`
+    mixed_ranks: bool = False
 
     @property
     def name(self) -> str:
@@ -49,6 +53,8 @@ class Case:
         parts += [] if self.bias else ["no bias"]
         parts += [self.layout] if self.layout != "contiguous" else []
         parts += [f"adapters {str(self.adapter_dtype).removeprefix('torch.')}"] if self.adapter_dtype else []
+        if self.adapters:
+            parts += [f"{self.adapters} adapters {self.popularity}"] + (["mixed ranks"] if self.mixed_ranks else [])
         parts += [self.impl] if self.impl != "triton" else []
         if self.config:
             e = self.config.expand
@@ -77,11 +83,12 @@ def inputs(case: Case, device: torch.device) -> dict:
         return (torch.randn(shape, generator=generator, dtype=torch.float64) * spread).to(dtype).to(device)
 
     adapter = case.adapter_dtype or case.dtype
+    stack = [case.adapters] if case.adapters else []
     tensors = {
         "x": draw(case.M, case.K),
         "weight": draw(case.N, case.K, spread=case.K**-0.5),
-        "lora_A": draw(case.R, case.K, spread=case.K**-0.5, dtype=adapter),
-        "lora_B": draw(case.N, case.R, spread=case.R**-0.5, dtype=adapter),
+        "lora_A": draw(*stack, case.R, case.K, spread=case.K**-0.5, dtype=adapter),
+        "lora_B": draw(*stack, case.N, case.R, spread=case.R**-0.5, dtype=adapter),
         "bias": draw(case.N) if case.bias else None,
         "dY": draw(case.M, case.N, spread=case.N**-0.5),
     }
@@ -97,6 +104,32 @@ def inputs(case: Case, device: torch.device) -> dict:
     return tensors
 
 
+def adapter_ids(case: Case) -> torch.Tensor:
+    """int64 ``[M]``: adapters in any order with base-only tokens and an absent one, each token another, runs, one, or none."""
+    M, E = case.M, case.adapters
+    generator = torch.Generator().manual_seed(M * 31 + E)
+    if case.popularity == "distinct":
+        return torch.arange(M) % E
+    if case.popularity == "one":
+        return torch.full((M,), E - 1)
+    if case.popularity == "none":
+        return torch.full((M,), -1)
+    ids = torch.randint(-1, E, (M,), generator=generator)
+    ids[ids == E // 2] = 0  # one adapter without a token
+    return ids.sort(descending=True).values if case.popularity == "runs" else ids
+
+
+def many(case: Case, device: torch.device) -> dict:
+    """The arguments of `lora_linear` that a case with segments adds: plan, scales and ranks."""
+    if not case.adapters:
+        return {"scale": case.scale}
+    blocks = {} if case.config is None else dict(row_block=case.config.expand.block_m, gather_block=case.config.shrink.block_m)
+    ids = adapter_ids(case).to(device)
+    scale = case.scale / (1 + torch.arange(case.adapters, dtype=torch.float32, device=device))
+    ranks = torch.arange(case.adapters, dtype=torch.int32, device=device).mul_(3).remainder_(case.R).add_(1) if case.mixed_ranks else None
+    return {"scale": scale, "segments": Segments.from_ids(ids, case.adapters, **blocks), "ranks": ranks}
+
+
 def evaluate(case: Case, tensors: dict, impl: str, dtype: torch.dtype | None = None) -> list:
     """y, dX, dA, dB, dbias of a case by an impl; in ``dtype`` if given, on copies of the same values."""
     t: dict = {name: None if v is None else v.detach() if dtype is None else v.to(dtype) for name, v in tensors.items()}
@@ -104,7 +137,7 @@ def evaluate(case: Case, tensors: dict, impl: str, dtype: torch.dtype | None = N
     for name in names:
         t[name] = t[name].requires_grad_()
     y = lora_linear(
-        t["x"], t["weight"], t["lora_A"], t["lora_B"], t["bias"], scale=case.scale, dropout_p=case.p, training=True, seed=SEED,
+        t["x"], t["weight"], t["lora_A"], t["lora_B"], t["bias"], **many(case, t["x"].device), dropout_p=case.p, training=True, seed=SEED,
         impl=impl, config=case.config if impl == "triton" else None,
     )  # fmt: skip
     grads = torch.autograd.grad(y, [t[name] for name in names], t["dY"])
@@ -198,6 +231,11 @@ def cases(device: torch.device, quick: bool = False) -> list[Case]:
             for shape in (even,) if config.expand.tma else (even, odd):
                 found += [replace(shape, config=config, dtype=dtype, p=p) for p in ((0.1,) if quick else (0.0, 0.1))]
     found += [replace(odd, dtype=dtypes[0], layout=layout) for layout in ("transposed", "sliced", "expanded")]
+    for config in configs(arch, small=small):
+        base = replace(odd if not config.expand.tma else even, config=config, adapters=5)
+        found += [replace(base, dtype=dtypes[0], p=0.1, mixed_ranks=True), *([] if quick else [replace(base, dtype=dtypes[1], popularity="runs")])]
+    for popularity in ("mixed", "distinct", "runs", "one", "none"):
+        found += [replace(odd, dtype=dtypes[0], adapters=7, popularity=popularity, p=0.1, impl=impl) for impl in ("triton", "torch")]
     found += [replace(odd, dtype=torch.float16, adapter_dtype=torch.float32), replace(even, R=100, bias=False), replace(odd, M=1)]
     found += [replace(odd, dtype=dtype, p=p, impl="torch") for dtype in (*dtypes, torch.bfloat16) for p in (0.0, 0.1)]
     return [case for case in dict.fromkeys(found) if _served(case, arch)]
@@ -208,7 +246,10 @@ def _served(case: Case, arch: Arch) -> bool:
     if case.config is None:
         return True
     aligned = case.K % 8 == 0 and case.N % 8 == 0
-    forward = problem.Problem(case.M, case.N, case.K, case.R, case.dtype, "x" if case.p else "", aligned=aligned)
+    blocks = dict(row_block=case.config.expand.block_m, gather_block=case.config.shrink.block_m) if case.adapters else {}
+    forward = problem.Problem(
+        case.M, case.N, case.K, case.R, case.dtype, "x" if case.p else "", aligned=aligned, adapters=case.adapters, **blocks
+    )
     return all(why_not_here(case.config, each, arch) is None for each in (forward, forward.backward()))
 
 

@@ -201,6 +201,7 @@ def expand(
     bias_ptr,
     y,
     rows,
+    gather_x,
     gather,
     gathered,
     adapters,
@@ -244,7 +245,7 @@ def expand(
 ):
     """Grid [programs]: as many as there are work items, or fewer (PERSISTENT), each taking every grid-th item or ticket.
 
-    With segments: rows: (ids, present, counts), gather: as in `gathered_tile`, gathered: how many such tiles, of GATHER_M tokens.
+    With segments: rows: (ids, present, counts), gather_x: x by pointers, gather: as in `gathered_tile`, gathered: how many such tiles, of GATHER_M tokens.
     """
     num_m = tl.cdiv(M, BLOCK_M)
     num_n = tl.cdiv(N, BLOCK_N)
@@ -264,7 +265,7 @@ def expand(
             if item < producers:
                 source = item // R_BLOCKS
                 tokens, row_mask = shrink_tile(
-                    x, a, u, gather, adapters, stride_ae, scales_ptr, ranks_ptr, seed, threshold, scale,
+                    gather_x if SEGMENTS else x, a, u, gather, adapters, stride_ae, scales_ptr, ranks_ptr, seed, threshold, scale,
                     source, (item % R_BLOCKS) * BLOCK_R, 0, K, M, K, R,
                     LOAD_X, SEGMENTS, DROP_X, PRECISION, GATHER_M, BLOCK_K, BLOCK_R, EVEN_K, EVEN_R, WIDE,
                 )  # fmt: skip
