@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .segments import ONE, Adapters, Segments
+from .segments import ONE, Adapters, Segments, readable
 
 MAX_RANK = 512
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -208,7 +208,7 @@ def check_ranks(ranks, x, lora_A, segments) -> None:
     if ranks.device != x.device:
         raise ValueError(f"ranks: wanted x's device {x.device}, got {ranks.device}")
     R = lora_A.shape[-2]
-    if type(ranks) is torch.Tensor and ranks.device.type == "cpu" and ((ranks < 0) | (ranks > R)).any():
+    if readable(ranks) and ((ranks < 0) | (ranks > R)).any():
         raise ValueError(f"ranks: wanted ranks from 0 to lora_A's {R}, got {ranks.min().item()} to {ranks.max().item()}")
 
 

@@ -70,7 +70,7 @@ class Segments:
             adapter_ids: int32 or int64, one id a token in row-major order of ``x[..., :]``, in any order; -1 is the base alone.
             num_adapters: E, the adapters in the stack; those absent from the batch cost nothing but their zero gradients.
             validate: Whether ids outside [-1, E) raise: ValueError on a CPU, a device assertion (without a sync) on a GPU.
-                Without it they count as -1.
+                Without it, and under torch.compile on a CPU, they count as -1.
             row_block, gather_block: Rows of expand's tiles and of the gathered tiles, powers of two from 16; None lets the number
                 of tokens decide. A `Config` passed beside the plan must name the same.
         Raises:
@@ -231,11 +231,16 @@ def _present(ids: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]
     return present.reshape(-1), new.sum(1, dtype=torch.int32)
 
 
+def readable(t: torch.Tensor) -> bool:
+    """Whether values can be looked at without waiting for a device: on the CPU, and neither traced nor fake."""
+    return t.device.type == "cpu" and type(t) is torch.Tensor and not torch.compiler.is_compiling()
+
+
 def _validate(ids: torch.Tensor, num_adapters: int) -> None:
     good = ((ids >= -1) & (ids < num_adapters)).all()
     if ids.is_cuda:
         torch._assert_async(good, f"adapter_ids: wanted ids from -1 to {num_adapters - 1}")
-    elif ids.device.type == "cpu" and type(ids) is torch.Tensor and not good:
+    elif readable(ids) and not good:
         wrong = ids[(ids < -1) | (ids >= num_adapters)]
         raise ValueError(f"adapter_ids: wanted ids from -1 to {num_adapters - 1}, got {wrong[0].item()} ({wrong.numel()} out of range)")
 
