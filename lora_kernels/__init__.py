@@ -6,9 +6,10 @@ Importing needs neither a GPU nor Triton; both are looked for when a call wants 
 from . import reference
 from .autograd import explain, lora_linear
 from .dispatch import Choice
+from .multi import MultiLoRALinear
 from .nn import FusedLoRALinear
 from .problem import UnsupportedError
 from .segments import Segments
 
 __version__ = "0.1.0"
-__all__ = ["Choice", "FusedLoRALinear", "Segments", "UnsupportedError", "explain", "lora_linear", "reference"]
+__all__ = ["Choice", "FusedLoRALinear", "MultiLoRALinear", "Segments", "UnsupportedError", "explain", "lora_linear", "reference"]

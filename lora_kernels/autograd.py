@@ -45,9 +45,9 @@ class LoRALinearFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        operands, (scales, ranks, *plan) = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
+        x, weight, lora_A, lora_B, u, seed, scales, ranks, *plan = ctx.saved_tensors
         adapters = Adapters.from_flat(scales, ranks, plan, ctx.geometry)
-        dx, da, db, dbias = ops.backward(dy, *operands, adapters, *ctx.constants)
+        dx, da, db, dbias = ops.backward(dy, x, weight, lora_A, lora_B, u, seed, adapters, *ctx.constants)
         need_x, need_A, need_B, need_bias = ctx.constants[2]
         return (
             dx if need_x else None,
@@ -80,7 +80,8 @@ def lora_linear(
     Args:
         x: Tokens ``[..., K]``, float16, bfloat16, float32 (every arm) or float64 (reference and torch).
         weight: The frozen base ``[N, K]``, as nn.Linear stores it, x's dtype, any strides.
-        lora_A: ``[r, K]``, or with segments a stack ``[E, r, K]``, r from 1 to 512, any strides, x's dtype or float32 (rounded to x's dtype tile by tile, as autocast would).
+        lora_A: ``[r, K]``, or with segments a stack ``[E, r, K]``, r from 1 to 512, any strides, x's dtype or float32 (rounded to
+            x's dtype tile by tile, as autocast would).
         lora_B: ``[N, r]`` or ``[E, N, r]``, lora_A's dtype.
         bias: ``[N]``, x's dtype, or None; added before the result is rounded.
         scale: ``lora_alpha / r`` (or ``/ sqrt(r)`` for rsLoRA); applied in float32, never folded into a 16-bit tensor. Or a float32
@@ -140,7 +141,9 @@ def explain(
     x, weight, bias, key = prepare(x, weight, lora_A, lora_B, bias, scale, dropout_p, seed, segments, ranks, config, impl)
     if impl == "reference":
         return dispatch.Choice("reference", None, {"reference": "named"})
-    asked = problem.describe(problem.rows(x), weight, lora_A, lora_B, dropout=bool(training and dropout_p), adapters=carried(segments, scale, ranks)[0])
+    asked = problem.describe(
+        problem.rows(x), weight, lora_A, lora_B, dropout=bool(training and dropout_p), adapters=carried(segments, scale, ranks)[0]
+    )
     return dispatch.choose(asked, x.device, impl, key)
 
 

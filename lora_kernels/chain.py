@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from . import philox
-from .segments import Adapters
+from .segments import Adapters, Segments
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -78,13 +78,11 @@ class Run(NamedTuple):
     scale: float
 
 
-def runs(adapters: Adapters, rank: int, scale: float) -> Iterator[Run]:
+def runs(plan: Segments, adapters: Adapters, rank: int, scale: float) -> Iterator[Run]:
     """The adapters that have tokens."""
-    plan = adapters.segments
-    starts = plan.starts.tolist()
+    starts, order, E = plan.starts.tolist(), plan.order.long(), plan.num_adapters
     scales = None if adapters.scales is None else adapters.scales.tolist()
     ranks = None if adapters.ranks is None else adapters.ranks.tolist()
-    order, E = plan.order.long(), plan.num_adapters
     first = order[plan.starts[:E].clamp(max=plan.tokens - 1).long()].tolist()
     last = order[(plan.starts[1 : E + 1] - 1).clamp(min=0).long()].tolist()
     for e in range(E):
@@ -116,10 +114,10 @@ def forward(x, weight, lora_A, lora_B, bias, seed, adapters: Adapters, scale: fl
             u.mul_(adapters.scales)
         return base_linear(x, weight, bias).addmm_(u, B.t()), u
     y, u = base_linear(x, weight, bias), x.new_zeros(x.shape[0], A.shape[1])
-    for run in runs(adapters, A.shape[1], scale):
-        its_u = scaled_mm(adapter_in[run.rows], A[run.adapter, : run.rank].t(), run.scale)
-        u[run.rows, : run.rank] = its_u
-        add_product(y, run.rows, its_u, B[run.adapter, :, : run.rank].t())
+    for e, rows, rank, its_scale in runs(adapters.segments, adapters, A.shape[1], scale):
+        its_u = scaled_mm(adapter_in[rows], A[e, :rank].t(), its_scale)
+        u[rows, :rank] = its_u
+        add_product(y, rows, its_u, B[e, :, :rank].t())
     return y, u
 
 
@@ -129,30 +127,33 @@ def backward(dy, x, weight, lora_A, lora_B, u, seed, adapters: Adapters, scale: 
     bits = None
     if p and (need_dx or need_da):
         bits = kept_bits(seed, dy.shape[0], x.shape[1] if need_da else weight.shape[1], p, dy.dtype)  # one mask serves dX and dA
-    A = None if lora_A is None else lora_A.to(dy.dtype)
-    B = None if lora_B is None else lora_B.to(dy.dtype)
+    A: Any = None if lora_A is None else lora_A.to(dy.dtype)
+    B: Any = None if lora_B is None else lora_B.to(dy.dtype)
     keep = philox.inv_keep(p) if p else 1.0
-    dx = None
+    dx: Any = None
+    da: Any = None
+    db: Any = None
+    if need_dx:
+        dx = base_linear(dy, weight.t(), None)
     if adapters.segments is None:
-        ds = da = db = None
+        ds: Any = None
         if need_dx or need_da:
             ds = scaled_mm(dy, B, scale)
             if adapters.scales is not None:
                 ds.mul_(adapters.scales)
         if need_dx:
-            dx = base_linear(dy, weight.t(), None)
             _add_low_rank(dx, slice(None), ds, A, bits, keep)
         if need_da:
             da = _grad_A(ds, x, bits, keep, adapter_dtype)
         if need_db:
             db = _grad_B(dy, u, adapter_dtype)
         return dx, da, db
-    E, R = adapters.segments.num_adapters, (u if B is None else B).shape[-1]
-    if need_dx:
-        dx = base_linear(dy, weight.t(), None)
-    da = dy.new_zeros(E, R, x.shape[1], dtype=adapter_dtype) if need_da else None
-    db = dy.new_zeros(E, dy.shape[1], R, dtype=adapter_dtype) if need_db else None
-    for e, rows, rank, its_scale in runs(adapters, R, scale):
+    E, R = adapters.number, u.shape[1] if B is None else B.shape[2]
+    if need_da:
+        da = dy.new_zeros(E, R, x.shape[1], dtype=adapter_dtype)
+    if need_db:
+        db = dy.new_zeros(E, dy.shape[1], R, dtype=adapter_dtype)
+    for e, rows, rank, its_scale in runs(adapters.segments, adapters, R, scale):
         its_dy, its_bits = dy[rows], None if bits is None else bits[rows]
         if need_dx or need_da:
             ds = scaled_mm(its_dy, B[e, :, :rank], its_scale)

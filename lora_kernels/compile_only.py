@@ -153,7 +153,12 @@ def heuristic_problems() -> Iterator[tuple[str, Problem, bool]]:
 
 def segment_problems() -> Iterator[tuple[str, Problem, bool]]:
     """The same for many adapters: decode, prefill and training, equal and mixed ranks."""
-    for M, R, mixed, blocks in ((16, 16, False, (16, 16)), (64, 128, True, (64, 16)), (8192, 16, False, (128, 32)), (8192, 128, True, (128, 16))):
+    for M, R, mixed, blocks in (
+        (16, 16, False, (16, 16)),
+        (64, 128, True, (64, 16)),
+        (8192, 16, False, (128, 32)),
+        (8192, 128, True, (128, 16)),
+    ):
         for dropout in ("", "x"):
             problem = Problem(
                 M, 4096, 4096, R, torch.bfloat16, dropout,

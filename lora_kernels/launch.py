@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -100,12 +101,14 @@ def run_shrink(x, a, *, scale: float, adapters: Adapters = ONE, dropout, config:
     z = x.new_empty(splits, M, R, dtype=torch.float32 if splits > 1 else dtype)
     seed, threshold, inv_keep = _dropout(dropout)
     args = (
-        _matrix(x), _matrix(a), (z, R, 1), z.stride(0), adapters.gather(), adapters.number, _stack_stride(a), adapters.scales, adapters.ranks,
+        _matrix(x), _matrix(a), (z, R, 1), z.stride(0),
+        adapters.gather(), adapters.number, _stack_stride(a), adapters.scales, adapters.ranks,
         seed, threshold, scale * inv_keep, M, K, R, blocks,
     )  # fmt: skip
     options = dict(
         LOAD_X=load_dense, SEGMENTS=seg is not None, DROPOUT=dropout is not None, PRECISION=precision(x.dtype),
-        BLOCK_M=c.block_m, BLOCK_K=c.block_k, BLOCK_R=block_r, EVEN_K=K % c.block_k == 0, EVEN_R=R % block_r == 0 and adapters.ranks is None,
+        BLOCK_M=c.block_m, BLOCK_K=c.block_k, BLOCK_R=block_r,
+        EVEN_K=K % c.block_k == 0, EVEN_R=R % block_r == 0 and adapters.ranks is None,
         WIDE=_wide((x, max(c.block_m, c.block_k)), (a, c.block_k)), num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip
     tiles = triton.cdiv(M, c.block_m) if seg is None else seg.tile_adapter.shape[0]
@@ -113,7 +116,9 @@ def run_shrink(x, a, *, scale: float, adapters: Adapters = ONE, dropout, config:
     return z if parts and splits > 1 else z[0] if splits == 1 else z.sum(0).to(dtype)
 
 
-def run_wgrad(x, g, *, scale: float, adapters: Adapters = ONE, dropout, config: Config, out_transposed: bool, dtype: torch.dtype) -> torch.Tensor:
+def run_wgrad(
+    x, g, *, scale: float, adapters: Adapters = ONE, dropout, config: Config, out_transposed: bool, dtype: torch.dtype
+) -> torch.Tensor:
     """``scale * (D.x)^T g`` as ``[(E,) J, R]``, or ``[(E,) R, J]`` if transposed, in ``dtype``, from float32 sums in a fixed order."""
     c, seg, E = config.wgrad, adapters.segments, adapters.number
     (M, J), R = x.shape, g.shape[1]
@@ -141,7 +146,8 @@ def run_wgrad(x, g, *, scale: float, adapters: Adapters = ONE, dropout, config: 
 
 
 def run_expand(
-    x, w, v, *, transposed: bool, u, a=None, scale=1.0, adapters: Adapters = ONE, bias=None, y=None, drop_x=None, drop_uv=None, config: Config
+    x, w, v, *,
+    transposed: bool, u, a=None, scale=1.0, adapters: Adapters = ONE, bias=None, y=None, drop_x=None, drop_uv=None, config: Config,
 ):  # fmt: skip
     """``x w + D.(u v) + bias`` as ``[M, N]``, and u.
 
@@ -158,24 +164,28 @@ def run_expand(
     library = y is not None
     y = x.new_empty(M, N) if y is None else y
     num_m, tiles = triton.cdiv(M, c.block_m), triton.cdiv(M, c.block_m) * triton.cdiv(N, c.block_n)
+    gathered = seg.tile_adapter.shape[0] if seg else 0
     items, flags, ticket = tiles, None, None
     if c.u == "awaited":
-        items += (num_m if seg is None else seg.tile_adapter.shape[0]) * r_blocks
+        items += (gathered if seg else num_m) * r_blocks
         flags = torch.zeros(num_m + 1, dtype=torch.int32, device=x.device)
         flags, ticket = flags[:num_m], flags[num_m:]
         u = x.new_empty(M, R) if u is None else u
     seed, threshold, inv_keep = _dropout(drop_x or drop_uv)
     load_x, x_args = (None, None) if library else _operand(x, c.block_m, c.block_k, c.tma)
     load_w, w_args = (None, None) if library else _operand(w, c.block_k, c.block_n, c.tma)
+    load_u: Any = load_dense
+    u_args: Any = None
     if u is not None and u.dim() == 3:
         load_u, u_args = load_parts, (u, u.stride(1), u.stride(2), u.stride(0), u.shape[0])
-    else:
-        load_u, u_args = (load_dense, None) if u is None else _operand(u, c.block_m, block_r, c.warp_specialize)
+    elif u is not None:
+        load_u, u_args = _operand(u, c.block_m, block_r, c.warp_specialize)
     load_v, v_args = _operand(v, block_r, c.block_n, c.warp_specialize)
     args = (
         x_args, w_args, None if a is None else _matrix(a), u_args, v_args, bias, (y, N, 1),
-        adapters.rows(), _matrix(x) if seg and c.u == "awaited" else None, adapters.gather(), 0 if seg is None else seg.tile_adapter.shape[0], adapters.number, _stack_stride(a), _stack_stride(v),
-        None if c.u == "given" else adapters.scales, adapters.ranks, flags, ticket, seed, threshold, inv_keep, scale * (inv_keep if drop_x else 1.0), M, N, K, R,
+        adapters.rows(), _matrix(x) if seg and c.u == "awaited" else None, adapters.gather(), gathered, adapters.number,
+        _stack_stride(a), _stack_stride(v), None if c.u == "given" else adapters.scales, adapters.ranks,
+        flags, ticket, seed, threshold, inv_keep, scale * (inv_keep if drop_x else 1.0), M, N, K, R,
     )  # fmt: skip
     blocks = max(c.block_m, c.block_n, c.block_k)
     options = dict(
@@ -217,10 +227,19 @@ def _dropout(dropout) -> tuple:
 def forward(x, weight, lora_A, lora_B, bias, seed, adapters: Adapters, scale: float, p: float, save_u: bool, config: Config):
     """``y [M, N]`` and ``u [M, r]`` (None unless ``save_u``) for x ``[M, K]``; p = 0 means no dropout."""
     drop = (seed, p) if p else None
-    shared = dict(transposed=True, adapters=adapters, config=config)
+    shared: dict[str, Any] = dict(transposed=True, adapters=adapters, config=config)
     with on_device(x):
         if config.expand.u == "given":
-            u = run_shrink(x, lora_A.mT, scale=scale, adapters=adapters, dropout=drop, config=config, dtype=x.dtype, parts=not (save_u or config.expand.warp_specialize))
+            u = run_shrink(
+                x,
+                lora_A.mT,
+                scale=scale,
+                adapters=adapters,
+                dropout=drop,
+                config=config,
+                dtype=x.dtype,
+                parts=not (save_u or config.expand.warp_specialize),
+            )
             if config.expand.base == "library":
                 return run_expand(x, weight, lora_B, u=u, y=F.linear(x, weight, bias), **shared)
             return run_expand(x, weight, lora_B, u=u, bias=bias, **shared)
@@ -229,16 +248,18 @@ def forward(x, weight, lora_A, lora_B, bias, seed, adapters: Adapters, scale: fl
 
 
 def backward(dy, x, weight, lora_A, lora_B, u, seed, adapters: Adapters, scale: float, p: float, needs, adapter_dtype, config: Config):
-    """``dX [M, K], dA [(E,) r, K], dB [(E,) N, r]``, each None where ``needs`` says so; operands that no needed gradient uses may be None."""
+    """``dX [M, K], dA [(E,) r, K], dB [(E,) N, r]``, each None where not in ``needs``; operands no needed gradient uses may be None."""
     need_dx, need_da, need_db = needs
     drop = (seed, p) if p else None
-    shared = dict(adapters=adapters, config=config)
+    shared: dict[str, Any] = dict(adapters=adapters, config=config)
     dx = da = db = None
     ds: torch.Tensor | None = None
     with on_device(dy):
         one_launch = need_dx and config.expand.u != "given"
         if (need_dx or need_da) and not one_launch:
-            ds = run_shrink(dy, lora_B, scale=scale, dropout=None, dtype=dy.dtype, parts=not (need_da or config.expand.warp_specialize), **shared)
+            ds = run_shrink(
+                dy, lora_B, scale=scale, dropout=None, dtype=dy.dtype, parts=not (need_da or config.expand.warp_specialize), **shared
+            )
         if one_launch:
             ds = dy.new_empty(dy.shape[0], lora_B.shape[-1]) if need_da else None
             dx, ds = run_expand(dy, weight, lora_A, transposed=False, u=ds, a=lora_B, scale=scale, drop_uv=drop, **shared)

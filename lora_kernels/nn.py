@@ -36,6 +36,9 @@ class FusedLoRALinear(nn.Module):
 
     weight: torch.Tensor
     bias: torch.Tensor | None
+    in_features: int
+    out_features: int
+    lora_dropout: float
 
     def __init__(
         self,
@@ -75,8 +78,7 @@ class FusedLoRALinear(nn.Module):
         Raises:
             TypeError: ``linear`` is not exactly an nn.Linear, whose subclasses (quantised ones among them) store other weights.
         """
-        if type(linear) is not nn.Linear:
-            raise TypeError(f"linear: wanted an nn.Linear, got {type(linear).__name__}")
+        check_linear(linear)
         self = cls.__new__(cls)
         nn.Module.__init__(self)
         self._adopt(linear, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype)
@@ -84,23 +86,11 @@ class FusedLoRALinear(nn.Module):
         return self
 
     def _adopt(self, base: nn.Linear, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype) -> None:
-        if isinstance(r, bool) or not isinstance(r, int):
-            raise TypeError(f"r: wanted an int, got {type(r).__name__}")
-        if not 1 <= r <= MAX_RANK:
-            raise UnsupportedError(f"r: wanted a rank from 1 to {MAX_RANK}, got {r}")
-        if not 0.0 <= lora_dropout < 1.0:
-            raise ValueError(f"lora_dropout: wanted a probability in [0, 1), got {lora_dropout}")
-        if adapter_dtype not in (None, base.weight.dtype, torch.float32):
-            raise TypeError(f"adapter_dtype: wanted the base's dtype {base.weight.dtype} or float32, got {adapter_dtype}")
-        self.in_features, self.out_features = base.in_features, base.out_features
-        self.r, self.lora_alpha, self.lora_dropout, self.use_rslora = r, lora_alpha, float(lora_dropout), use_rslora
-        self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
+        check_rank("r", r)
+        dtype = adopt(self, base, lora_dropout, adapter_dtype)
+        self.r, self.lora_alpha, self.use_rslora = r, lora_alpha, use_rslora
+        self.scaling = scaling_of(lora_alpha, r, use_rslora)
         self.enabled = True
-        self.weight = base.weight
-        self.register_parameter("bias", base.bias)
-        for parameter in self.parameters():
-            parameter.requires_grad_(False)
-        dtype = adapter_dtype or base.weight.dtype
         self.lora_A = nn.Parameter(base.weight.new_empty(r, self.in_features, dtype=dtype))
         self.lora_B = nn.Parameter(base.weight.new_empty(self.out_features, r, dtype=dtype))
         self._base_weight: torch.Tensor | None = None
@@ -110,11 +100,7 @@ class FusedLoRALinear(nn.Module):
         """Initialise A and B again; see ``init_lora_weights``."""
         if self.merged:
             raise RuntimeError("reset_adapter: wanted an unmerged layer, got a merged one; call unmerge() first")
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        if init_lora_weights:
-            nn.init.zeros_(self.lora_B)
-        else:
-            nn.init.kaiming_uniform_(self.lora_B, a=math.sqrt(5))
+        init_adapter(self.lora_A, self.lora_B, init_lora_weights)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.merged or not self.enabled:
@@ -184,3 +170,42 @@ class FusedLoRALinear(nn.Module):
         parts += ["merged=True"] if self.merged else []
         parts += [] if self.enabled else ["enabled=False"]
         return ", ".join(parts)
+
+
+def check_linear(linear) -> None:
+    if type(linear) is not nn.Linear:
+        raise TypeError(f"linear: wanted an nn.Linear, got {type(linear).__name__}")
+
+
+def check_rank(name: str, r) -> None:
+    if isinstance(r, bool) or not isinstance(r, int):
+        raise TypeError(f"{name}: wanted an int, got {type(r).__name__}")
+    if not 1 <= r <= MAX_RANK:
+        raise UnsupportedError(f"{name}: wanted a rank from 1 to {MAX_RANK}, got {r}")
+
+
+def adopt(layer, base: nn.Linear, lora_dropout: float, adapter_dtype) -> torch.dtype:
+    """Give a layer the parameters of ``base``, frozen, and its dropout, all checked; returns the adapters' dtype."""
+    if not 0.0 <= lora_dropout < 1.0:
+        raise ValueError(f"lora_dropout: wanted a probability in [0, 1), got {lora_dropout}")
+    if adapter_dtype not in (None, base.weight.dtype, torch.float32):
+        raise TypeError(f"adapter_dtype: wanted the base's dtype {base.weight.dtype} or float32, got {adapter_dtype}")
+    layer.in_features, layer.out_features, layer.lora_dropout = base.in_features, base.out_features, float(lora_dropout)
+    layer.weight = base.weight
+    layer.register_parameter("bias", base.bias)
+    for parameter in layer.parameters():
+        parameter.requires_grad_(False)
+    return adapter_dtype or base.weight.dtype
+
+
+def scaling_of(lora_alpha: float, r: int, use_rslora: bool) -> float:
+    return lora_alpha / (math.sqrt(r) if use_rslora else r)
+
+
+def init_adapter(A: torch.Tensor, B: torch.Tensor, init_lora_weights: bool) -> None:
+    """Fill A and B in place; see `FusedLoRALinear`'s ``init_lora_weights``."""
+    nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+    if init_lora_weights:
+        nn.init.zeros_(B)
+    else:
+        nn.init.kaiming_uniform_(B, a=math.sqrt(5))

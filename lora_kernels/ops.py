@@ -24,7 +24,8 @@ _library.define(
 )
 _library.define(
     "backward(Tensor dy, Tensor? x, Tensor? weight, Tensor? lora_A, Tensor? lora_B, Tensor? u, Tensor? seed, "
-    "Tensor? scales, Tensor? ranks, Tensor[] plan, int[] geometry, float scale, float dropout_p, bool need_dx, bool need_da, bool need_db, bool need_dbias, ScalarType adapter_dtype, str impl, str config) "
+    "Tensor? scales, Tensor? ranks, Tensor[] plan, int[] geometry, float scale, float dropout_p, "
+    "bool need_dx, bool need_da, bool need_db, bool need_dbias, ScalarType adapter_dtype, str impl, str config) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     tags=[torch.Tag.pt2_compliant_tag],
 )
@@ -141,7 +142,8 @@ def _backward_fake(
 
 @register_flop_formula(torch.ops.lora_kernels.forward)
 def _forward_flops(x, weight, lora_A, *args, out_shape=None, **kwargs) -> int:
-    return forward_flops(math.prod(x[:-1]), *weight, lora_A[-2])
+    N, K = weight
+    return forward_flops(math.prod(x[:-1]), N, K, lora_A[-2])
 
 
 @register_flop_formula(torch.ops.lora_kernels.backward)

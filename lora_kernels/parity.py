@@ -13,6 +13,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -123,7 +124,9 @@ def many(case: Case, device: torch.device) -> dict:
     """The arguments of `lora_linear` that a case with segments adds: plan, scales and ranks."""
     if not case.adapters:
         return {"scale": case.scale}
-    blocks = {} if case.config is None else dict(row_block=case.config.expand.block_m, gather_block=case.config.shrink.block_m)
+    blocks: dict[str, Any] = (
+        {} if case.config is None else dict(row_block=case.config.expand.block_m, gather_block=case.config.shrink.block_m)
+    )
     ids = adapter_ids(case).to(device)
     scale = case.scale / (1 + torch.arange(case.adapters, dtype=torch.float32, device=device))
     ranks = torch.arange(case.adapters, dtype=torch.int32, device=device).mul_(3).remainder_(case.R).add_(1) if case.mixed_ranks else None
@@ -233,7 +236,10 @@ def cases(device: torch.device, quick: bool = False) -> list[Case]:
     found += [replace(odd, dtype=dtypes[0], layout=layout) for layout in ("transposed", "sliced", "expanded")]
     for config in configs(arch, small=small):
         base = replace(odd if not config.expand.tma else even, config=config, adapters=5)
-        found += [replace(base, dtype=dtypes[0], p=0.1, mixed_ranks=True), *([] if quick else [replace(base, dtype=dtypes[1], popularity="runs")])]
+        found += [
+            replace(base, dtype=dtypes[0], p=0.1, mixed_ranks=True),
+            *([] if quick else [replace(base, dtype=dtypes[1], popularity="runs")]),
+        ]
     for popularity in ("mixed", "distinct", "runs", "one", "none"):
         found += [replace(odd, dtype=dtypes[0], adapters=7, popularity=popularity, p=0.1, impl=impl) for impl in ("triton", "torch")]
     found += [replace(odd, dtype=torch.float16, adapter_dtype=torch.float32), replace(even, R=100, bias=False), replace(odd, M=1)]
@@ -246,7 +252,9 @@ def _served(case: Case, arch: Arch) -> bool:
     if case.config is None:
         return True
     aligned = case.K % 8 == 0 and case.N % 8 == 0
-    blocks = dict(row_block=case.config.expand.block_m, gather_block=case.config.shrink.block_m) if case.adapters else {}
+    blocks: dict[str, Any] = {}
+    if case.adapters:
+        blocks = dict(row_block=case.config.expand.block_m, gather_block=case.config.shrink.block_m)
     forward = problem.Problem(
         case.M, case.N, case.K, case.R, case.dtype, "x" if case.p else "", aligned=aligned, adapters=case.adapters, **blocks
     )

@@ -42,7 +42,7 @@ def lora_linear(
         adapter_in = dropout(x, dropout_p, as_seed(seed, x.device))
     lora_A, lora_B = lora_A.to(x.dtype), lora_B.to(x.dtype)
     if segments is None:
-        low_rank = F.linear(F.linear(adapter_in, lora_A), lora_B) * (scale.to(x.dtype) if isinstance(scale, torch.Tensor) else scale)
+        low_rank = F.linear(F.linear(adapter_in, lora_A), lora_B) * (scale.reshape(()) if isinstance(scale, torch.Tensor) else scale)
     else:
         low_rank = _by_adapter(adapter_in, lora_A, lora_B, scale, segments.ids, ranks)
     return F.linear(x, weight, bias) + low_rank
@@ -58,7 +58,7 @@ def _by_adapter(x, lora_A, lora_B, scale, ids, ranks):
             continue
         at = (ids == e).nonzero().squeeze(1)
         r = lora_A.shape[1] if ranks is None else int(ranks[e])
-        factor = scale[e].to(x.dtype) if isinstance(scale, torch.Tensor) else scale
+        factor = scale[e] if isinstance(scale, torch.Tensor) else scale
         low_rank = low_rank.index_put((at,), F.linear(F.linear(rows[at], lora_A[e, :r]), lora_B[e, :, :r]) * factor)
     return low_rank.reshape(*x.shape[:-1], lora_B.shape[1])
 

@@ -117,14 +117,14 @@ class Segments:
             device: Of the plan; None: of ``lengths``.
             validate: As in `from_ids`.
         """
-        lengths = _as_ints("lengths", lengths, device)
+        lengths = _as_ints("lengths", lengths)
         on_host = lengths.device.type == "cpu"
         device = lengths.device if device is None else torch.device(device)
         if adapters is None:
             num_adapters = max(lengths.shape[0], 1) if num_adapters is None else num_adapters
             chosen = torch.arange(lengths.shape[0], dtype=torch.int32, device=lengths.device)
         else:
-            chosen = _as_ints("adapters", adapters, lengths.device)
+            chosen = _as_ints("adapters", adapters)
             if chosen.shape != lengths.shape:
                 raise ValueError(f"adapters: wanted one for each of {lengths.shape[0]} lengths, got {chosen.shape[0]}")
             if num_adapters is None:
@@ -158,11 +158,13 @@ class Segments:
     @classmethod
     def of(cls, tensors: Sequence[torch.Tensor], geometry: Sequence[int]) -> Segments:
         """A plan from `tensors` and `geometry`: what an operator's schema can carry."""
-        return cls(*tensors, *geometry)
+        ids, order, starts, tile_adapter, tile_first, present, counts = tensors
+        num_adapters, row_block, gather_block = geometry
+        return cls(ids, order, starts, tile_adapter, tile_first, present, counts, num_adapters, row_block, gather_block)
 
 
 class Adapters(NamedTuple):
-    """What varies by token beside the stacks: the plan, a float32 scale for each adapter on the device, and ranks; None for what is absent."""
+    """What goes with the stacks: the plan, a float32 scale for each adapter on the device, and their ranks; None for what is absent."""
 
     segments: Segments | None = None
     scales: torch.Tensor | None = None
@@ -261,7 +263,7 @@ def _block(name: str, value: int | None, default: int) -> int:
     return value
 
 
-def _as_ints(name: str, values, device) -> torch.Tensor:
+def _as_ints(name: str, values) -> torch.Tensor:
     if isinstance(values, torch.Tensor):
         if values.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"{name}: wanted int32 or int64, got {values.dtype}")

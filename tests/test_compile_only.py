@@ -32,8 +32,10 @@ def test_every_heuristic_config(arch):
         assert r["registers"] > 16, f"an empty kernel: {r}"
         if r["dtype"] == "bfloat16":
             assert r["matmul"], r
-    gemms = [r for r in reports if r["kernel"] == "expand given" and r["dtype"] == "bfloat16" and "M=8192" in r["label"]]
-    assert len(gemms) >= 4
+    segments = [r for r in reports if "segments" in r["kernel"]]
+    assert {r["kernel"] for r in segments} == {"shrink segments", "expand given segments", "wgrad segments"} and len(segments) > 20
+    gemms = [r for r in reports if r["kernel"].startswith("expand given") and r["dtype"] == "bfloat16" and "M=8192" in r["label"]]
+    assert len(gemms) >= 8
     for r in gemms:
         assert r["matmul"] == WANTED[arch], r
         assert r["tma"] == (Arch.parse(arch).kind == "cuda" and Arch.parse(arch).capability >= (9, 0)), r
@@ -64,6 +66,13 @@ for name, expand in variants.items():
                 for report in compile_pass(problem, arch, config, name, backward):
                     if "expand" in report.kernel:
                         print(json.dumps(report.as_dict() | {"backward": backward, "R": R}))
+tile = dict(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=3, tma=True)
+for name, expand in dict(awaited_segments=Expand(**tile, u="awaited"), library_segments=Expand(base="library")).items():
+    for mixed in (False, True):
+        problem = Problem(8192, 4096, 4096, 16, torch.bfloat16, adapters=64, row_block=128, gather_block=32, mixed_ranks=mixed)
+        for report in compile_pass(problem, arch, Config(expand=expand), name):
+            if "expand" in report.kernel:
+                print(json.dumps(report.as_dict() | {"backward": False, "R": 16}))
 """
 
 
@@ -74,12 +83,16 @@ def test_variants_that_a_gpu_will_choose_between(arch):
     assert out.returncode == 0, out.stderr[-2000:]
     reports = [json.loads(line) for line in out.stdout.splitlines()]
     labels = {r["label"] for r in reports}
-    assert labels >= {"given", "persistent", "loop", "awaited", "awaited_persistent", "library"}
+    assert labels >= {"given", "persistent", "loop", "awaited", "awaited_persistent", "library", "awaited_segments", "library_segments"}
     refused = arch == "sm_90" and not triton_version().startswith("3.6.")
     assert (labels >= {"warp_specialize", "warp_specialize_persistent"}) != refused
     for r in reports:
         assert r["matmul"] == WANTED[arch] and r["shared"] <= r["shared_limit"], r
-        if (r["label"] in ("given", "loop", "awaited") and r["R"] == 16) or (arch == "sm_90" and "warp" in r["label"]):
+        if (
+            "segments" in r["label"]
+            or (r["label"] in ("given", "loop", "awaited") and r["R"] == 16)
+            or (arch == "sm_90" and "warp" in r["label"])
+        ):
             assert r["spills"] == 0, r
 
 
@@ -93,6 +106,7 @@ def test_one_compilation_serves_every_length_scale_and_probability():
     code = """
 import torch
 from lora_kernels import compile_only, launch
+from lora_kernels.segments import ONE
 from lora_kernels.tuning import Arch, Config
 from lora_kernels.kernels.shrink import shrink
 from lora_kernels.kernels.expand import expand
@@ -102,8 +116,8 @@ w, A, B = torch.empty(256, 512, **bf16), torch.empty(16, 512, **bf16), torch.emp
 def run():
     for M, scale, p in ((4096, 1.0, 0.1), (4097, 0.5, 0.2), (8000, 2.0, 0.5), (131072, 3.0, 0.9)):
         x, dy, u = torch.empty(M, 512, **bf16), torch.empty(M, 256, **bf16), torch.empty(M, 16, **bf16)
-        launch.forward(x, w, A, B, None, torch.tensor(1), scale, p, True, Config())
-        launch.backward(dy, x, w, A, B, u, torch.tensor(1), scale, p, (True, True, True), torch.bfloat16, Config())
+        launch.forward(x, w, A, B, None, torch.tensor(1), ONE, scale, p, True, Config())
+        launch.backward(dy, x, w, A, B, u, torch.tensor(1), ONE, scale, p, (True, True, True), torch.bfloat16, Config())
 compile_only.compile_calls(run, Arch.parse("sm_80"), "")
 print([sum(len(cache[0]) for cache in kernel.device_caches.values()) for kernel in (shrink, expand, wgrad)])
 """

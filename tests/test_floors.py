@@ -14,7 +14,7 @@ FLOORS = (
     ("tuning",),
     ("launch", "compile_only", "chain"),
     ("ops", "autograd", "dispatch"),
-    ("nn", "parity"),
+    ("nn", "multi", "parity"),
     ("cli", "__main__", "demo", "demo_data", "integrations"),
 )
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}

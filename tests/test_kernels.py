@@ -9,6 +9,7 @@ import torch
 
 from lora_kernels import launch, lora_linear, parity, philox
 from lora_kernels.parity import Case, run_case
+from lora_kernels.segments import ONE
 from lora_kernels.tuning import Config, Expand, Shrink, Wgrad
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -140,8 +141,8 @@ def test_zero_times_infinity_is_nan_as_in_torch():
     assert y[0].isnan().any() and y[1:].isfinite().all()
 
 
-@pytest.mark.parametrize("u", ["given", "loop", "awaited"])
-def test_nothing_is_written_outside_the_output(u):
+@pytest.mark.parametrize("u, adapters", [("given", 0), ("loop", 0), ("awaited", 0), ("given", 5), ("awaited", 5)])
+def test_nothing_is_written_outside_the_output(u, adapters):
     """Every buffer the kernels write to is a view inside a larger one; the margins must stay as they were."""
     margin, guards = 64, []
 
@@ -163,7 +164,7 @@ def test_nothing_is_written_outside_the_output(u):
         for arg, inside in written:
             arg.copy_(inside)
 
-    case = replace(ODD, p=0.1, config=with_u(u))
+    case = replace(ODD, p=0.1, config=with_u(u), adapters=adapters)
     with launch.intercept(guarded):
         result = run_case(case, DEVICE)
     assert result.ok, result.detail
@@ -288,6 +289,7 @@ def test_sizes_and_scalars_do_not_recompile():
                 torch.empty(48, 8),
                 None,
                 torch.tensor(1),
+                ONE,
                 scale,
                 p,
                 True,

@@ -30,8 +30,8 @@ def test_opcheck_forward(impl, p, save_u):
     (x, W, A, B, b), _ = operands()
     seed = torch.tensor(3, device=DEVICE) if p else None
     for each in layouts(x):
-        torch.library.opcheck(ops.forward_op, (each, W, A, B, b, seed, 0.5, p, save_u, impl, ""))
-    torch.library.opcheck(ops.forward_op, (x, W, A, B, None, seed, 0.5, p, save_u, impl, ""))
+        torch.library.opcheck(ops.forward_op, (each, W, A, B, b, seed, None, None, [], [], 0.5, p, save_u, impl, ""))
+    torch.library.opcheck(ops.forward_op, (x, W, A, B, None, seed, None, None, [], [], 0.5, p, save_u, impl, ""))
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
@@ -47,7 +47,7 @@ def test_opcheck_backward(impl, needs):
             x if need_da else None, W if need_dx else None, A if need_dx else None, B if need_dx or need_da else None,
             u if need_db else None, torch.tensor(3, device=DEVICE),
         )  # fmt: skip
-        torch.library.opcheck(ops.backward_op, (dy, *args, 0.5, 0.3, *needs, torch.float32, impl, ""))
+        torch.library.opcheck(ops.backward_op, (dy, *args, None, None, [], [], 0.5, 0.3, *needs, torch.float32, impl, ""))
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lora_kernels import Segments, launch, lora_linear, parity
@@ -371,3 +372,20 @@ def test_no_tokens_and_a_batch_of_sequences(impl):
     s = Segments.from_ids((torch.arange(36, device=DEVICE) % 6).view(2, 18), 6)
     flat = lora_linear(t["x"][:36], t["weight"], A, B, segments=s, impl=impl)
     assert torch.equal(lora_linear(t["x"][:36].view(2, 18, 50), t["weight"], A, B, segments=s, impl=impl), flat.view(2, 18, 40))
+
+
+def test_checkpoint_with_segments():
+    """Recomputation in backward draws the same mask and uses the same plan."""
+    t, s = case_tensors(MANY), plan(torch.arange(37) % 6, 6)
+    results = []
+    for checkpointed in (False, True):
+        leaves = [t[name].clone().requires_grad_() for name in ("x", "lora_A", "lora_B")]
+
+        def layer(x, A, B):
+            return lora_linear(x, t["weight"], A, B, segments=s, dropout_p=0.5, training=True, impl="torch")
+
+        torch.manual_seed(4)
+        y = torch.utils.checkpoint.checkpoint(layer, *leaves, use_reentrant=False) if checkpointed else layer(*leaves)
+        results.append([y, *torch.autograd.grad(y, leaves, t["dY"])])
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)

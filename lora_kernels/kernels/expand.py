@@ -245,7 +245,8 @@ def expand(
 ):
     """Grid [programs]: as many as there are work items, or fewer (PERSISTENT), each taking every grid-th item or ticket.
 
-    With segments: rows: (ids, present, counts), gather_x: x by pointers, gather: as in `gathered_tile`, gathered: how many such tiles, of GATHER_M tokens.
+    With segments: rows: (ids, present, counts), gather_x: x by pointers, gather: as in `gathered_tile`, gathered: how many
+    such tiles, of GATHER_M tokens.
     """
     num_m = tl.cdiv(M, BLOCK_M)
     num_n = tl.cdiv(N, BLOCK_N)
@@ -280,6 +281,6 @@ def expand(
             expand_tile(
                 x, w, a, u, v, bias_ptr, y, rows, stride_ve, scales_ptr, ranks_ptr, flag_ptr,
                 seed, threshold, inv_keep, scale, pid_m, pid_n, M, N, K, R,
-                LOAD_X, LOAD_W, LOAD_U, LOAD_V, U, SEGMENTS, SAVE_U, DROP_X, DROP_UV, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, R_BLOCKS,
-                EVEN_N, EVEN_K, EVEN_R, WIDE, WARP_SPECIALIZE,
+                LOAD_X, LOAD_W, LOAD_U, LOAD_V, U, SEGMENTS, SAVE_U, DROP_X, DROP_UV, PRECISION,
+                BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, R_BLOCKS, EVEN_N, EVEN_K, EVEN_R, WIDE, WARP_SPECIALIZE,
             )  # fmt: skip

@@ -121,6 +121,7 @@ def shrink(
     seed = tl.load(seed_ptr) if DROPOUT else 0
     part = (z[0] + tl.cast(tl.program_id(2), tl.int64) * stride_split, z[1], z[2])
     shrink_tile(
-        x, a, part, gather, adapters, stride_ae, scales_ptr, ranks_ptr, seed, threshold, scale, tl.program_id(0), r0, k_start, k_end, M, K, R,
+        x, a, part, gather, adapters, stride_ae, scales_ptr, ranks_ptr, seed, threshold, scale,
+        tl.program_id(0), r0, k_start, k_end, M, K, R,
         LOAD_X, SEGMENTS, DROPOUT, PRECISION, BLOCK_M, BLOCK_K, BLOCK_R, EVEN_K, EVEN_R, WIDE,
     )  # fmt: skip

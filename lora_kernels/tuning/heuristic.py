@@ -31,7 +31,7 @@ def _shrink(problem: Problem, arch: Arch) -> Shrink:
     # Memory-bound: x is read once, so rows per program are few enough to fill the chip, and few row blocks share K.
     block_m = problem.gather_block or (16 if problem.M <= 16 * arch.sms else 32)
     blocks = -(-problem.M // block_m)
-    block_k = 64 if problem.itemsize == 4 or problem.dropout else 128
+    block_k = 64 if problem.itemsize == 4 or problem.dropout or (problem.adapters and problem.R > 32) else 128
     return Shrink(block_m, block_k, split=_split(blocks, problem.K, 4 * block_k, arch), num_warps=4, num_stages=3)
 
 
@@ -57,7 +57,7 @@ def _expand(problem: Problem, arch: Arch) -> Expand:
         return Expand(64, 64, 32, num_warps=4, num_stages=3)
     if arch.kind == "hip":
         return Expand(128, 128, 32, num_warps=8, num_stages=2)
-    tma = arch.kind == "cuda" and arch.has_tma and problem.aligned and problem.x_row_major and bool(problem.w_major) and not problem.wide
+    tma = _tma(problem, arch)
     roomy = arch.shared_memory >= 160 << 10
     if problem.dropout == "uv":
         # The mask of the output tile is regenerated in registers: a smaller tile leaves room for it.
@@ -84,9 +84,17 @@ def _segments(problem: Problem, arch: Arch) -> Expand:
         return Expand(block_m, 32, 32, num_warps=8, num_stages=3)
     if arch.kind == "hip":
         return Expand(block_m, 64, 32, num_warps=8, num_stages=2)
-    tma = arch.kind == "cuda" and arch.has_tma and problem.aligned and problem.x_row_major and bool(problem.w_major) and not problem.wide
     roomy = arch.shared_memory >= 160 << 10
-    return Expand(block_m, 128 if problem.dropout != "uv" else 64, 64 if roomy else 32, num_warps=8, num_stages=3, tma=tma)
+    # On the smaller chips the wider tile spills unless ranks are mixed, and then the narrower one does (docs/tuning.md).
+    block_n = 128 if (roomy or problem.mixed_ranks) and problem.dropout != "uv" else 64
+    block_k = 64 if roomy else 32
+    return Expand(block_m, block_n, block_k, num_warps=8, num_stages=3, tma=roomy and _tma(problem, arch))
+
+
+def _tma(problem: Problem, arch: Arch) -> bool:
+    """Whether the bulk tensor copy engine can read both operands."""
+    readable = problem.aligned and problem.x_row_major and bool(problem.w_major) and not problem.wide
+    return arch.kind == "cuda" and arch.has_tma and readable
 
 
 def _narrower(part):

@@ -1,0 +1,351 @@
+"""`MultiLoRALinear`: a frozen base and a stack of adapters, each token through its own.
+
+    y[t] = x[t] W^T + scaling[e] * (dropout(x[t]) A[e]^T) B[e]^T + bias      e = segments.ids[t]; -1: the base alone
+
+The stacks are written in place only, slot by slot, so that one adapter is swapped or trained while the others serve.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from .autograd import lora_linear
+from .nn import adopt, check_linear, check_rank, init_adapter, scaling_of
+from .problem import check_tensor
+from .segments import Segments
+
+OWN_GRAD: Any = torch.Tensor.grad  # torch's own attribute, below `SlotParameter`'s
+
+
+class MultiLoRALinear(nn.Module):
+    """``num_adapters`` low-rank updates over one frozen linear layer, any mix of them in a batch.
+
+    ``weight`` and ``bias`` have nn.Linear's names and layout, as in `FusedLoRALinear`. A slot of the stacks holds one adapter; beyond
+    the adapter's rank it holds zeros, which neither change the output nor get a gradient. A slot that no token takes has no effect,
+    whatever it holds, and its gradient is zero.
+
+    Args:
+        in_features, out_features: K and N.
+        bias: Whether the base has a bias.
+        num_adapters: E, the slots of the stacks.
+        r: Rank of the adapters, 1 to 512, or a list with one for each; the largest is the room of every slot.
+        lora_alpha: ``scaling = lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with ``use_rslora``; or a list with one for each.
+        lora_dropout, init_lora_weights, device, dtype, adapter_dtype: As in `FusedLoRALinear`, for all adapters.
+    Shape:
+        x ``[..., in_features]`` and a `Segments` with an id for each of its tokens -> ``[..., out_features]``.
+    Attributes:
+        lora_A, lora_B: The stacks, parameters ``[E, r, K]`` and ``[E, N, r]``.
+        scaling: float32 ``[E]``, a buffer; may be set in place between calls.
+        ranks: int32 ``[E]``, a buffer that `load_adapter` and `reset_adapter` keep. The kernels are given it while any adapter has less
+            than the stack's rank, which is known without asking the device.
+    CUDA graphs:
+        Whatever is changed in place (`load_adapter`, ``scaling``, an optimizer's step) holds in the next replay. That goes for ranks
+        too: a graph captured while all ranks were full serves and trains a smaller adapter by its zeros.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    in_features: int
+    out_features: int
+    lora_dropout: float
+    scaling: torch.Tensor
+    ranks: torch.Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        num_adapters: int,
+        r: int | list[int] = 8,
+        lora_alpha: float | list[float] = 16,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        init_lora_weights: bool = True,
+        device=None,
+        dtype=None,
+        adapter_dtype=None,
+    ):
+        super().__init__()
+        base = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
+        self._adopt(base, num_adapters, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        *,
+        num_adapters: int,
+        r: int | list[int] = 8,
+        lora_alpha: float | list[float] = 16,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        init_lora_weights: bool = True,
+        adapter_dtype=None,
+    ) -> MultiLoRALinear:
+        """A layer that shares ``linear``'s parameters: nothing is copied, and they are frozen (``requires_grad=False``).
+
+        Args:
+            linear: An nn.Linear. The others: as for the class.
+        Raises:
+            TypeError: ``linear`` is not exactly an nn.Linear, whose subclasses (quantised ones among them) store other weights.
+        """
+        check_linear(linear)
+        self = cls.__new__(cls)
+        nn.Module.__init__(self)
+        self._adopt(linear, num_adapters, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype)
+        self.train(linear.training)
+        return self
+
+    def _adopt(self, base, num_adapters, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype) -> None:
+        if isinstance(num_adapters, bool) or not isinstance(num_adapters, int):
+            raise TypeError(f"num_adapters: wanted an int, got {type(num_adapters).__name__}")
+        if num_adapters < 1:
+            raise ValueError(f"num_adapters: wanted at least 1, got {num_adapters}")
+        E, self.use_rslora = num_adapters, use_rslora
+        self._built = _each("r", r, E)
+        for e, rank in enumerate(self._built):
+            check_rank(f"r[{e}]" if isinstance(r, (list, tuple)) else "r", rank)
+        self.num_adapters, self.r, self.lora_alpha = E, max(self._built), _each("lora_alpha", lora_alpha, E)
+        dtype = adopt(self, base, lora_dropout, adapter_dtype)
+        self.lora_A = nn.Parameter(base.weight.new_zeros(E, self.r, self.in_features, dtype=dtype))
+        self.lora_B = nn.Parameter(base.weight.new_zeros(E, self.out_features, self.r, dtype=dtype))
+        self.register_buffer("scaling", base.weight.new_zeros(E, dtype=torch.float32))
+        self.register_buffer("ranks", base.weight.new_zeros(E, dtype=torch.int32))
+        self._fill_tables()
+        for e in range(E):
+            init_adapter(*self.adapter(e), init_lora_weights)
+
+    def forward(self, x: torch.Tensor, segments: Segments) -> torch.Tensor:
+        """Each token through its adapter; dropout acts in training."""
+        if not isinstance(segments, Segments):
+            wanted = "a lora_kernels.Segments, Segments.from_ids(adapter_ids, num_adapters) with -1 for the base alone"
+            raise TypeError(f"segments: wanted {wanted}, got {type(segments).__name__}")
+        if segments.num_adapters != self.num_adapters:
+            raise ValueError(f"segments: wanted a plan of this layer's {self.num_adapters} adapters, got one of {segments.num_adapters}")
+        return lora_linear(
+            x,
+            self.weight,
+            self.lora_A,
+            self.lora_B,
+            self.bias,
+            scale=self.scaling,
+            dropout_p=self.lora_dropout,
+            training=self.training,
+            segments=segments,
+            ranks=self.ranks if self._mixed else None,
+        )
+
+    def adapter(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A ``[r_i, K]`` and B ``[N, r_i]`` of adapter i as detached views: writing to them changes the adapter, in place."""
+        self._check_slot(i)
+        r = self._ranks[i]
+        return self.lora_A.detach()[i, :r], self.lora_B.detach()[i, :, :r]
+
+    def adapter_parameters(self, i: int) -> list[nn.Parameter]:
+        """Slot i of lora_A and of lora_B as leaves for an optimizer of adapter i alone: ``AdamW(layer.adapter_parameters(i))``.
+
+        They share the slot's storage, and their ``grad`` is the slot of the stack's gradient: None before a backward pass and after
+        zero_grad of the module, zeros after zero_grad of their own optimizer, which leaves other adapters' gradients as they are.
+
+        They are whole slots, ``[r, K]`` and ``[N, r]`` for the stack's r, contiguous: torch's fused optimizers on a CPU write past
+        views that are not (torch 2.13). Beyond the adapter's rank values and gradients are zeros, and stay so under optimizers that
+        work element by element. On a GPU ask for ``foreach=True`` or ``fused=True``: torch's own choice of them stops at
+        subclasses of nn.Parameter.
+
+        Step only the adapters of the batch: the others' gradients are zeros, not None, and AdamW at a zero gradient still applies
+        weight decay and momentum. Stepping any adapter between a forward pass and its backward pass is an error of autograd's, since
+        the stacks are saved whole. After `load_adapter` take a new optimizer, without the old adapter's state. After the module has
+        moved (``.to``, ``load_state_dict(assign=True)``) take the leaves again; a RuntimeError says so.
+        """
+        self._check_slot(i)
+        return [SlotParameter(self, name, i) for name in ("lora_A", "lora_B")]
+
+    @torch.no_grad()
+    def load_adapter(self, i: int, A: torch.Tensor, B: torch.Tensor, scale: float | None = None) -> None:
+        """Put an adapter into slot i, in place, of any rank that the stack has room for; other slots serve on.
+
+        Args:
+            i: The slot, from 0.
+            A: ``[r_i, K]``, r_i from 1 to the stack's r, any device; another floating dtype is converted to the stack's.
+            B: ``[N, r_i]``, likewise.
+            scale: Its scaling; None: ``lora_alpha / r_i`` (or ``/ sqrt(r_i)``) with the slot's lora_alpha.
+        Raises:
+            ValueError, TypeError: with nothing changed.
+        """
+        self._check_slot(i)
+        check_tensor("A", A, f"a tensor [r, {self.in_features}]")
+        check_tensor("B", B, f"a tensor [{self.out_features}, r]")
+        if A.dim() != 2 or A.shape[1] != self.in_features:
+            raise ValueError(f"A: wanted shape [r, {self.in_features}], got {list(A.shape)}")
+        r = A.shape[0]
+        if not 1 <= r <= self.r:
+            raise ValueError(f"A: wanted a rank from 1 to the stack's {self.r}, got {r} (shape {list(A.shape)})")
+        if tuple(B.shape) != (self.out_features, r):
+            raise ValueError(f"B: wanted shape [{self.out_features}, {r}] to match A {list(A.shape)}, got {list(B.shape)}")
+        scale = self._scale_for(i, r) if scale is None else scale
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+            raise TypeError(f"scale: wanted a float or None, got {type(scale).__name__}")
+        if not math.isfinite(scale):
+            raise ValueError(f"scale: wanted a finite number, got {scale}")
+        # copied first: A and B may be views into these stacks
+        A, B = (t.to(self.lora_A.device, self.lora_A.dtype, copy=True) for t in (A, B))
+        self._set_tables(i, r, scale)
+        self.lora_A[i, :r].copy_(A)
+        self.lora_B[i, :, :r].copy_(B)
+        self._clear_beyond(i, r)
+
+    @torch.no_grad()
+    def reset_adapter(self, i: int, init_lora_weights: bool = True) -> None:
+        """Initialise slot i again, in place, with the rank and scaling it was built with; see ``init_lora_weights``."""
+        self._check_slot(i)
+        r = self._built[i]
+        self._set_tables(i, r, self._scale_for(i, r))
+        init_adapter(*self.adapter(i), init_lora_weights)
+        self._clear_beyond(i, r)
+
+    def adapter_state_dict(self, i: int) -> dict:
+        """Adapter i alone: ``lora_A [r_i, K]`` and ``lora_B [N, r_i]``, copies, and ``scaling``, a float."""
+        A, B = (t.clone() for t in self.adapter(i))
+        return {"lora_A": A, "lora_B": B, "scaling": float(self.scaling[i])}
+
+    def load_adapter_state_dict(self, i: int, state_dict: Mapping) -> None:
+        """Put what `adapter_state_dict` returned into slot i, in place; raises like `load_adapter`, with nothing changed."""
+        wanted = ("lora_A", "lora_B", "scaling")
+        if not isinstance(state_dict, Mapping) or set(state_dict) != set(wanted):
+            given = sorted(map(str, state_dict)) if isinstance(state_dict, Mapping) else type(state_dict).__name__
+            raise ValueError(f"state_dict: wanted a mapping with {', '.join(wanted)}, got {given}")
+        self.load_adapter(i, *(state_dict[name] for name in wanted))
+
+    def _check_slot(self, i) -> None:
+        if isinstance(i, bool) or not isinstance(i, int):
+            raise TypeError(f"i: wanted an adapter's number, an int, got {type(i).__name__}")
+        if not 0 <= i < self.num_adapters:
+            raise IndexError(f"i: wanted an adapter from 0 to {self.num_adapters - 1}, got {i}")
+
+    def _scale_for(self, i: int, r: int) -> float:
+        return scaling_of(self.lora_alpha[i], r, self.use_rslora)
+
+    def _set_tables(self, i: int, r: int, scale: float) -> None:
+        self.ranks[i].fill_(r)
+        self.scaling[i].fill_(scale)
+        self._ranks[i] = r
+        self._mixed = min(self._ranks) < self.r
+
+    def _fill_tables(self) -> None:
+        """Buffers and the host's ranks as built."""
+        self.ranks.copy_(torch.tensor(self._built))
+        self.scaling.copy_(torch.tensor([self._scale_for(e, r) for e, r in enumerate(self._built)]))
+        self._know_ranks(list(self._built))
+
+    def _know_ranks(self, ranks: list[int]) -> None:
+        """Keep ``ranks`` on the host, so that no forward pass asks the device."""
+        self._ranks, self._mixed = ranks, min(ranks) < self.r
+
+    def _clear_beyond(self, i: int, r: int) -> None:
+        self.lora_A[i, r:].zero_()
+        self.lora_B[i, :, r:].zero_()
+
+    def _apply(self, fn, recurse=True):
+        scaling = self.scaling
+        super()._apply(fn, recurse)
+        if self.scaling.dtype != torch.float32:  # .half() and its like are for weights
+            self.scaling = scaling.to(self.scaling.device)
+        if scaling.is_meta and not self.scaling.is_meta:  # to_empty fills nothing
+            self._fill_tables()
+        return self
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
+        given = state_dict.get(prefix + "ranks")
+        wrong = [] if given is None or given.is_meta else [r for r in given.flatten().tolist() if not 1 <= r <= self.r]
+        if wrong:
+            error_msgs.append(f"{prefix}ranks: wanted ranks from 1 to the stack's {self.r}, got {wrong[0]}")
+            return
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        if not self.ranks.is_meta:
+            self._know_ranks(self.ranks.tolist())
+
+    def extra_repr(self) -> str:
+        low, high = min(self._ranks), max(self._ranks)
+        parts = [f"in_features={self.in_features}", f"out_features={self.out_features}", f"bias={self.bias is not None}"]
+        parts += [f"num_adapters={self.num_adapters}", f"r={self.r}", f"lora_dropout={self.lora_dropout:g}"]
+        parts += [f"ranks={low}" if low == high else f"ranks={low}..{high}"] if self._mixed else []
+        return ", ".join(parts)
+
+
+class SlotParameter(nn.Parameter):
+    """One slot of a stack as a leaf: it shares storage and version counter, and its ``grad`` is the slot of the stack's gradient.
+
+    The gradient is looked up, not kept, so whatever changes the stack's (a backward pass, zero_grad of any module) shows here. A
+    gradient of its own, from a loss that uses the leaf itself, is added to the stack's.
+    """
+
+    _layer: MultiLoRALinear
+    _name: str
+    _slot: int
+
+    def __new__(cls, layer: MultiLoRALinear, name: str, slot: int):
+        stack = getattr(layer, name)
+        leaf = super().__new__(cls, stack.detach()[slot], stack.requires_grad)
+        leaf._layer, leaf._name, leaf._slot = layer, name, slot
+        if stack.requires_grad:
+            leaf.register_post_accumulate_grad_hook(_hand_over)
+        return leaf
+
+    @property
+    def grad(self) -> torch.Tensor | None:
+        whole = self._stack().grad
+        return None if whole is None else whole.detach()[self._slot]
+
+    @grad.setter
+    def grad(self, value: torch.Tensor | None) -> None:
+        slot = self.grad
+        if value is None:
+            if slot is not None:
+                slot.zero_()
+            return
+        if not isinstance(value, torch.Tensor) or value.shape != self.shape:
+            given = list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+            raise ValueError(f"grad: wanted a tensor {list(self.shape)} or None, got {given}")
+        if slot is None:
+            stack = self._stack()
+            stack.grad = torch.zeros_like(stack)
+            slot = stack.grad[self._slot]
+        slot.copy_(value.detach())
+
+    def _stack(self) -> nn.Parameter:
+        stack = getattr(self._layer, self._name)
+        if not self.is_set_to(stack.detach()[self._slot]):
+            raise RuntimeError(f"adapter_parameters: wanted ones taken after {self._name} last moved, got older ones; take them again")
+        return stack
+
+    def __deepcopy__(self, memo):
+        if id(self) not in memo:
+            memo[id(self)] = SlotParameter(copy.deepcopy(self._layer, memo), self._name, self._slot)
+        return memo[id(self)]
+
+    def __reduce_ex__(self, protocol):
+        return SlotParameter, (self._layer, self._name, self._slot)
+
+
+def _hand_over(leaf: SlotParameter) -> None:
+    """Move what autograd has accumulated into the leaf itself to the stack's gradient."""
+    own = OWN_GRAD.__get__(leaf)
+    OWN_GRAD.__set__(leaf, None)
+    leaf.grad = own if leaf.grad is None else leaf.grad + own
+
+
+def _each(name: str, value, E: int) -> list:
+    """One value for each adapter."""
+    if not isinstance(value, (list, tuple)):
+        return [value] * E
+    if len(value) != E:
+        raise ValueError(f"{name}: wanted one value or {E}, one for each adapter, got {len(value)}")
+    return list(value)
