@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from lora_kernels import lora_linear
+from lora_kernels.tuning import Config
 
 from .timing import Step
 from .workloads import Operands
@@ -46,9 +47,10 @@ def lorafusion(o: Operands) -> torch.Tensor:
     return o.x @ o.weight.T + (_drop(o) @ o.lora_A.T @ o.lora_B.T) * o.scale
 
 
-def ours(impl: str) -> Formula:
+def ours(impl: str, config: Config | None = None) -> Formula:
     def formula(o: Operands) -> torch.Tensor:
-        return lora_linear(o.x, o.weight, o.lora_A, o.lora_B, scale=o.scale, dropout_p=o.p, training=True, impl=impl)
+        many = dict(segments=o.adapters.segments, ranks=o.adapters.ranks)
+        return lora_linear(o.x, o.weight, o.lora_A, o.lora_B, scale=o.scale, dropout_p=o.p, training=True, impl=impl, config=config, **many)
 
     return formula
 

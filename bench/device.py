@@ -1,4 +1,4 @@
-"""One command for a device: ``python -m bench.device [check|roof|single|memory|host|all ...] --out DIR``.
+"""One command for a device: ``python -m bench.device [check|roof|single|memory|host|multi|decode|mtrain|all ...] --out DIR``.
 
 A red parity check ends it: a number from kernels that are wrong is not reported. On a CPU the same sections time the library chain.
 """
@@ -12,10 +12,19 @@ from pathlib import Path
 
 import torch
 
-from . import check, host, memory, roof, single
+from . import check, host, memory, multi, roof, single
 from .session import Session, say
 
-SECTIONS = {"check": check.run, "roof": roof.run, "single": single.run, "memory": memory.run, "host": host.run}
+SECTIONS = {
+    "check": check.run,
+    "roof": roof.run,
+    "single": single.run,
+    "memory": memory.run,
+    "host": host.run,
+    "multi": multi.prefill,
+    "decode": multi.decode,
+    "mtrain": multi.train,
+}
 GRACE = 50  # seconds past its budget after which a section is taken to hang
 
 

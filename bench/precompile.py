@@ -17,7 +17,7 @@ import torch
 
 from lora_kernels.tuning import Arch, Config
 
-from . import variants, workloads
+from . import multi_workloads, variants, workloads
 from .session import say
 from .workloads import Operands, Point
 
@@ -35,14 +35,15 @@ class PointJob:
     def launch(self, arch: Arch) -> None:
         from lora_kernels import launch
 
-        point, o = self.point, _standing(self.point)
+        point, o = self.point, standing(self.point)
         seed = torch.zeros((), dtype=torch.int64, device="meta") if point.p else None
         if self.backward:
             u = o.x.new_empty(point.M, point.r)
             needs = (True, True, True)
-            launch.backward(o.dy, o.x, o.weight, o.lora_A, o.lora_B, u, seed, o.scale, point.p, needs, point.dtype, self.config)
+            launch.backward(o.dy, o.x, o.weight, o.lora_A, o.lora_B, u, seed, o.adapters, o.scale, point.p, needs, point.dtype, self.config)
         else:
-            launch.forward(o.x, o.weight, o.lora_A, o.lora_B, None, seed, o.scale, point.p, point.grid != "decode", self.config)
+            keep = not point.forward_alone
+            launch.forward(o.x, o.weight, o.lora_A, o.lora_B, None, seed, o.adapters, o.scale, point.p, keep, self.config)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +66,7 @@ def of_points(points: list[Point], arch: Arch, every: bool) -> list[PointJob]:
     """Every pass of every kernel arm, each once."""
     jobs: dict[PointJob, None] = {}
     for point in points:
-        for forward, backward in variants.choices(point, _standing(point), arch, every)[0].values():
+        for forward, backward in variants.choices(point, standing(point), arch, every)[0].values():
             jobs.setdefault(PointJob(point, forward, False))
             if backward is not None:
                 jobs.setdefault(PointJob(point, backward, True))
@@ -149,6 +150,7 @@ def _signature(value, parameter=None) -> Any:
     return type(value).__name__
 
 
-def _standing(point: Point) -> Operands:
+def standing(point: Point) -> Operands:
     """Operands without storage."""
-    return workloads.empty_operands(point, torch.device("meta"))
+    module = multi_workloads if isinstance(point, multi_workloads.MultiPoint) else workloads
+    return module.empty_operands(point, torch.device("meta"))

@@ -10,9 +10,11 @@ import argparse
 import re
 from pathlib import Path
 
+from . import multi_tables, report_tables
 from .conditions import ROOT, machine, read_rows
-from .report_tables import COMMANDS, RENDERERS
 
+COMMANDS = report_tables.COMMANDS | multi_tables.COMMANDS
+RENDERERS = report_tables.RENDERERS | multi_tables.RENDERERS
 _MARK = re.compile(r"<!-- (/?)bench:([\w-]+) -->")
 
 

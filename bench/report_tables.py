@@ -19,7 +19,7 @@ _TITLES = {
     "auto": 'ours, `"auto"`',
     "triton": 'ours, `"triton"`',
 }
-_PASSES = {"forward": "forward", "backward": "backward", "both": "forward + backward"}
+PASSES = {"forward": "forward", "backward": "backward", "both": "forward + backward"}
 
 
 def title(arm: str) -> str:
@@ -31,15 +31,15 @@ def cpu(rows: list[dict], brief: bool) -> str:
     header = ["dtype", "dropout", "layer", "tokens", "frozen linear, ms", "PEFT, ms", "ours, ms"]
     header = [*([] if brief else ["pass"]), *header, "PEFT / ours", "PEFT / ours on torch's own linear"]
     lines = []
-    for key, by_arm in _points(rows, ("dtype", "p", "layer", "M", "what")):
+    for key, by_arm in points(rows, ("dtype", "p", "layer", "M", "what")):
         dtype, p, layer, M, what = key
         if brief and what != "both":
             continue
-        cells = [dtype, f"{p:g}", layer, M, *(_ms(by_arm.get(arm), brief) for arm in ("linear", "peft", "torch"))]
+        cells = [dtype, f"{p:g}", layer, M, *(ms(by_arm.get(arm), brief) for arm in ("linear", "peft", "torch"))]
         cells += [ratio(by_arm[arm]["speedup_over_peft"]) if arm in by_arm else "" for arm in ("torch", "torch-no-onednn")]
-        lines.append(cells if brief else [_PASSES[what], *cells])
+        lines.append(cells if brief else [PASSES[what], *cells])
     if not brief:
-        lines.sort(key=lambda line: list(_PASSES.values()).index(line[0]))
+        lines.sort(key=lambda line: list(PASSES.values()).index(line[0]))
     spread = "Forward + backward, medians" if brief else "Medians, with the 20th and 80th percentile"
     rounds = sorted({row["rounds"] for row in rows})
     span = f"{rounds[0]} to {rounds[-1]}" if len(rounds) > 1 else f"{rounds[0]}"
@@ -54,7 +54,7 @@ def parts(rows: list[dict], brief: bool) -> str:
     for row in rows:
         lines.setdefault(row["arm"], {})[row["M"], row["K"], row["dtype"]] = row
     header = ["ms", *(f"{M} x {K}, {dtype}" for M, K, dtype in shapes)]
-    return markdown_table(header, [[arm, *(_ms(by.get(shape), brief) for shape in shapes)] for arm, by in lines.items()])
+    return markdown_table(header, [[arm, *(ms(by.get(shape), brief) for shape in shapes)] for arm, by in lines.items()])
 
 
 def single(rows: list[dict], brief: bool) -> str:
@@ -66,12 +66,12 @@ def single(rows: list[dict], brief: bool) -> str:
         rows = [row for row in rows if row["arm"] in ("linear", "peft", "torch", "auto", "triton") and not row["layer"].startswith("70B")]
     arms = [arm for arm in dict.fromkeys(row["arm"] for row in rows) if arm != "linear"]
     lines = []
-    for key, by_arm in _points(rows, ("grid", "launch", "layer", "K", "N", "M", "r", "p", "what")):
+    for key, by_arm in points(rows, ("grid", "launch", "layer", "K", "N", "M", "r", "p", "what")):
         grid, launch, layer, K, N, M, r, p, what = key
         floor = by_arm.get("linear")
-        cells = [f"{layer} {K}->{N}", M, r, f"{p:g}", _ms(floor, brief)]
+        cells = [f"{layer} {K}->{N}", M, r, f"{p:g}", ms(floor, brief)]
         cells += [ratio(by_arm[arm]["over_linear"]) if arm in by_arm else "" for arm in arms]
-        lines.append(cells if brief else [f"{grid}, {launch}", _PASSES[what], *cells])
+        lines.append(cells if brief else [f"{grid}, {launch}", PASSES[what], *cells])
     header = ["layer", "tokens", "r", "dropout", "frozen linear, ms", *map(title, arms)]
     text = f"{'Forward + backward' if brief else 'Each pass'}: median time as a multiple of the frozen linear's, L2 cold, random data."
     text += f" Points left out for want of time: {left_out}." if left_out and not brief else ""
@@ -82,7 +82,7 @@ def memory(rows: list[dict], brief: bool) -> str:
     """MiB per layer."""
     arms = [arm for arm in dict.fromkeys(row["arm"] for row in rows) if not brief or arm in ("peft", "torch", "auto", "triton")]
     lines = []
-    for (layer, K, N, M, r, p), by_arm in _points(rows, ("layer", "K", "N", "M", "r", "p")):
+    for (layer, K, N, M, r, p), by_arm in points(rows, ("layer", "K", "N", "M", "r", "p")):
         lines.append([f"{layer} {K}->{N}", M, r, f"{p:g}", *(_mib(by_arm.get(arm)) for arm in arms)])
     peak = " / peak of forward and backward above what was in use before" if any(row["peak_bytes"] is not None for row in rows) else ""
     header = ["layer", "tokens", "r", "dropout", *map(title, arms)]
@@ -93,8 +93,8 @@ def host(rows: list[dict], brief: bool) -> str:
     """Microseconds of host time a call."""
     arms = list(dict.fromkeys(row["arm"] for row in rows))
     lines = []
-    for (what, p), by_arm in _points(rows, ("what", "p")):
-        lines.append([_PASSES[what], f"{p:g}", *(f"{by_arm[arm]['us']['p50']:.0f}" if arm in by_arm else "" for arm in arms)])
+    for (what, p), by_arm in points(rows, ("what", "p")):
+        lines.append([PASSES[what], f"{p:g}", *(f"{by_arm[arm]['us']['p50']:.0f}" if arm in by_arm else "" for arm in arms)])
     return "Median host time of an eager call in microseconds.\n\n" + markdown_table(["pass", "dropout", *map(title, arms)], lines)
 
 
@@ -123,15 +123,15 @@ def check(rows: list[dict], brief: bool) -> str:
 RENDERERS = {"cpu": cpu, "parts": parts, "check": check, "roof": roof, "single": single, "memory": memory, "host": host}
 
 
-def _points(rows: list[dict], keys: tuple[str, ...]):
+def points(rows: list[dict], keys: tuple[str, ...]):
     """(values of the keys, rows by arm), in the rows' order."""
-    points: dict[tuple, dict[str, dict]] = {}
+    found: dict[tuple, dict[str, dict]] = {}
     for row in rows:
-        points.setdefault(tuple(row[key] for key in keys), {})[row["arm"]] = row
-    return points.items()
+        found.setdefault(tuple(row[key] for key in keys), {})[row["arm"]] = row
+    return found.items()
 
 
-def _ms(row: dict | None, brief: bool) -> str:
+def ms(row: dict | None, brief: bool) -> str:
     if row is None:
         return ""
     p20, p50, p80 = (significant(row["ms"][q]) for q in ("p20", "p50", "p80"))

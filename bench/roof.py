@@ -24,7 +24,9 @@ class Roof:
     matmul: float
 
     def floor_ms(self, point: Point, what: str) -> float:
-        operations, moved = work(point, what)
+        return self.least_ms(*work(point, what))
+
+    def least_ms(self, operations: float, moved: float) -> float:
         return 1e3 * max(operations / self.matmul, moved / self.copy)
 
 
@@ -34,7 +36,7 @@ def work(point: Point, what: str) -> tuple[float, float]:
     forward = 2 * M * (N * K + r * (N + K)), M * K + N * K + M * N + r * (K + N) + M * r
     # dS, dX, dA and dB: x, dY, W, A, B and U in, dX, dA and dB out.
     backward = 2 * M * (N * K + 2 * r * (N + K)), 2 * M * K + M * N + N * K + 2 * r * (K + N) + M * r
-    if point.grid == "decode":
+    if point.forward_alone:
         forward = forward[0], forward[1] - M * r
     operations, elements = {"forward": forward, "backward": backward, "both": (forward[0] + backward[0], forward[1] + backward[1])}[what]
     return operations, elements * point.dtype.itemsize

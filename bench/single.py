@@ -30,7 +30,7 @@ def run(session: Session) -> int:
         steps, configs = arms(session, point, o, said)
         for launch in launches.get(point.grid, ("queued" if cuda else "host",)):
             _measure(recorder, session, point, o, steps, configs, clocks[launch], ceilings, seconds)
-        say(f"single {point}: {_line(recorder.rows, point)}")
+        say(f"single {point}: {medians(recorder.rows, point)}")
     for point in budget.left_out:
         recorder.add(**point.fields(), what="left out", detail=f"no time for it in {session.seconds:g} s")
     failed = [row for row in recorder.rows if row["error"]]
@@ -42,7 +42,7 @@ def run(session: Session) -> int:
 
 def arms(session: Session, point: Point, o: Operands, said: set[str]) -> tuple[dict[str, Step], dict[str, dict]]:
     """The steps to time at a point, and the configurations of those that run kernels."""
-    make = inference if point.grid == "decode" else training
+    make = inference if point.forward_alone else training
     formulas = dict(FORMULAS) | ({"torch.compile": compiled()} if session.compile else {})
     steps = {name: make(formula, o) for name, formula in formulas.items()}
     configs: dict[str, dict] = {}
@@ -60,7 +60,7 @@ def arms(session: Session, point: Point, o: Operands, said: set[str]) -> tuple[d
 def _measure(recorder: Recorder, session: Session, point: Point, o: Operands, steps, configs, clock, ceilings, seconds: float) -> None:
     failed: dict[str, str] = {}
     if clock.launch == "graph":
-        steps, failed = _captured(steps, clock)
+        steps, failed = captured(steps, clock)
     times, errors = interleave(steps, clock, seconds=seconds, least=3 if session.quick else 10)
     for name, error in (failed | errors).items():
         recorder.add(**point.fields(), arm=name, launch=clock.launch, error=error)
@@ -76,17 +76,17 @@ def _measure(recorder: Recorder, session: Session, point: Point, o: Operands, st
             )  # fmt: skip
 
 
-def _captured(steps: dict[str, Step], clock) -> tuple[dict[str, Step], dict[str, str]]:
+def captured(steps: dict[str, Step], clock) -> tuple[dict[str, Step], dict[str, str]]:
     """Each step as a CUDA graph; one that cannot be captured is an error of its own."""
-    captured: dict[str, Step] = {}
+    graphs: dict[str, Step] = {}
     failed: dict[str, str] = {}
     for name, step in steps.items():
         try:
-            captured[name] = graphed(step)
+            graphs[name] = graphed(step)
         except Exception as error:
             failed[name] = f"capture: {message(error)}"
             clock.settle()
-    return captured, failed
+    return graphs, failed
 
 
 def failures(rows: list[dict]) -> list[str]:
@@ -102,11 +102,11 @@ def failures(rows: list[dict]) -> list[str]:
     return lines
 
 
-def _line(rows: list[dict], point: Point) -> str:
+def medians(rows: list[dict], point: Point) -> str:
     """The point's medians, forward plus backward where there is both."""
     fields = point.fields()
     mine = [row for row in rows if row["ms"] and all(row[k] == v for k, v in fields.items())]
-    last = "both" if any(row["what"] == "both" for row in mine) else "forward"
+    last = "both" if any(row["what"] == "both" for row in mine) else mine[0]["what"] if mine else ""
     return ", ".join(f"{row['arm']} {significant(row['ms']['p50'])}" for row in mine if row["what"] == last)
 
 

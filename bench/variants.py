@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import torch
 
-from lora_kernels import dispatch, lora_linear, ops, philox, problem
+from lora_kernels import dispatch, ops, philox, problem
 from lora_kernels.problem import Problem
 from lora_kernels.tuning import Arch, Config, resolve, why_not
 
@@ -33,7 +33,7 @@ _NARROWER: tuple[dict[str, int], ...] = (
 
 def problems(o: Operands) -> tuple[Problem, Problem]:
     """The forward and the backward problem."""
-    forward = problem.describe(o.x, o.weight, o.lora_A, o.lora_B, dropout=bool(o.p))
+    forward = problem.describe(o.x, o.weight, o.lora_A, o.lora_B, dropout=bool(o.p), adapters=o.adapters)
     return forward, forward.backward()
 
 
@@ -55,7 +55,7 @@ def choices(point: Point, o: Operands, arch: Arch, every: bool) -> tuple[dict[st
     """Configurations by arm: (forward, backward), the latter None where there is no backward pass or none is valid; and why not."""
     forward, backward = problems(o)
     base = resolve(forward, arch)[0], resolve(backward, arch)[0]
-    decode = point.grid == "decode"
+    decode = point.forward_alone
     chosen: dict[str, Choice] = {"triton": (base[0], None if decode else base[1])}
     refused: dict[str, str] = {}
     for variant, changes in variants(every):
@@ -74,13 +74,13 @@ def choices(point: Point, o: Operands, arch: Arch, every: bool) -> tuple[dict[st
 def kernel_arms(point: Point, o: Operands, arch: Arch, every: bool) -> tuple[dict[str, Step], dict[str, dict], dict[str, str]]:
     """Steps, configurations by pass, and for the variants left out the sentence that says why."""
     chosen, refused = choices(point, o, arch, every)
-    decode = point.grid == "decode"
+    decode = point.forward_alone
     steps, configs = {}, {}
     for name, (f, b) in chosen.items():
         if name == "triton":
             steps[name] = (inference if decode else training)(ours("triton"), o)
         else:
-            steps[name] = inference(_with(f), o) if decode else _step(o, f, b)
+            steps[name] = inference(ours("triton", f), o) if decode else _step(o, f, b)
         configs[name] = {"forward": dataclasses.asdict(f)} | ({"backward": dataclasses.asdict(b)} if b else {})
     return steps, configs, refused
 
@@ -116,20 +116,13 @@ def fitted(config: Config, changes: dict, p: Problem, arch: Arch) -> tuple[Confi
     return None, sentence
 
 
-def _with(config: Config):
-    def formula(o: Operands) -> torch.Tensor:
-        return lora_linear(o.x, o.weight, o.lora_A, o.lora_B, scale=o.scale, dropout_p=o.p, training=True, impl="triton", config=config)
-
-    return formula
-
-
 def _step(o: Operands, f: Config, b: Config | None) -> Step:
     """Forward and backward with a configuration each, which one call of lora_linear does not take."""
     x, A, B = o.x.detach(), o.lora_A.detach(), o.lora_B.detach()
 
     def forward():
         seed = philox.draw_seed(x.device) if o.p else None
-        _, u = ops.forward_op(x, o.weight, A, B, None, seed, o.scale, o.p, True, "triton", f.key())
+        _, u = ops.forward(x, o.weight, A, B, None, seed, o.adapters, o.scale, o.p, True, "triton", f.key())
         return u, seed
 
     if b is None:
@@ -138,6 +131,6 @@ def _step(o: Operands, f: Config, b: Config | None) -> Step:
     def backward(state):
         u, seed = state
         needs = (True, True, True, False)
-        return ops.backward_op(o.dy, x, o.weight, A, B, u, seed, o.scale, o.p, *needs, A.dtype, "triton", b.key())
+        return ops.backward(o.dy, x, o.weight, A, B, u, seed, o.adapters, o.scale, o.p, needs, A.dtype, "triton", b.key())
 
     return Step(forward, backward)

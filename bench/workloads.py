@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from lora_kernels.segments import ONE, Adapters
+
 LLAMA_8B = {"8B q,o": (4096, 4096), "8B gate,up": (4096, 14336), "8B down": (14336, 4096), "8B k,v": (4096, 1024)}
 LLAMA_70B = {"70B q,o": (8192, 8192), "70B gate,up": (8192, 28672), "70B down": (28672, 8192), "70B k,v": (8192, 1024)}
 TOKENS = (8192, 2048, 512)
@@ -34,6 +36,10 @@ class Point:
         dtype = str(self.dtype).removeprefix("torch.")
         return dict(grid=self.grid, layer=self.layer, M=self.M, N=self.N, K=self.K, r=self.r, p=self.p, dtype=dtype)
 
+    @property
+    def forward_alone(self) -> bool:
+        return self.grid == "decode"
+
 
 @dataclass
 class Operands:
@@ -46,6 +52,7 @@ class Operands:
     dy: torch.Tensor
     scale: float
     p: float
+    adapters: Adapters = ONE
 
 
 def empty_operands(point: Point, device: torch.device) -> Operands:
@@ -57,13 +64,17 @@ def empty_operands(point: Point, device: torch.device) -> Operands:
 
 def operands(point: Point, device: torch.device, seed: int = 0) -> Operands:
     """Random operands, the same for the same seed."""
-    generator = torch.Generator(device).manual_seed(seed)
     o = empty_operands(point, device)
+    fill(o, point, seed)
+    return o
+
+
+def fill(o: Operands, point: Point, seed: int = 0) -> None:
+    generator = torch.Generator(o.x.device).manual_seed(seed)
     for t, std in ((o.x, 1.0), (o.weight, point.K**-0.5), (o.lora_A, point.K**-0.5), (o.lora_B, point.r**-0.5), (o.dy, 1.0)):
         t.normal_(0.0, std, generator=generator)
     for t in (o.x, o.lora_A, o.lora_B):
         t.requires_grad_(True)
-    return o
 
 
 def train(layers: dict, tokens: Iterable[int], ranks: Iterable[int], grid: str = "train", dropouts=(0.1, 0.0), dtype=torch.bfloat16):

@@ -167,6 +167,8 @@ def segment_problems() -> Iterator[tuple[str, Problem, bool]]:
             label = f"segments M={M} r{'<' if mixed else ''}={R}{' dropout' if dropout else ''}"
             yield f"forward {label}", problem, False
             yield f"backward {label}", problem.backward(), True
+    narrow = Problem(16, 1024, 4096, 16, torch.bfloat16, adapters=64, row_block=16, gather_block=16)
+    yield "forward segments M=16 N=1024", narrow, False
 
 
 def _first_tensor(args) -> torch.Tensor:
@@ -183,7 +185,9 @@ def _report(name, compiled, label: str, arch: Arch, options: dict, dtype: str) -
     matmul = next((short for pattern, short in _MATMUL if pattern in text), "")
     registers, spills = _amd_resources(text) if arch.kind == "hip" else _nvidia_resources(compiled, arch)
     tma = "cp.async.bulk.tensor" in text
-    what = " ".join(filter(None, (name, options.get("U"), "segments" if options["SEGMENTS"] else "")))
+    what = " ".join(
+        filter(None, (name, options.get("U"), "segments" if options["SEGMENTS"] else "", "split" if options.get("SPLIT") else ""))
+    )
     shared, warps = compiled.metadata.shared, options["num_warps"]
     return Report(what, label, arch.name, dtype, registers, spills, shared, arch.shared_memory, matmul, tma, warps)
 

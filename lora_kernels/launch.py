@@ -171,6 +171,12 @@ def run_expand(
         flags = torch.zeros(num_m + 1, dtype=torch.int32, device=x.device)
         flags, ticket = flags[:num_m], flags[num_m:]
         u = x.new_empty(M, R) if u is None else u
+    blocks_per_part, parts = 0, None
+    if c.split > 1:
+        blocks_per_part, splits = _split(K, c.block_k, c.split)
+        partial = x.new_empty(splits + 1, M, N, dtype=torch.float32)
+        parts = (partial, partial.stride(0), torch.zeros(tiles, dtype=torch.int32, device=x.device), splits + 1)
+        items = tiles * (splits + 1)
     seed, threshold, inv_keep = _dropout(drop_x or drop_uv)
     load_x, x_args = (None, None) if library else _operand(x, c.block_m, c.block_k, c.tma)
     load_w, w_args = (None, None) if library else _operand(w, c.block_k, c.block_n, c.tma)
@@ -185,11 +191,12 @@ def run_expand(
         x_args, w_args, None if a is None else _matrix(a), u_args, v_args, bias, (y, N, 1),
         adapters.rows(), _matrix(x) if seg and c.u == "awaited" else None, adapters.gather(), gathered, adapters.number,
         _stack_stride(a), _stack_stride(v), None if c.u == "given" else adapters.scales, adapters.ranks,
-        flags, ticket, seed, threshold, inv_keep, scale * (inv_keep if drop_x else 1.0), M, N, K, R,
+        flags, ticket, parts, blocks_per_part, seed, threshold, inv_keep, scale * (inv_keep if drop_x else 1.0), M, N, K, R,
     )  # fmt: skip
     blocks = max(c.block_m, c.block_n, c.block_k)
     options = dict(
-        LOAD_X=load_x, LOAD_W=load_w, LOAD_U=load_u, LOAD_V=load_v, U=c.u, SEGMENTS=seg is not None, SAVE_U=c.u == "loop" and u is not None,
+        LOAD_X=load_x, LOAD_W=load_w, LOAD_U=load_u, LOAD_V=load_v, U=c.u, SEGMENTS=seg is not None, SPLIT=parts is not None,
+        SAVE_U=c.u == "loop" and u is not None,
         DROP_X=drop_x is not None and c.u != "given",
         DROP_UV=drop_uv is not None, PRECISION=precision(x.dtype), BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, BLOCK_R=block_r,
         R_BLOCKS=r_blocks, GROUP_M=c.group_m, GATHER_M=c.block_m if seg is None else seg.gather_block,

@@ -61,6 +61,7 @@ class Case:
             e = self.config.expand
             parts += [f"u {e.u}"] + [flag for flag in ("tma", "persistent", "warp_specialize") if getattr(e, flag)]
             parts += ["library base"] if e.base == "library" else []
+            parts += [f"K split {e.split}"] if e.split > 1 else []
         return ", ".join(parts)
 
 
@@ -210,7 +211,7 @@ def configs(arch: Arch, *, small: bool) -> list[Config]:
     base = Expand(b, b, 16 if small else 32, group_m=2, num_warps=4, num_stages=2)
     choices = [replace(base, u=u) for u in ("given", "loop", "awaited")]
     choices += [replace(base, u=u, persistent=True) for u in ("given", "loop", "awaited")]
-    choices += [replace(base, base="library")]
+    choices += [replace(base, base="library"), replace(base, split=3)]
     if arch.has_tma:
         choices += [replace(base, u=u, tma=True) for u in ("given", "loop", "awaited")]
         choices += [replace(base, tma=True, persistent=True)]

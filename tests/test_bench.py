@@ -405,7 +405,7 @@ before = sorted(cache.iterdir())
 assert before
 o = workloads.empty_operands(point, torch.device("cpu"))
 for f, _ in variants.choices(point, o, arch, False)[0].values():
-    run = lambda: launch.forward(o.x, o.weight, o.lora_A, o.lora_B, None, None, o.scale, 0.0, False, f)
+    run = lambda: launch.forward(o.x, o.weight, o.lora_A, o.lora_B, None, None, o.adapters, o.scale, 0.0, False, f)
     assert compile_only.compile_calls(run, arch, "")
 assert sorted(cache.iterdir()) == before, "kernels that were compiled ahead were compiled again"
 """

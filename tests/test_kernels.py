@@ -75,6 +75,13 @@ def test_splits(split):
     )
 
 
+@pytest.mark.parametrize("split", [2, 3, 64])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_splits_of_one_tile(split, p):
+    """Partial sums of K, and the low-rank product as one more, added by whichever program comes last."""
+    check(replace(ODD, M=21, K=70, p=p, config=with_u("given", split=split)))
+
+
 def test_heuristic_config():
     for M in (1, 40, 130):
         check(replace(ODD, M=M, p=0.1, config=None))

@@ -94,6 +94,8 @@ CASES = [
     ({"config": Config(), "impl": "torch"}, ValueError, "config: wanted None with impl='torch'"),
     ({"config": Config(), "impl": "reference"}, ValueError, "config: wanted None with impl='reference'"),
     ({"config": Config(Shrink(block_m=24)), "impl": "triton"}, UnsupportedError, "shrink.block_m must be a power of two .*got 24"),
+    ({"config": Config(expand=Expand(u="loop", split=2))}, UnsupportedError, "expand.split > 1 serves u='given' and base='kernel'"),
+    ({"config": Config(expand=Expand(split=0))}, UnsupportedError, "expand.split must be at least 1, got 0"),
     ({"config": Config(expand=Expand(u="later"))}, UnsupportedError, "expand.u must be 'given', 'loop' or 'awaited', got 'later'"),
 ]
 

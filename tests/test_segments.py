@@ -19,8 +19,11 @@ TILES = Config(Shrink(16, 16, split=2, num_stages=2), Expand(16, 16, 16, num_war
 MANY = Case(37, 40, 50, 5, config=TILES, adapters=6)
 AWAITED = replace(TILES, expand=replace(TILES.expand, u="awaited"))
 LIBRARY = replace(TILES, expand=replace(TILES.expand, base="library"))
-CONFIGS = pytest.mark.parametrize("config", [TILES, AWAITED, LIBRARY], ids=["given", "awaited", "library"])
-ARMS = pytest.mark.parametrize("impl, config", [("triton", TILES), ("triton", AWAITED), ("triton", LIBRARY), ("torch", None)])
+SPLIT = replace(TILES, expand=replace(TILES.expand, split=2))
+CONFIGS = pytest.mark.parametrize("config", [TILES, AWAITED, LIBRARY, SPLIT], ids=["given", "awaited", "library", "split"])
+ARMS = pytest.mark.parametrize(
+    "impl, config", [("triton", TILES), ("triton", AWAITED), ("triton", LIBRARY), ("triton", SPLIT), ("torch", None)]
+)
 
 
 def plan(ids, E: int, **blocks) -> Segments:
@@ -206,7 +209,7 @@ def rows_alone(monkeypatch):
     monkeypatch.setattr(np, "matmul", matmul)
 
 
-@pytest.mark.parametrize("config", [TILES, AWAITED], ids=["given", "awaited"])
+@pytest.mark.parametrize("config", [TILES, AWAITED, SPLIT], ids=["given", "awaited", "split"])
 def test_batch_invariance(config, rows_alone):
     """A token's y and dX do not depend on its neighbours, their adapters, its place or the batch's size, bit for bit.
 

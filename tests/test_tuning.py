@@ -32,6 +32,36 @@ def test_the_heuristic_always_answers_with_something_valid(arch):
             assert why_not(config, each, arch) is None and origin in ("heuristic", "table")
 
 
+@pytest.mark.parametrize("arch", ARCHS, ids=lambda a: a.name)
+def test_the_heuristic_serves_every_plan(arch):
+    for (M, row_block), gather_block, N, K, R, dtype, dropout, mixed in itertools.product(
+        ((1, 16), (20, 32), (200, 64), (8192, 128)), (16, 32), (1, 1024, 4096), (40, 14336), (1, 16, 130, 512),
+        (torch.float16, torch.float32), ("", "x"), (False, True),
+    ):  # fmt: skip
+        problem = Problem(M, N, K, R, dtype, dropout, adapters=64, row_block=row_block, gather_block=gather_block, mixed_ranks=mixed)
+        for each in (problem, problem.backward()):
+            config = heuristic(each, arch)
+            assert why_not(config, each, arch) is None and config.expand.u == "given"
+
+
+def test_narrow_layers_of_few_tokens_split_k():
+    decode = Problem(16, 1024, 4096, 16, torch.bfloat16, adapters=64, row_block=16, gather_block=16)
+    assert heuristic(decode, Arch.parse("sm_90")).expand.split == 4
+    assert heuristic(replace(decode, N=14336), Arch.parse("sm_90")).expand.split == 1
+
+
+def test_a_row_for_one_adapter_is_not_one_for_many(monkeypatch):
+    config = Config(Shrink(16, 64), Expand(64, 64, 64), Wgrad(32, 32))
+    row = tables.Row((9, 0), (1, 10000), 4096, 4096, (1, 33), False, 2, "triton", config, "bench/results/x.jsonl")
+    many = replace(PROBLEM, adapters=8, row_block=64, gather_block=16)
+    sm_90 = Arch.parse("sm_90")
+    monkeypatch.setattr(tables, "ROWS", (row,))
+    assert lookup(PROBLEM, sm_90) is row and lookup(many, sm_90) is None
+    monkeypatch.setattr(tables, "ROWS", (replace(row, segments=True),))
+    assert lookup(PROBLEM, sm_90) is None and lookup(many, sm_90).config == config
+    assert lookup(replace(many, row_block=128), sm_90) is None
+
+
 def test_an_unknown_gpu_is_answered_too():
     future = Arch.cuda(13, 7)
     assert why_not(heuristic(PROBLEM, future), PROBLEM, future) is None

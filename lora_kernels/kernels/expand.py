@@ -8,6 +8,9 @@ Where u comes from is a plug, ``U``:
              a producer never waits, so the wait always ends.
 With segments (given and awaited) the low-rank product is made once for each adapter present in the row block, and a token selects its
 own: a select, not a masked sum, for 0 * inf is NaN and one adapter must never reach another's tokens.
+
+SPLIT (u given, few tokens): parts of one tile go to several programs, the low-rank product to the first and ranges of K to the others. Each
+writes a float32 partial sum; whichever comes last adds them in their order, so the result does not depend on which it was.
 """
 
 import triton
@@ -104,6 +107,9 @@ def expand_tile(
     scales_ptr,
     ranks_ptr,
     flag_ptr,
+    parts,
+    part,
+    blocks_per_part,
     seed,
     threshold,
     inv_keep,
@@ -120,6 +126,7 @@ def expand_tile(
     LOAD_V: tl.constexpr,
     U: tl.constexpr,
     SEGMENTS: tl.constexpr,
+    SPLIT: tl.constexpr,
     SAVE_U: tl.constexpr,
     DROP_X: tl.constexpr,
     DROP_UV: tl.constexpr,
@@ -135,21 +142,28 @@ def expand_tile(
     WIDE: tl.constexpr,
     WARP_SPECIALIZE: tl.constexpr,
 ):
+    """One tile of y, or with SPLIT one part of it. parts: (partial sums, their stride, counters of the tiles, number of parts)."""
     m0 = pid_m * BLOCK_M
     n0 = pid_n * BLOCK_N
+    k_begin = 0
+    k_end = K
+    if SPLIT:
+        k_begin = (part - 1) * blocks_per_part * BLOCK_K
+        k_end = tl.where(part == 0, k_begin, tl.minimum(k_begin + blocks_per_part * BLOCK_K, K))
     y_ptrs = tile_base(y[0], m0, n0, y[1], y[2]) + tile_offsets(y[1], y[2], BLOCK_M, BLOCK_N, WIDE)
     y_mask = tile_mask(m0, n0, M, N, BLOCK_M, BLOCK_N)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if U == "given" and not WARP_SPECIALIZE:
-        acc = low_rank(
-            acc, u, v, rows, stride_ve, ranks_ptr, seed, threshold, inv_keep, m0, n0, M, N, R, y[0].dtype.element_ty,
-            LOAD_U, LOAD_V, SEGMENTS, DROP_UV, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R, R_BLOCKS, EVEN_N, EVEN_R, WIDE, True,
-        )  # fmt: skip
+        if part == 0:
+            acc = low_rank(
+                acc, u, v, rows, stride_ve, ranks_ptr, seed, threshold, inv_keep, m0, n0, M, N, R, y[0].dtype.element_ty,
+                LOAD_U, LOAD_V, SEGMENTS, DROP_UV, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R, R_BLOCKS, EVEN_N, EVEN_R, WIDE, True,
+            )  # fmt: skip
     if LOAD_W is None:
         acc += tl.load(y_ptrs, mask=y_mask, other=0.0)
     else:
         u_acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
-        for k0 in tl.range(0, K, BLOCK_K, warp_specialize=WARP_SPECIALIZE):
+        for k0 in tl.range(k_begin, k_end, BLOCK_K, warp_specialize=WARP_SPECIALIZE):
             # x: [BLOCK_M, BLOCK_K], w: [BLOCK_K, BLOCK_N]
             x_tile = LOAD_X(x, m0, k0, M, K, BLOCK_M, BLOCK_K, False, EVEN_K, WIDE)
             w_tile = LOAD_W(w, k0, n0, K, N, BLOCK_K, BLOCK_N, EVEN_K, EVEN_N, WIDE).to(x_tile.dtype)
@@ -185,13 +199,31 @@ def expand_tile(
                 acc, u, v, rows, stride_ve, ranks_ptr, seed, threshold, inv_keep, m0, n0, M, N, R, y[0].dtype.element_ty,
                 LOAD_U, LOAD_V, SEGMENTS, DROP_UV, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R, R_BLOCKS, EVEN_N, EVEN_R, WIDE, False,
             )  # fmt: skip
+    if SPLIT:
+        part_ptrs = tile_base(parts[0], m0, n0, y[1], y[2]) + tile_offsets(y[1], y[2], BLOCK_M, BLOCK_N, WIDE)
+        tl.store(part_ptrs + tl.cast(part, tl.int64) * parts[1], acc, mask=y_mask)
+        tl.debug_barrier()
+        arrived = tl.atomic_add(parts[2] + pid_m * tl.cdiv(N, BLOCK_N) + pid_n, 1, sem="acq_rel", scope="gpu")
+        tl.debug_barrier()
+        if arrived == parts[3] - 1:
+            acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            for i in tl.range(0, parts[3]):
+                acc += tl.load(part_ptrs + tl.cast(i, tl.int64) * parts[1], mask=y_mask, other=0.0)
+            store_tile(acc, bias_ptr, y_ptrs, y_mask, n0, N, BLOCK_N)
+    else:
+        store_tile(acc, bias_ptr, y_ptrs, y_mask, n0, N, BLOCK_N)
+
+
+@triton.jit
+def store_tile(acc, bias_ptr, y_ptrs, y_mask, n0, N, BLOCK_N: tl.constexpr):
+    """Add the bias, round once, store."""
     if bias_ptr is not None:
         n = n0 + tl.arange(0, BLOCK_N)
         acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    tl.store(y_ptrs, acc.to(y[0].dtype.element_ty), mask=y_mask)
+    tl.store(y_ptrs, acc.to(y_ptrs.dtype.element_ty), mask=y_mask)
 
 
-@triton.jit(do_not_specialize=["M", "threshold", "adapters", "gathered"])
+@triton.jit(do_not_specialize=["M", "threshold", "adapters", "gathered", "blocks_per_part"])
 def expand(
     x,
     w,
@@ -211,6 +243,8 @@ def expand(
     ranks_ptr,
     flag_ptr,
     ticket_ptr,
+    parts,
+    blocks_per_part,
     seed_ptr,
     threshold,
     inv_keep,
@@ -225,6 +259,7 @@ def expand(
     LOAD_V: tl.constexpr,
     U: tl.constexpr,
     SEGMENTS: tl.constexpr,
+    SPLIT: tl.constexpr,
     SAVE_U: tl.constexpr,
     DROP_X: tl.constexpr,
     DROP_UV: tl.constexpr,
@@ -245,6 +280,8 @@ def expand(
 ):
     """Grid [programs]: as many as there are work items, or fewer (PERSISTENT), each taking every grid-th item or ticket.
 
+    SPLIT: parts: as in `expand_tile`, blocks_per_part: of K.
+
     With segments: rows: (ids, present, counts), gather_x: x by pointers, gather: as in `gathered_tile`, gathered: how many
     such tiles, of GATHER_M tokens.
     """
@@ -260,6 +297,10 @@ def expand(
     for turn in tl.range(first, last, step):
         item = turn
         tile = turn
+        part = 0
+        if SPLIT:
+            tile = turn // parts[3]
+            part = turn % parts[3]
         if U == "awaited":
             item = tl.atomic_add(ticket_ptr, 1, sem="relaxed", scope="gpu")
             tile = item - producers
@@ -280,7 +321,7 @@ def expand(
             pid_m, pid_n = grouped_tile(tile, num_m, num_n, GROUP_M)
             expand_tile(
                 x, w, a, u, v, bias_ptr, y, rows, stride_ve, scales_ptr, ranks_ptr, flag_ptr,
-                seed, threshold, inv_keep, scale, pid_m, pid_n, M, N, K, R,
-                LOAD_X, LOAD_W, LOAD_U, LOAD_V, U, SEGMENTS, SAVE_U, DROP_X, DROP_UV, PRECISION,
+                parts, part, blocks_per_part, seed, threshold, inv_keep, scale, pid_m, pid_n, M, N, K, R,
+                LOAD_X, LOAD_W, LOAD_U, LOAD_V, U, SEGMENTS, SPLIT, SAVE_U, DROP_X, DROP_UV, PRECISION,
                 BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, R_BLOCKS, EVEN_N, EVEN_K, EVEN_R, WIDE, WARP_SPECIALIZE,
             )  # fmt: skip

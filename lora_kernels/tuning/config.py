@@ -23,13 +23,15 @@ class Expand:
     """Tiles of ``y = x w + u v + bias``.
 
     ``u``: where u comes from, "given" | "loop" | "awaited". ``base``: "kernel" computes x w in the kernel, "library" takes it
-    from torch's matmul and adds u v. ``group_m``: row blocks that share columns of w in the L2 cache.
+    from torch's matmul and adds u v. ``group_m``: row blocks that share columns of w in the L2 cache. ``split``: programs that share the K
+    axis of one tile, beside one for its low-rank product; 1: one program does both.
     """
 
     block_m: int = 128
     block_n: int = 128
     block_k: int = 64
     group_m: int = 8
+    split: int = 1
     num_warps: int = 8
     num_stages: int = 3
     u: str = "given"

@@ -20,7 +20,7 @@ def heuristic(problem: Problem, arch: Arch) -> Config:
     config = Config(_shrink(problem, arch), _expand(problem, arch), _wgrad(problem, arch))
     while (sentence := why_not(config, problem, arch)) is not None:
         part = sentence.split()[0].split(".")[0]
-        narrower = _narrower(getattr(config, part, None))
+        narrower = _narrower(getattr(config, part, None), keep_rows=bool(problem.adapters) and part != "wgrad")
         if narrower is None:
             return config
         config = replace(config, **{part: narrower})
@@ -79,7 +79,11 @@ def _few_tokens(problem: Problem) -> Expand:
 def _segments(problem: Problem, arch: Arch) -> Expand:
     block_m = problem.row_block
     if block_m <= 64:
-        return Expand(block_m, 64 if block_m == 64 else 32, 32 if problem.itemsize == 4 else 64, num_warps=4, num_stages=5)
+        # W is streamed by narrow tiles, and where those are fewer than the chip takes, K is split.
+        block_k = 32 if problem.itemsize == 4 else 64
+        tiles = -(-problem.M // block_m) * -(-problem.N // 32)
+        split = max(1, min(arch.sms // tiles, problem.K // (4 * block_k), 8))
+        return Expand(block_m, 32, block_k, split=split, num_warps=4, num_stages=5)
     if problem.itemsize == 4:
         return Expand(block_m, 32, 32, num_warps=8, num_stages=3)
     if arch.kind == "hip":
@@ -97,13 +101,16 @@ def _tma(problem: Problem, arch: Arch) -> bool:
     return arch.kind == "cuda" and arch.has_tma and readable
 
 
-def _narrower(part):
-    """One step down in shared memory: fewer stages first, then smaller tiles; None where there is no step left."""
+def _narrower(part, keep_rows: bool = False):
+    """One step down in shared memory: fewer stages first, then smaller tiles; None where there is no step left.
+
+    keep_rows: ``block_m`` is a plan's, and stays.
+    """
     if part is None:
         return None
     if part.num_stages > 2:
         return replace(part, num_stages=part.num_stages - 1)
     for axis in ("block_k", "block_n", "block_m", "block_j"):
-        if getattr(part, axis, 0) > 16:
+        if getattr(part, axis, 0) > 16 and not (keep_rows and axis == "block_m"):
             return replace(part, **{axis: getattr(part, axis) // 2})
     return replace(part, num_stages=1) if part.num_stages > 1 else None

@@ -14,7 +14,7 @@ class Row:
     """A measured choice for a bucket of problems on one compute capability.
 
     ``tokens``: the range [low, high) of M it holds for. ``arm``: "triton" or "torch", whichever was faster. ``source``: the file in
-    bench/results/ and the ratio it shows.
+    bench/results/ and the ratio it shows. ``segments``: whether it is for many adapters; then its tiles must be the plan's blocks.
     """
 
     capability: tuple[int, int]
@@ -27,9 +27,14 @@ class Row:
     arm: str
     config: Config
     source: str
+    segments: bool = False
 
 
 ROWS: tuple[Row, ...] = ()
+
+
+def _blocks(config: Config) -> tuple[int, int]:
+    return config.expand.block_m, config.shrink.block_m
 
 
 def lookup(problem: Problem, arch: Arch) -> Row | None:
@@ -43,6 +48,8 @@ def lookup(problem: Problem, arch: Arch) -> Row | None:
             and row.rank[0] <= problem.R < row.rank[1]
             and row.dropout == bool(problem.dropout)
             and row.itemsize == problem.itemsize
+            and row.segments == bool(problem.adapters)
+            and (row.arm == "torch" or not problem.adapters or _blocks(row.config) == (problem.row_block, problem.gather_block))
         ):
             return row
     return None

@@ -45,6 +45,8 @@ def _expand(e: Expand, problem: Problem, arch: Arch) -> str | None:
         return f"expand.base must be 'kernel' or 'library', got {e.base!r}"
     if e.base == "library" and e.u != "given":
         return f"expand.base='library' has no K loop to compute u in, so it needs expand.u='given', got {e.u!r}"
+    if e.split > 1 and (e.u != "given" or e.base != "kernel" or e.persistent or e.warp_specialize):
+        return "expand.split > 1 serves u='given' and base='kernel', neither persistent nor warp-specialised"
     if e.u == "loop" and problem.R > LOOP_RANK:
         return f"expand.u='loop' keeps the whole rank in one accumulator and serves ranks up to {LOOP_RANK}, got {problem.R}"
     if e.tma:

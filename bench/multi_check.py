@@ -1,0 +1,105 @@
+"""An arm's y, and in training its gradients, beside the reference's at a small version of the point: the error over what is allowed.
+
+The allowance is `lora_kernels.parity`'s. An arm that is not ours may sum in any order, one float32 rounding after the other, so it is
+allowed sqrt(n) of them more for the longest sum, of n (Higham and Mary 2019, SIAM J. Sci. Comput. 41, A2815).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from lora_kernels import parity, reference
+from lora_kernels.tuning import Config
+
+from .baselines import Formula, gradients
+from .multi_workloads import MultiOperands, MultiPoint, operands
+from .timing import message
+from .workloads import Operands
+
+NAMES = ("y", "dX", "dA", "dB")
+
+
+def _itself(o: MultiOperands) -> Operands:
+    return o
+
+
+@dataclass(frozen=True)
+class Arm:
+    """``of`` makes of a point's operands what the formula takes; ``config``: the kernels', where it names one; ``foreign``: not ours."""
+
+    formula: Formula
+    config: Config | None = None
+    of: Callable[[MultiOperands], Operands] = _itself
+    foreign: bool = False
+
+
+class Checker:
+    """Remembers verdicts, for many points have the same small version."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._verdicts: dict[tuple, str | None] = {}
+        self._tiny: MultiPoint | None = None
+        self._operands: MultiOperands | None = None
+        self._expected: dict[Callable, tuple[list, list]] = {}
+
+    def wrong(self, tiny: MultiPoint, name: str, arm: Arm) -> str | None:
+        """What is wrong with an arm at a small point, or None."""
+        key = replace(tiny, layer="", grid="" if tiny.forward_alone else "train"), name, arm.config
+        if key not in self._verdicts:
+            try:
+                self._verdicts[key] = self._compare(tiny, arm)
+            except Exception as error:  # a row of its own, as an error while it is timed is
+                self._verdicts[key] = message(error)
+        return self._verdicts[key]
+
+    def _compare(self, tiny: MultiPoint, arm: Arm) -> str | None:
+        if self._tiny != tiny:
+            self._tiny, self._operands, self._expected = tiny, operands(tiny, self.device), {}
+        o = arm.of(self._operands)
+        if arm.of not in self._expected:
+            exact = outputs(textbook, in_float64(o), tiny.forward_alone)
+            self._expected[arm.of] = outputs(textbook, o, tiny.forward_alone), exact
+        same, exact = self._expected[arm.of]
+        for what, mine, other, truth in zip(NAMES, outputs(arm.formula, o, tiny.forward_alone), same, exact, strict=False):
+            mine = torch.zeros_like(other) if mine is None else mine
+            if mine.shape != other.shape:
+                return f"{what} at {tiny}: wanted shape {list(other.shape)}, got {list(mine.shape)}"
+            used = budget_used(mine, other, truth, max(tiny.M, tiny.K, tiny.N)) if arm.foreign else parity.budget_used(mine, other, truth)
+            if not used <= 1.0:
+                return f"{what} at {tiny}: {used:.3g} times the error that is allowed"
+        return None
+
+
+def budget_used(mine: torch.Tensor, same_dtype: torch.Tensor, truth: torch.Tensor, n: int) -> float:
+    """As `parity.budget_used`, with the rounding of a sum of n beside it."""
+    band = torch.finfo(mine.dtype).eps + n**0.5 * torch.finfo(torch.float32).eps
+    used = 0.0
+    for own, same, size in zip(*(parity.errors(t, truth) for t in (mine, same_dtype, torch.zeros_like(truth))), strict=True):
+        limit = 2 * same + band * size
+        used = max(used, own / limit if limit else (0.0 if own == 0 else float("inf")))
+    return used
+
+
+def textbook(o: Operands) -> torch.Tensor:
+    many = dict(segments=o.adapters.segments, ranks=o.adapters.ranks)
+    return reference.lora_linear(o.x, o.weight, o.lora_A, o.lora_B, scale=o.scale, **many)
+
+
+def in_float64(o: Operands) -> Operands:
+    def cast(t: torch.Tensor) -> torch.Tensor:
+        return t.detach().double().requires_grad_(t.requires_grad)
+
+    return replace(o, x=cast(o.x), weight=cast(o.weight), lora_A=cast(o.lora_A), lora_B=cast(o.lora_B), dy=cast(o.dy))
+
+
+def outputs(formula: Formula, o: Operands, forward_alone: bool) -> list:
+    """y, or y, dX, dA and dB."""
+    if forward_alone:
+        with torch.no_grad():
+            return [formula(o)]
+    y = formula(o)
+    return [y.detach(), *gradients(o, y)]

@@ -1,0 +1,77 @@
+"""The kernels' arms with many adapters: the heuristic's configuration with u given and with u awaited, and what they compile."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from lora_kernels import dispatch
+from lora_kernels.tuning import Arch, Config, heuristic, resolve, why_not
+
+from . import variants
+from .multi_baselines import one_adapter_point
+from .multi_workloads import MultiPoint, small
+from .precompile import PointJob, standing
+from .workloads import Operands, Point
+
+SOURCES = ("given", "awaited")
+
+
+def configs(point: MultiPoint, o: Operands, arch: Arch) -> tuple[dict[str, Config], dict[str, str]]:
+    """Configurations by arm, each valid for every pass of the point; and for those that are not, why."""
+    forward, backward = variants.problems(o)
+    found: dict[str, Config] = {}
+    refused: dict[str, str] = {}
+    base = heuristic(forward, arch)
+    for u in SOURCES:
+        # A split of K wants u given.
+        whole = {"split": 1} if u != "given" and getattr(base.expand, "split", 1) > 1 else {}
+        config, reason = variants.fitted(base, {"u": u, "base": "kernel"} | whole, forward, arch)
+        if config is not None and not point.forward_alone:
+            reason = why_not(config, backward, arch)
+        if reason is None:
+            found[f"triton:{u}"] = config
+        else:
+            refused[f"triton:{u}"] = reason
+    return found, refused
+
+
+def jobs(points: list[MultiPoint], arch: Arch, device: torch.device) -> list[PointJob]:
+    """Every pass of every kernel arm, at the points and at their small versions, which are checked, each once."""
+    found: dict[PointJob, None] = {}
+    for point in dict.fromkeys(map(_compiled_as, points)):
+        o = standing(point)
+        tiny = small(point, o.adapters.segments)
+        chosen = [(config, config) for config in configs(point, o, arch)[0].values()]
+        passes = [(point, pair) for pair in (_resolved(o, arch), *chosen)]
+        passes += [(tiny, pair) for pair in (_resolved(standing(tiny), arch), *chosen)]
+        if not point.forward_alone:
+            passes += [pair for each in (point, tiny) for pair in _one_adapter(each, arch, device)]
+        for each, (forward, backward) in passes:
+            if forward is not None:
+                found.setdefault(PointJob(each, forward, False))
+            if backward is not None and not point.forward_alone:
+                found.setdefault(PointJob(each, backward, True))
+    return list(found)
+
+
+def _compiled_as(point: MultiPoint) -> MultiPoint:
+    """One point for all that compile the same kernels: which tokens take which adapters is data."""
+    return dataclasses.replace(point, grid="" if point.forward_alone else "train", layer="", popularity="none", spread=0, order="")
+
+
+def _resolved(o: Operands, arch: Arch) -> tuple[Config, Config]:
+    forward, backward = variants.problems(o)
+    return resolve(forward, arch)[0], resolve(backward, arch)[0]
+
+
+def _one_adapter(point: MultiPoint, arch: Arch, device: torch.device) -> list[tuple[Point, tuple[Config | None, Config | None]]]:
+    """The passes that impl="auto" gives to the kernels where the same tokens take one adapter."""
+    single = one_adapter_point(point)
+    chosen = tuple(dispatch.choose(p, device, "auto").config for p in variants.problems(standing(single)))
+    return [(single, chosen)] if any(chosen) else []
+
+
+def asdict(config: Config | None) -> dict | None:
+    return None if config is None else dataclasses.asdict(config)

@@ -1,0 +1,166 @@
+"""Where a GPU is: many adapters in bfloat16, at size, under graphs, streams and repeats. The cases of test_segments run there too."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lora_kernels import MultiLoRALinear, Segments, explain, lora_linear, parity
+from lora_kernels.dispatch import device_arch
+from lora_kernels.parity import Case, run_case
+from lora_kernels.problem import describe
+from lora_kernels.segments import Adapters
+from lora_kernels.tuning import Arch, heuristic
+
+pytestmark = pytest.mark.cuda
+CUDA = torch.device("cuda")
+MANY = Case(1000, 1024, 2048, 16, torch.bfloat16, adapters=13)
+DECODE = Case(64, 1024, 2048, 16, torch.bfloat16, adapters=64, popularity="distinct")
+
+
+def check(case: Case):
+    result = run_case(case, CUDA)
+    assert result.launches > 0 and result.ok, f"{result.name}: {result.detail} {result.errors}"
+
+
+@pytest.mark.parametrize("popularity", ["mixed", "distinct", "runs", "one", "none"])
+@pytest.mark.parametrize("M", [1, 16, 33, 64, 200, 777])
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_mixes(popularity, M, p):
+    check(replace(MANY, M=M, popularity=popularity, p=p))
+    check(replace(MANY, M=M, popularity=popularity, p=p, R=128, mixed_ranks=True))
+
+
+@pytest.mark.parametrize("R", [1, 7, 8, 12, 16, 17, 33, 64, 65, 100, 128, 129, 256, 511, 512])
+@pytest.mark.parametrize("M", [64, 600])
+def test_rank_sweep(R, M):
+    check(replace(MANY, M=M, R=R))
+    check(replace(MANY, M=M, R=R, mixed_ranks=True, p=0.1))
+
+
+@pytest.mark.parametrize("N, K", [(4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096)])
+def test_decode_layers(N, K):
+    check(replace(DECODE, N=N, K=K))
+    check(replace(DECODE, N=N, K=K, M=16, adapters=5))
+
+
+def test_four_thousand_adapters():
+    case = replace(DECODE, M=300, N=256, K=512, adapters=4096, popularity="mixed")
+    check(case)
+
+
+def test_a_million_tokens():
+    """The plan against torch, and y against single calls on a sample."""
+    M, E, K, N, r = 1_000_000, 64, 256, 128, 8
+    ids = torch.randint(-1, E, (M,), device=CUDA)
+    s = Segments.from_ids(ids, E)
+    assert torch.equal(s.starts.diff()[:E].long(), torch.bincount(ids[ids >= 0], minlength=E))
+    x, W = torch.randn(M, K, device=CUDA, dtype=torch.bfloat16), torch.randn(N, K, device=CUDA, dtype=torch.bfloat16) * 0.05
+    A, B = (torch.randn(*shape, device=CUDA, dtype=torch.bfloat16) * 0.1 for shape in ((E, r, K), (E, N, r)))
+    y = lora_linear(x, W, A, B, segments=s, impl="triton")
+    some = torch.randint(0, M, (500,), device=CUDA)
+    few = lora_linear(x[some], W, A, B, segments=Segments.from_ids(ids[some], E), impl="reference")
+    torch.testing.assert_close(y[some].float(), few.float(), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("u", ["given", "awaited"])
+@pytest.mark.parametrize("case", [MANY, DECODE], ids=["train", "decode"])
+def test_a_thousand_repeats_bit_for_bit(case, u):
+    arch, E = device_arch(torch.device("cuda", 0)), case.adapters
+    tensors = parity.inputs(case, CUDA)
+    s = Segments.from_ids(parity.adapter_ids(case).to(CUDA), E)
+    problem = describe(tensors["x"], tensors["weight"], tensors["lora_A"], tensors["lora_B"], dropout=False, adapters=Adapters(s))
+    config = heuristic(problem, arch)
+    config = replace(config, expand=replace(config.expand, u=u, split=1 if u == "awaited" else config.expand.split))
+    args = [tensors[name] for name in ("x", "weight", "lora_A", "lora_B")]
+    first = lora_linear(*args, segments=s, config=config)
+    for _ in range(1000):
+        assert torch.equal(first, lora_linear(*args, segments=s, config=config))
+
+
+def test_graph_replay_with_new_ids_scales_and_ranks():
+    """The plan is built inside the captured region, from whatever the buffers hold at replay."""
+    t = parity.inputs(replace(DECODE, popularity="mixed"), CUDA)
+    args = [t[name] for name in ("x", "weight", "lora_A", "lora_B", "bias")]
+    ids, scale = torch.randint(-1, 64, (64,), device=CUDA), torch.ones(64, device=CUDA)
+    ranks = torch.full((64,), 16, dtype=torch.int32, device=CUDA)
+
+    def step():
+        return lora_linear(*args, scale=scale, ranks=ranks, segments=Segments.from_ids(ids, 64), impl="triton")
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side), torch.no_grad():
+        for _ in range(3):
+            step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), torch.no_grad():
+        y = step()
+    for _ in range(5):
+        ids.copy_(torch.randint(-1, 64, (64,), device=CUDA))
+        scale.uniform_(0.5, 2.0)
+        ranks.copy_(torch.randint(1, 17, (64,), device=CUDA))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(y, step())
+
+
+def test_training_step_under_a_graph():
+    layer = MultiLoRALinear(256, 128, num_adapters=8, r=8, init_lora_weights=False, device=CUDA, dtype=torch.bfloat16)
+    x, ids = torch.randn(96, 256, device=CUDA, dtype=torch.bfloat16), torch.randint(-1, 8, (96,), device=CUDA)
+
+    def step():
+        y = layer(x, Segments.from_ids(ids, 8))
+        return torch.autograd.grad(y.float().square().sum(), [layer.lora_A, layer.lora_B])
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        grads = step()
+    ids.copy_(torch.randint(-1, 8, (96,), device=CUDA))
+    graph.replay()
+    torch.cuda.synchronize()
+    for ours, eager in zip(grads, step(), strict=True):
+        assert torch.equal(ours, eager)
+
+
+def test_nothing_waits_for_the_device():
+    t = parity.inputs(MANY, CUDA)
+    leaves = [t[name].requires_grad_() for name in ("x", "lora_A", "lora_B")]
+    ids = parity.adapter_ids(MANY).to(CUDA)
+
+    def step():
+        s = Segments.from_ids(ids, 13)
+        y = lora_linear(leaves[0], t["weight"], leaves[1], leaves[2], segments=s, dropout_p=0.1, training=True)
+        torch.autograd.grad(y, leaves, t["dY"])
+
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_segments_take_the_kernels_by_themselves():
+    t = parity.inputs(MANY, CUDA)
+    s = Segments.from_ids(parity.adapter_ids(MANY).to(CUDA), 13)
+    choice = explain(t["x"], t["weight"], t["lora_A"], t["lora_B"], segments=s)
+    assert choice.arm == "triton" and isinstance(device_arch(torch.device("cuda", 0)), Arch)
+
+
+def test_two_streams_at_once():
+    tensors = parity.inputs(MANY, CUDA)
+    wanted = parity.evaluate(MANY, tensors, "triton")
+    torch.cuda.synchronize()
+    streams, outs = [torch.cuda.Stream() for _ in range(2)], []
+    for _ in range(20):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                outs.append(parity.evaluate(MANY, tensors, "triton"))
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for out in outs for a, b in zip(out, wanted, strict=True))
