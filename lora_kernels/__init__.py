@@ -11,5 +11,5 @@ from .nn import FusedLoRALinear
 from .problem import UnsupportedError
 from .segments import Segments
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["Choice", "FusedLoRALinear", "MultiLoRALinear", "Segments", "UnsupportedError", "explain", "lora_linear", "reference"]

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -18,10 +19,17 @@ def run(*command: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=env, timeout=900)
 
 
+@pytest.fixture(scope="module")
+def compilations():
+    """Each architecture's process, as many at a time as there are cores: a minute each."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield {arch: pool.submit(run, "-m", "lora_kernels", "compile", "--arch", arch, "--json") for arch in WANTED}
+
+
 @pytest.mark.parametrize("arch", WANTED)
-def test_every_heuristic_config(arch):
+def test_every_heuristic_config(arch, compilations):
     """No spills, within the chip's shared memory, on the chip's own matmul instruction; TMA where there is one."""
-    out = run("-m", "lora_kernels", "compile", "--arch", arch, "--json")
+    out = compilations[arch].result()
     assert out.returncode == 0, out.stdout[-2000:] + out.stderr[-2000:]
     reports = [json.loads(line) for line in out.stdout.splitlines()]
     assert {r["kernel"].split()[0] for r in reports} == {"shrink", "expand", "wgrad"}
