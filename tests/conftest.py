@@ -1,5 +1,6 @@
 """Without a GPU the kernels run in Triton's interpreter, which must be asked for before they are defined."""
 
+import importlib.util
 import os
 
 import pytest
@@ -7,6 +8,10 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+# An optional extra: `pip install -e ".[peft]"` brings it, and its tests with it.
+collect_ignore = [] if importlib.util.find_spec("peft") else ["test_peft.py"]
 
 
 @pytest.fixture(scope="session")
