@@ -1,0 +1,238 @@
+"""The slips that `mutation.py` tries: one adapter first, then a tile split over programs, many adapters, and the torch arm."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """``old`` occurs exactly ``count`` times in the file and becomes ``new``.
+
+    note: why these tests cannot see it. tests: the selection in `mutation.SELECTIONS` that it meets.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    count: int = 1
+    note: str = ""
+    tests: str = "kernels"
+
+
+LOAD, DROP, TILES = "kernels/load.py", "kernels/dropout.py", "kernels/tiles.py"
+SHRINK, EXPAND, WGRAD, LAUNCH = "kernels/shrink.py", "kernels/expand.py", "kernels/wgrad.py", "launch.py"
+CHAIN, PLAN = "chain.py", "segments.py"
+SPEED = "equivalent: the same result, more slowly"
+ORDER = "GPU only: the interpreter runs programs one after the other, in order"
+UNSEEN = "equivalent in value: what is read out of range is not stored; visible to compute-sanitizer alone"
+I_MASK, J_MASK = "(i0 + tl.arange(0, BLOCK_I) < I)[:, None]", "(j0 + tl.arange(0, BLOCK_J) < J)[None, :]"
+X_DOT_W = "acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)"
+X_DOT_A = "acc = tl.dot(x_tile, a_tile, acc, input_precision=PRECISION)"
+X_DOT_G = "acc = tl.dot(tl.trans(x_tile), g_tile, acc, input_precision=PRECISION)"
+KEEP = "uv = tl.where(keep_tile(seed, threshold, tokens, n0, BLOCK_M, BLOCK_N), uv * inv_keep, 0.0)"
+KEEP_LOOP = "acc += tl.where(keep_tile(seed, threshold, m0 + tl.arange(0, BLOCK_M), n0, BLOCK_M, BLOCK_N), uv * inv_keep, 0.0)"
+OFFSETS = "i[:, None] * stride_i + j[None, :] * stride_j"
+I0, J0 = "tl.cast(i0, tl.int32)", "tl.cast(j0, tl.int32)"
+K_END, M_END = "tl.minimum(k_start + blocks_per_split * BLOCK_K, K)", "blocks_per_split * BLOCK_M, M)"
+U_DOT_V = "acc = tl.dot(u_tile, v_tile.to(u_tile.dtype), acc, input_precision=PRECISION)"
+W_SHAPE = "K, N, BLOCK_K, BLOCK_N, EVEN_"
+STEP = "tl.num_programs(0) if PERSISTENT else 1"
+WAIT = "< wanted:\n                pass"
+TICKET = 'tl.atomic_add(ticket_ptr, 1, sem="relaxed", scope="gpu")'
+SELECTED = "equivalent: the select that follows drops those columns"
+SELECT, LOAD_V = "uv = tl.where((ids == adapter)[:, None], product, uv)", "LOAD_V(its_v, {}, n0, rank, N"
+ALL_PARTS = "if arrived == parts[3] - 1:\n            acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)"
+SHRINK_SELECT = "(r0 + tl.arange(0, BLOCK_R) < rank)[None, :] & live"
+WGRAD_SELECT = "acc = tl.where((r0 + tl.arange(0, BLOCK_R) < rank)[None, :], acc, 0.0)"
+PART_STORE = "tl.store(part_ptrs + tl.cast(part, tl.int64) * parts[1], acc, mask=y_mask)"
+BIAS = "acc += tl.load(bias_ptr + n0 + tl.arange(0, BLOCK_N), mask=n0 + tl.arange(0, BLOCK_N) < N, other=0.0)[None, :]"
+ROW_OFFSET = "j0, tl.int64) * t[2]) + (rows.to(tl.int64) * t[1])"
+PER_SPLIT, ORDERED = "tl.cdiv(tl.cdiv(M - first, BLOCK_M), tl.num_programs(2))", "tl.load(order_ptr + tokens, mask=row_mask, other=0)"
+GATHERED_TILES = "seg is None else seg.tile_adapter.shape[0]"
+SHARED = "dict(adapters=adapters, config=config)"
+PHILOX = "tl.philox(seed, token + zero, zero, group + zero, zero, 7)"
+
+ONE_ADAPTER = [
+    Mutant("load: no mask", LOAD, "mask=tile_mask(i0, j0, I, J, BLOCK_I, BLOCK_J), other=0.0", ""),
+    Mutant("load: j mask off by one", LOAD, f"mask={J_MASK}", f"mask={J_MASK.replace('< J', '<= J')}"),
+    Mutant("load: i mask off by one", LOAD, f"mask={I_MASK}", f"mask={I_MASK.replace('< I', '<= I')}"),
+    Mutant("mask: row off by one", LOAD, f"{I_MASK} &", f"{I_MASK.replace('< I', '<= I')} &"),
+    Mutant("offsets: strides swapped", LOAD, OFFSETS, "i[:, None] * stride_j + j[None, :] * stride_i"),
+    Mutant("offsets: 32 bits in a wide tile", LOAD, "i = i.to(tl.int64)", "pass"),
+    Mutant("base: 32 bits", LOAD, "tl.cast(i0, tl.int64) * stride_i", "i0 * stride_i"),
+    Mutant("descriptor: coordinates swapped", LOAD, f"[{J0}, {I0}]", f"[{I0}, {J0}]"),
+    Mutant("dropout: > for >=", DROP, ">= threshold, [", "> threshold, ["),
+    Mutant("dropout: 10 rounds", DROP, "zero, 7)", "zero, 10)"),
+    Mutant("dropout: halves of a word swapped", DROP, "tl.join(words & 0xFFFF, words >> 16)", "tl.join(words >> 16, words & 0xFFFF)"),
+    Mutant("dropout: counters swapped", DROP, PHILOX, "tl.philox(seed, group + zero, zero, token + zero, zero, 7)"),
+    Mutant("dropout: token counted in its tile", DROP, "token = tokens[:, None]", "token = tl.arange(0, BLOCK_M)[:, None]"),
+    Mutant("tiles: last group not clamped", TILES, "tl.minimum(num_m - first_m, GROUP_M)", "GROUP_M"),
+    Mutant("tiles: group counted in rows", TILES, "tile // (GROUP_M * num_n)", "tile // (GROUP_M * num_m)"),
+    Mutant("tiles: row by row inside a group", TILES, "inside % rows, inside // rows", "inside // num_n, inside % num_n", note=SPEED),
+    Mutant("shrink: scale missing", SHRINK, "out = acc * scale", "out = acc"),
+    Mutant("shrink: rounded before the scale", SHRINK, "out = acc * scale", "out = acc.to(a[0].dtype.element_ty) * scale"),
+    Mutant("shrink: 16-bit sums", SHRINK, X_DOT_A, f"{X_DOT_A}.to(x_tile.dtype).to(tl.float32)"),
+    Mutant("shrink: mask coordinates swapped", SHRINK, "threshold, tokens, k0, BLOCK_M", "threshold, tokens - m0 + k0, m0, BLOCK_M"),
+    Mutant("shrink: first rank block only", SHRINK, "r0 = tl.program_id(1) * BLOCK_R", "r0 = 0"),
+    Mutant("shrink: splits overlap", SHRINK, "tl.program_id(2) * blocks_per_split * BLOCK_K", "tl.program_id(2) * BLOCK_K"),
+    Mutant("shrink: last split past K", SHRINK, K_END, "k_start + blocks_per_split * BLOCK_K"),
+    Mutant("wgrad: 16-bit sums", WGRAD, X_DOT_G, f"{X_DOT_G}.to(x_tile.dtype).to(tl.float32)"),
+    Mutant("wgrad: mask coordinates swapped", WGRAD, "threshold, tokens, j0, BLOCK_M", "threshold, tokens - m0 + j0, m0, BLOCK_M"),
+    Mutant("wgrad: tail of the tokens missing", WGRAD, M_END, M_END.replace("M)", "M // BLOCK_M * BLOCK_M)")),
+    Mutant("wgrad: first rank block only", WGRAD, "r0 = tl.program_id(1) * BLOCK_R", "r0 = 0"),
+    Mutant("wgrad: store mask off by one", WGRAD, "tile_mask(j0, r0, J, R,", "tile_mask(j0, r0, J, R + 1,"),
+    Mutant("expand: first rank block only", EXPAND, "tl.range(0, R_BLOCKS * BLOCK_R, BLOCK_R", "tl.range(0, BLOCK_R, BLOCK_R"),
+    Mutant("expand: mask takes the base, too", EXPAND, "(DROP_UV or SEGMENTS) and not FIRST", "(DROP_UV or SEGMENTS) and FIRST"),
+    Mutant("expand: dX without 1 / (1 - p)", EXPAND, KEEP, KEEP.replace("uv * inv_keep", "uv")),
+    Mutant("expand: dX without mask", EXPAND, KEEP, "uv = uv * inv_keep"),
+    Mutant("expand: dX mask coordinates swapped", EXPAND, KEEP, KEEP.replace("tokens, n0", "tokens - m0 + n0, m0")),
+    Mutant("expand: dX in the loop without 1 / (1 - p)", EXPAND, KEEP_LOOP, KEEP_LOOP.replace("uv * inv_keep", "uv")),
+    Mutant("expand: low rank lost on library base", EXPAND, "acc += tl.load(y_ptrs", "acc = 0.0 + tl.load(y_ptrs"),
+    Mutant("expand: low rank lost when awaited", EXPAND, 'if U == "awaited" or (U ==', 'if (U =='),
+    Mutant("expand: low rank lost in the loop", EXPAND, U_DOT_V, "pass"),
+    Mutant("expand: loop without scale", EXPAND, "(u_acc * scale)", "u_acc"),
+    Mutant("expand: loop saves u without scale", EXPAND, "tl.store(u_ptrs, u_tile, mask", "tl.store(u_ptrs, u_acc.to(u_tile.dtype), mask"),
+    Mutant("expand: loop without dropout", EXPAND, "x_tile = drop(x_tile", "drop(x_tile"),
+    Mutant("expand: u saved by the second column", EXPAND, "pid_n == 0", "pid_n == 1"),
+    Mutant("expand: 16-bit sums", EXPAND, X_DOT_W, f"{X_DOT_W}.to(x_tile.dtype).to(tl.float32)"),
+    Mutant("expand: EVEN_K and EVEN_N swapped for w", EXPAND, f"{W_SHAPE}K, EVEN_N", f"{W_SHAPE}N, EVEN_K"),
+    Mutant("expand: bias skipped", EXPAND, "if bias_ptr is not None:", "if bias_ptr is not None and LOAD_W is None:"),
+    Mutant("expand: bias of the first tile", EXPAND, "n = n0 + tl.arange", "n = 0 * n0 + tl.arange"),
+    Mutant("expand: bias not masked", EXPAND, "tl.load(bias_ptr + n, mask=n < N, other=0.0)", "tl.load(bias_ptr + n)", note=UNSEEN),
+    Mutant("expand: store not masked", EXPAND, "acc.to(y_ptrs.dtype.element_ty), mask=y_mask)", "acc.to(y_ptrs.dtype.element_ty))"),
+    Mutant("expand: TF32 always", EXPAND, "_precision=PRECISION", '_precision="tf32"', 7, "GPU only: the interpreter has no TF32"),
+    Mutant("expand: persistent step of 1", EXPAND, STEP, "1", note=SPEED),
+    Mutant("expand: persistent step too long", EXPAND, STEP, "tl.num_programs(0) + 1"),
+    Mutant("expand: persistent range without producers", EXPAND, "last = producers + num_m", "last = num_m"),
+    Mutant("awaited: no wait", EXPAND, WAIT, WAIT.replace("wanted", "0"), note=ORDER),
+    Mutant("awaited: acquire relaxed", EXPAND, 'sem="acquire"', 'sem="relaxed"', note=ORDER),
+    Mutant("awaited: release relaxed", EXPAND, 'sem="release"', 'sem="relaxed"', 2, ORDER),
+    Mutant("awaited: no barriers", EXPAND, "tl.debug_barrier()", "pass", 4, ORDER),
+    Mutant("awaited: item without ticket", EXPAND, TICKET, "turn"),
+    Mutant("awaited: first rank block for all", EXPAND, "(item % R_BLOCKS) * BLOCK_R", "0"),
+    Mutant("launch: last split missing", LAUNCH, "triton.cdiv(blocks, per_split)", "max(1, blocks // per_split)"),
+    Mutant("launch: 16-bit partial sums", LAUNCH, "torch.float32 if splits > 1 else dtype", "dtype", 2),
+    Mutant("launch: v reshaped, not transposed", LAUNCH, "w.t(), v.mT,", "w.t(), v.reshape(*v.shape[:-2], v.shape[-1], -1),"),
+    Mutant("launch: EVEN_K always", LAUNCH, "EVEN_K=K % c.block_k == 0", "EVEN_K=True", 2),
+    Mutant("launch: EVEN_N always", LAUNCH, "EVEN_N=N % c.block_n == 0", "EVEN_N=True", note=UNSEEN),
+    Mutant("launch: EVEN_R always", LAUNCH, "EVEN_R=R % block_r == 0", "EVEN_R=True", 3),
+    Mutant("launch: EVEN_J always", LAUNCH, "EVEN_J=J % c.block_j == 0", "EVEN_J=True", note=UNSEEN),
+    Mutant("launch: SAVE_U never", LAUNCH, 'SAVE_U=c.u == "loop" and u is not None', "SAVE_U=False"),
+    Mutant("launch: 1 / (1 - p) twice in shrink", LAUNCH, "scale * inv_keep, M, K", "scale * inv_keep * inv_keep, M, K"),
+    Mutant("launch: loop without 1 / (1 - p)", LAUNCH, "scale * (inv_keep if drop_x else 1.0)", "scale"),
+    Mutant("launch: bias twice on library base", LAUNCH, "y=F.linear(x, weight, bias)", "bias=bias, y=F.linear(x, weight, bias)"),
+    Mutant("launch: dropout on dY", LAUNCH, "lora_B, scale=scale, dropout=None", "lora_B, scale=scale, dropout=drop"),
+    Mutant("launch: dA without dropout", LAUNCH, "ds, scale=1.0, dropout=drop", "ds, scale=1.0, dropout=None"),
+    Mutant("launch: flags not zeroed", LAUNCH, "flags = torch.zeros(", "flags = torch.empty("),
+]  # fmt: skip
+
+SPLIT = [
+    Mutant("parts: first only", LOAD, "tl.range(0, t[4])", "tl.range(0, 1)"),
+    Mutant("parts: a row apart", LOAD, "tl.cast(part, tl.int64) * t[3]", "tl.cast(part, tl.int64) * t[1]"),
+    Mutant("split: range of the part before", EXPAND, "k_begin = (part - 1) *", "k_begin = part *"),
+    Mutant("split: range up to K", EXPAND, "tl.minimum(k_begin + blocks_per_part * BLOCK_K, K))", "K)"),
+    Mutant("split: part 0 takes K, too", EXPAND, "tl.where(part == 0, k_begin, tl", "tl.where(part < 0, k_begin, tl"),
+    Mutant("split: low rank in each part", EXPAND, "if part == 0:", "if part >= 0:"),
+    Mutant("split: parts written over each other", EXPAND, PART_STORE, PART_STORE.replace("* parts[1]", "* 0")),
+    Mutant("split: counter of a row of tiles", EXPAND, "parts[2] + pid_m * tl.cdiv(N, BLOCK_N) + pid_n", "parts[2] + pid_m"),
+    Mutant("split: added by the first to come", EXPAND, "arrived == parts[3] - 1", "arrived == 0"),
+    Mutant("split: added before the last came", EXPAND, "arrived == parts[3] - 1", "arrived == parts[3] - 2"),
+    Mutant("split: first part left out", EXPAND, "tl.range(0, parts[3])", "tl.range(1, parts[3])"),
+    Mutant("split: last part twice", EXPAND, ALL_PARTS, ALL_PARTS.replace("acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)", "pass")),
+    Mutant("split: bias in every part", EXPAND, PART_STORE, f"if bias_ptr is not None:\n            {BIAS}\n        {PART_STORE}"),
+    Mutant("split: no bias", EXPAND, "other=0.0)\n            store_tile(acc, bias_ptr,", "other=0.0)\n            store_tile(acc, None,"),
+    Mutant("split: arrival relaxed", EXPAND, 'sem="acq_rel"', 'sem="relaxed"', note=ORDER),
+    Mutant("split: tile and part mixed up", EXPAND, "tile = turn // parts[3]", "tile = turn % parts[3]"),
+    Mutant("launch: counters not zeroed", LAUNCH, "torch.zeros(tiles,", "torch.empty(tiles,"),
+    Mutant("launch: no program for the last part", LAUNCH, "items = tiles * (splits + 1)", "items = tiles * splits"),
+    Mutant("launch: 16-bit parts of a tile", LAUNCH, "splits + 1, M, N, dtype=torch.float32", "splits + 1, M, N, dtype=x.dtype"),
+    Mutant("launch: one part of u", LAUNCH, "u.stride(0), u.shape[0])", "u.stride(0), 1)"),
+]  # fmt: skip
+
+MANY = [
+    Mutant("rows: no row mask", LOAD, "mask = row_mask[:, None]", "mask = (rows >= 0)[:, None]"),
+    Mutant("rows: no column mask", LOAD, "mask = mask & (j0 + j < J)[None, :]", "pass"),
+    Mutant("rows: column mask off by one", LOAD, "mask & (j0 + j < J)", "mask & (j0 + j <= J)"),
+    Mutant("rows: strides swapped", LOAD, ROW_OFFSET, ROW_OFFSET.replace("t[1]", "t[0]").replace("t[2]", "t[1]").replace("t[0]", "t[2]")),
+    Mutant("rows: 32 bits", LOAD, "rows.to(tl.int64) * t[1]", "rows * t[1]"),
+    Mutant("rows: columns in 32 bits", LOAD, "    if WIDE:\n        j = j.to(tl.int64)\n    return", "    return"),
+    Mutant("gathered: a token of the next adapter", TILES, "position < tl.load", "position <= tl.load"),
+    Mutant("gathered: tokens in order of place", TILES, "tl.load(gather[3] + position, mask=mask, other=0)", "tl.where(mask, position, 0)"),
+    Mutant("gathered: an unused tile works", TILES, "slot = tl.load(gather[0] + tile)", "slot = tl.maximum(tl.load(gather[0] + tile), 0)"),
+    Mutant("shrink: base-only tokens take a slot", SHRINK, "(slot < adapters)", "(slot <= adapters)"),
+    Mutant("shrink: scale of adapter 0", SHRINK, "tl.load(scales_ptr + slot)", "tl.load(scales_ptr)"),
+    Mutant("shrink: rank of adapter 0", SHRINK, "tl.load(ranks_ptr + slot)", "tl.load(ranks_ptr)"),
+    Mutant("shrink: adapter 0 for all", SHRINK, "tl.cast(slot, tl.int64) * stride_ae", "0"),
+    Mutant("shrink: adapter in 32 bits", SHRINK, "tl.cast(slot, tl.int64) * stride_ae", "slot * stride_ae"),
+    Mutant("shrink: no rank bound", SHRINK, "k0, r0, K, rank,", "k0, r0, K, R,", note=SELECTED),
+    Mutant("shrink: sums beyond the rank", SHRINK, "live & (r0 < rank)", "live", note=SPEED),
+    Mutant("shrink: no select beyond the rank", SHRINK, SHRINK_SELECT, "live"),
+    Mutant("shrink: no select of base-only tokens", SHRINK, SHRINK_SELECT, SHRINK_SELECT.replace(" & live", "")),
+    Mutant("shrink: rows stored in order of place", SHRINK, "row_offsets(z, tokens, r0)", "row_offsets(z, m0 + tl.arange(0, BLOCK_M), r0)"),
+    Mutant("shrink: store without row mask", SHRINK, "row_mask[:, None] & (r0 + r", "(tokens >= 0)[:, None] & (r0 + r"),
+    Mutant("shrink: store mask off by one", SHRINK, "(r0 + r < R)", "(r0 + r <= R)"),
+    Mutant("shrink: mask of the gathered place", SHRINK, "threshold, tokens, k0", "threshold, m0 + tl.arange(0, BLOCK_M), k0"),
+    Mutant("wgrad: end of the next adapter", WGRAD, "starts_ptr + adapter + 1", "starts_ptr + adapter + 2"),
+    Mutant("wgrad: from the first token", WGRAD, "first = tl.load(starts_ptr + adapter)", "first = 0"),
+    Mutant("wgrad: tokens in order of place", WGRAD, ORDERED, "tl.where(row_mask, tokens, 0)"),
+    Mutant("wgrad: splits rounded down", WGRAD, PER_SPLIT, "tl.cdiv(M - first, BLOCK_M) // tl.num_programs(2)"),
+    Mutant("wgrad: splits of all the tokens", WGRAD, "blocks_per_split = tl.cdiv(tl", "tl.cdiv(tl"),
+    Mutant("wgrad: rank of adapter 0", WGRAD, "tl.load(ranks_ptr + adapter)", "tl.load(ranks_ptr)"),
+    Mutant("wgrad: no rank bound", WGRAD, "row_mask, r0, rank,", "row_mask, r0, R,", note=SELECTED),
+    Mutant("wgrad: no select beyond the rank", WGRAD, WGRAD_SELECT, "pass"),
+    Mutant("wgrad: stored in adapter 0", WGRAD, "tl.cast(adapter, tl.int64) * stride_oe", "0"),
+    Mutant("wgrad: mask of the sorted place", WGRAD, "threshold, tokens, j0", "threshold, m0 + tl.arange(0, BLOCK_M), j0"),
+    Mutant("expand: masked sum, not a select", EXPAND, SELECT, "uv += tl.where((ids == adapter)[:, None], 1.0, 0.0) * product"),
+    Mutant("expand: no select", EXPAND, SELECT, "uv += product"),
+    Mutant("expand: adapters of the first block", EXPAND, "rows[1] + m0 + i", "rows[1] + i"),
+    Mutant("expand: number of the first block", EXPAND, "rows[2] + m0 // BLOCK_M", "rows[2]"),
+    Mutant("expand: last adapter left out", EXPAND, "m0 // BLOCK_M)):", "m0 // BLOCK_M) - 1):"),
+    Mutant("expand: rank of adapter 0", EXPAND, "tl.load(ranks_ptr + adapter)", "tl.load(ranks_ptr)"),
+    Mutant("expand: no rank bound", EXPAND, LOAD_V.format(0), LOAD_V.format(0).replace("rank", "R")),
+    Mutant("expand: no rank bound in rank blocks", EXPAND, LOAD_V.format("r0"), LOAD_V.format("r0").replace("rank", "R")),
+    Mutant("expand: first rank block of an adapter only", EXPAND, "tl.range(0, rank, BLOCK_R", "tl.range(0, tl.minimum(rank, 1), BLOCK_R"),
+    Mutant("expand: last rank block for all", EXPAND, "product = tl.dot(u_tile, v_tile, product,", "product = tl.dot(u_tile, v_tile,"),
+    Mutant("expand: adapter 0 for all", EXPAND, "adapter.to(tl.int64) * stride_ve", "0"),
+    Mutant("expand: adapter in 32 bits", EXPAND, "adapter.to(tl.int64) * stride_ve", "adapter * stride_ve"),
+    Mutant("expand: base lost beside many adapters", EXPAND, "return uv if FIRST else acc + uv", "return uv"),
+    Mutant("expand: ids not masked", EXPAND, "tokens, mask=tokens < M, other=-1)", "tokens)", note=UNSEEN),
+    Mutant("awaited: a row block waits for its first tile", EXPAND, "R_BLOCKS * tl.minimum(BLOCK_M, M - m0) if", "R_BLOCKS if", note=ORDER),
+    Mutant("awaited: the last row block waits for ever", EXPAND, "tl.minimum(BLOCK_M, M - m0) if", "BLOCK_M if"),
+    Mutant("awaited: flag counted in gathered tiles", EXPAND, "tokens // BLOCK_M", "tokens // GATHER_M"),
+    Mutant("awaited: tokens that are none count, too", EXPAND, "mask=row_mask, sem=", "sem="),
+    Mutant("awaited: one flag a gathered tile", EXPAND, "if SEGMENTS:  # a row", "if False:  # a row"),
+    Mutant("launch: too few tickets", LAUNCH, "(gathered if seg else num_m)", "num_m"),
+    Mutant("launch: too few gathered tiles", LAUNCH, GATHERED_TILES, "seg is None else triton.cdiv(M, c.block_m)"),
+    Mutant("launch: EVEN_R with ranks", LAUNCH, " and adapters.ranks is None,", ",", 3),
+    Mutant("launch: splits of a large stack", LAUNCH, "max(1, min(splits, SPLIT_ADAPTERS // E))", "splits"),
+    Mutant("launch: no split of a large stack", LAUNCH, "max(1, min(splits, SPLIT_ADAPTERS // E))", "min(splits, SPLIT_ADAPTERS // E)"),
+    Mutant("launch: no scales in backward", LAUNCH, SHARED, SHARED.replace("=adapters,", "=adapters._replace(scales=None),")),
+    Mutant("launch: no ranks in backward", LAUNCH, SHARED, SHARED.replace("=adapters,", "=adapters._replace(ranks=None),")),
+    Mutant("launch: no scales awaited", LAUNCH, 'None if c.u == "given" else adapters.scales', "None"),
+    Mutant("launch: adapters a row apart", LAUNCH, "return t.stride(0) if", "return t.stride(1) if"),
+    Mutant("launch: dS in parts for wgrad", LAUNCH, "not (need_da or config", "not (config"),
+    Mutant("runs: all tokens are neighbours", CHAIN, "last[e] - first[e] == end - begin - 1", "True"),
+    Mutant("runs: one gap is none", CHAIN, "== end - begin - 1", "<= end - begin"),
+    Mutant("runs: last token left out", CHAIN, "slice(first[e], last[e] + 1)", "slice(first[e], last[e])"),
+    Mutant("runs: no scale", CHAIN, "scale * (1.0 if scales is None else scales[e])", "scale"),
+    Mutant("runs: rank of the stack", CHAIN, "rank if ranks is None else min(ranks[e], rank)", "rank"),
+    Mutant("add_product: gathered rows lose the base", CHAIN, "torch.addmm(t[rows], a, b)", "a @ b"),
+    Mutant("chain: no dropout of gathered tokens", CHAIN, "adapter_in[rows]", "x[rows]"),
+    Mutant("chain: mask of the first tokens", CHAIN, "bits is None else bits[rows]", "bits is None else bits[: len(dy[rows])]"),
+    Mutant("chain: dX without 1 / (1 - p)", CHAIN, "drop(scaled_mm(ds, A, keep), bits)", "drop(scaled_mm(ds, A, 1.0), bits)"),
+    Mutant("plan: one slot too few in the bound", PLAN, "min(E + 1, M)", "min(E, M)"),
+    Mutant("plan: unused tiles not marked", PLAN, "torch.where(unused, -1, slot)", "slot"),
+    Mutant("plan: tiles one token apart", PLAN, "(index - (ends - tiles)[inside]) * block", "index - (ends - tiles)[inside]"),
+    Mutant("plan: a tile for the slot before", PLAN, "index, right=True", "index, right=False"),
+    Mutant("plan: no start of the base-only tokens' end", PLAN, "torch.arange(num_adapters + 2,", "torch.arange(num_adapters + 1,"),
+    Mutant("plan: base-only tokens are an adapter", PLAN, "torch.where(slot == num_adapters, -1, slot)", "slot"),
+    Mutant("plan: ids past the last are kept", PLAN, "(raw < 0) | (raw >= num_adapters)", "raw < 0"),
+    Mutant("plan: id E allowed", PLAN, "(ids < num_adapters)).all()", "(ids <= num_adapters)).all()"),
+    Mutant("present: base-only tokens, too", PLAN, "new = ordered >= 0", "new = ordered >= -1"),
+    Mutant("present: repeats", PLAN, "new[:, 1:] &= ordered[:, 1:] != ordered[:, :-1]", "pass"),
+    Mutant("present: from the second place on", PLAN, "torch.cumsum(new, 1) - 1", "torch.cumsum(new, 1)"),
+]  # fmt: skip
+
+MUTANTS = [*ONE_ADAPTER, *(replace(m, tests="split") for m in SPLIT), *(replace(m, tests="segments") for m in MANY)]
