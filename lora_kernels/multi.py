@@ -18,7 +18,7 @@ from torch import nn
 from .autograd import lora_linear
 from .nn import adopt, check_linear, check_rank, init_adapter, scaling_of
 from .problem import check_tensor
-from .segments import Segments
+from .segments import Segments, check_int
 
 OWN_GRAD: Any = torch.Tensor.grad  # torch's own attribute, below `SlotParameter`'s
 
@@ -105,10 +105,7 @@ class MultiLoRALinear(nn.Module):
         return self
 
     def _adopt(self, base, num_adapters, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype) -> None:
-        if isinstance(num_adapters, bool) or not isinstance(num_adapters, int):
-            raise TypeError(f"num_adapters: wanted an int, got {type(num_adapters).__name__}")
-        if num_adapters < 1:
-            raise ValueError(f"num_adapters: wanted at least 1, got {num_adapters}")
+        check_int("num_adapters", num_adapters, 1)
         E, self.use_rslora = num_adapters, use_rslora
         self._built = _each("r", r, E)
         for e, rank in enumerate(self._built):

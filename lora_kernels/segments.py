@@ -79,7 +79,7 @@ class Segments:
         if not isinstance(adapter_ids, torch.Tensor) or adapter_ids.dtype not in (torch.int32, torch.int64):
             given = adapter_ids.dtype if isinstance(adapter_ids, torch.Tensor) else type(adapter_ids).__name__
             raise TypeError(f"adapter_ids: wanted an int32 or int64 tensor, one id a token, got {given}")
-        _check_int("num_adapters", num_adapters, 1)
+        check_int("num_adapters", num_adapters, 1)
         raw = adapter_ids.reshape(-1)
         if validate:
             _validate(raw, num_adapters)
@@ -247,7 +247,8 @@ def _validate(ids: torch.Tensor, num_adapters: int) -> None:
         raise ValueError(f"adapter_ids: wanted ids from -1 to {num_adapters - 1}, got {wrong[0].item()} ({wrong.numel()} out of range)")
 
 
-def _check_int(name: str, value, least: int) -> None:
+def check_int(name: str, value, least: int) -> None:
+    """Raises TypeError or ValueError unless ``value`` is an int and at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: wanted an int, got {type(value).__name__}")
     if value < least:
@@ -257,7 +258,7 @@ def _check_int(name: str, value, least: int) -> None:
 def _block(name: str, value: int | None, default: int) -> int:
     if value is None:
         return default
-    _check_int(name, value, 16)
+    check_int(name, value, 16)
     if value & (value - 1):
         raise ValueError(f"{name}: wanted a power of two, got {value}")
     return value

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from bench.timing import Step, graphed
 from lora_kernels import FusedLoRALinear, explain, lora_linear, parity
 from lora_kernels.parity import Case, run_case
 from lora_kernels.tuning import Config, Expand
@@ -71,23 +72,15 @@ def test_cuda_graph_capture_and_replay(impl, p):
         y = lora_linear(*args, dropout_p=p, training=True, impl=impl)
         return [y, *torch.autograd.grad(y, [args[0], args[2], args[3]], t["dY"])]
 
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outs = step()
-    graph.replay()
-    first = [o.clone() for o in outs]
-    graph.replay()
+    replay = graphed(Step(step)).forward
+    first = [o.clone() for o in replay()]
+    outs = replay()
     if p:
         assert not torch.equal(first[0], outs[0]), "each replay draws a new mask"
     else:
         with torch.no_grad():
             args[0].mul_(0.5)
-        graph.replay()
+        replay()
         torch.testing.assert_close(outs[0].float(), step()[0].float(), rtol=2e-2, atol=2e-2)
 
 

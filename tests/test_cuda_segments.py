@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from bench.timing import Step, graphed
 from lora_kernels import MultiLoRALinear, Segments, explain, lora_linear, parity
 from lora_kernels.dispatch import device_arch
 from lora_kernels.parity import Case, run_case
@@ -88,19 +89,13 @@ def test_graph_replay_with_new_ids_scales_and_ranks():
     def step():
         return lora_linear(*args, scale=scale, ranks=ranks, segments=Segments.from_ids(ids, 64), impl="triton")
 
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side), torch.no_grad():
-        for _ in range(3):
-            step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph), torch.no_grad():
-        y = step()
+    with torch.no_grad():
+        replay = graphed(Step(step)).forward
     for _ in range(5):
         ids.copy_(torch.randint(-1, 64, (64,), device=CUDA))
         scale.uniform_(0.5, 2.0)
         ranks.copy_(torch.randint(1, 17, (64,), device=CUDA))
-        graph.replay()
+        y = replay()
         torch.cuda.synchronize()
         assert torch.equal(y, step())
 
@@ -113,16 +108,9 @@ def test_training_step_under_a_graph():
         y = layer(x, Segments.from_ids(ids, 8))
         return torch.autograd.grad(y.float().square().sum(), [layer.lora_A, layer.lora_B])
 
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        grads = step()
+    replay = graphed(Step(step)).forward
     ids.copy_(torch.randint(-1, 8, (96,), device=CUDA))
-    graph.replay()
+    grads = replay()
     torch.cuda.synchronize()
     for ours, eager in zip(grads, step(), strict=True):
         assert torch.equal(ours, eager)

@@ -33,7 +33,7 @@ class FusedLoraLinear(lora.Linear):
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         names = kwargs.get("adapter_names")
-        if self.disable_adapters or self.merged or (names is None and not self.active_adapters):
+        if self.disable_adapters or self.merged:
             return super().forward(x, *args, **kwargs)
         others = args or any(value is not None for key, value in kwargs.items() if key != "adapter_names")
         if others or why_not_fused(self, x) is not None:
@@ -115,15 +115,22 @@ def why_not_fused(layer: lora.Linear, x: torch.Tensor | None = None) -> str | No
     parts = [("base layer", base)]
     parts += [part for name in active for part in (("lora_A", layer.lora_A[name]), ("lora_B", layer.lora_B[name]))]
     for part, module in parts:
-        if type(module) is not nn.Linear:
-            return f"its {part} is {type(module).__name__}, not nn.Linear"
-        if _hooked(module):
-            return f"its {part} has hooks, which a fused call would pass by"
-        if type(module.weight) not in PLAIN:
-            return f"its {part}'s weight is a {type(module.weight).__name__}"
+        reason = _why_not_part(part, module)
+        if reason is not None:
+            return reason
         if module.weight.device != base.weight.device:
             return f"its {part} is on {module.weight.device}, its base on {base.weight.device}"
     return None if x is None else _why_not_input(base, x)
+
+
+def _why_not_part(part: str, module: nn.Module) -> str | None:
+    if type(module) is not nn.Linear:
+        return f"its {part} is {type(module).__name__}, not nn.Linear"
+    if _hooked(module):
+        return f"its {part} has hooks, which a fused call would pass by"
+    if type(module.weight) not in PLAIN:
+        return f"its {part}'s weight is a {type(module.weight).__name__}"
+    return None
 
 
 def _why_not_input(base: nn.Linear, x: torch.Tensor) -> str | None:
@@ -151,12 +158,9 @@ def _why_not_adapter(layer: lora.Linear, name: str) -> str | None:
 def _why_not_mixed(layer: lora.Linear, names) -> str | None:
     used = sorted({name for name in names if name in layer.lora_A})
     for name in used:
-        reason = _why_not_adapter(layer, name)
+        reason = _why_not_adapter(layer, name) or _why_not_part("lora_A", layer.lora_A[name]) or _why_not_part("lora_B", layer.lora_B[name])
         if reason is not None:
             return reason
-        for module in (layer.lora_A[name], layer.lora_B[name]):
-            if type(module) is not nn.Linear or _hooked(module) or type(module.weight) not in PLAIN:
-                return f"adapter {name!r} is hooked, sharded or of another type"
     if len({(_dropout(layer, name), layer.lora_dropout[name].training) for name in used}) > 1:
         return "its adapters differ in dropout"
     if len({layer.lora_A[name].weight.dtype for name in used}) > 1:
