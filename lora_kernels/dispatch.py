@@ -38,8 +38,9 @@ class Choice:
         return "\n".join(lines)
 
 
+@functools.cache
 def interpreting() -> bool:
-    """Whether Triton's interpreter is on in this process (TRITON_INTERPRET=1)."""
+    """Whether Triton's interpreter is on in this process (TRITON_INTERPRET=1): Triton itself reads it once, when kernels are decorated."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
 
 

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import torch
 
+from .segments import readable
+
 ROUNDS = 7
 LANES = 8
 LANE_BITS = 16
@@ -35,23 +37,23 @@ def philox_4x32(counter, key, rounds: int = ROUNDS):
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
-    # An int64 product of two uint32 wraps modulo 2^64, so its bits are those of the unsigned product.
+    # An int64 product of two uint32 wraps modulo 2^64, so its bits are those of the unsigned product. Words that are only
+    # xored may carry bits above their 32 until the one mask at the end of a round; those that are multiplied may not.
     mixing = min(rounds, 2)  # the first two rounds meet words that depend on one axis each: they cost next to nothing unbroadcast
     for _ in range(mixing):
         p0, p1 = c0 * _MULTIPLIER_0, c2 * _MULTIPLIER_1
-        c0, c1, c2, c3 = ((p1 >> 32) & _WORD) ^ c1 ^ k0, p1 & _WORD, ((p0 >> 32) & _WORD) ^ c3 ^ k1, p0 & _WORD
+        c0, c1, c2, c3 = ((p1 >> 32) ^ c1 ^ k0) & _WORD, p1, ((p0 >> 32) ^ c3 ^ k1) & _WORD, p0
         k0, k1 = (k0 + _WEYL_0) & _WORD, (k1 + _WEYL_1) & _WORD
     c0, c1, c2, c3 = (c.clone(memory_format=torch.contiguous_format) for c in torch.broadcast_tensors(c0, c1, c2, c3))
     p0, p1 = torch.empty_like(c0), torch.empty_like(c0)
     for _ in range(rounds - mixing):
         torch.mul(c0, _MULTIPLIER_0, out=p0)
         torch.mul(c2, _MULTIPLIER_1, out=p1)
-        torch.bitwise_right_shift(p1, 32, out=c0).bitwise_and_(_WORD).bitwise_xor_(c1).bitwise_xor_(k0)
-        torch.bitwise_right_shift(p0, 32, out=c2).bitwise_and_(_WORD).bitwise_xor_(c3).bitwise_xor_(k1)
-        torch.bitwise_and(p1, _WORD, out=c1)
-        torch.bitwise_and(p0, _WORD, out=c3)
+        torch.bitwise_right_shift(p1, 32, out=c0).bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(_WORD)
+        torch.bitwise_right_shift(p0, 32, out=c2).bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(_WORD)
+        c1, p1, c3, p0 = p1, c1, p0, c3
         k0, k1 = (k0 + _WEYL_0) & _WORD, (k1 + _WEYL_1) & _WORD
-    return c0, c1, c2, c3
+    return c0, c1.bitwise_and_(_WORD), c2, c3.bitwise_and_(_WORD)
 
 
 def threshold_of(p: float) -> int:
@@ -82,7 +84,7 @@ def keep_mask(seed: torch.Tensor, tokens: int, features: int, p: float) -> torch
     device = seed.device
     groups = -(-features // LANES)
     padded = torch.empty(tokens, groups * LANES, dtype=torch.bool, device=device)
-    seed = seed.reshape(())
+    seed = int(seed) if readable(seed) else seed.reshape(())  # Python's own arithmetic on the key costs nothing
     key = (seed & _WORD, (seed >> 32) & _WORD)
     threshold = threshold_of(p)
     zero = torch.zeros((), dtype=torch.int64, device=device)

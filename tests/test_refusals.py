@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lora_kernels import Segments, UnsupportedError, explain, lora_linear
+from lora_kernels import Segments, UnsupportedError, dispatch, explain, lora_linear
 from lora_kernels.tuning import Config, Expand, Shrink
 
 M, N, K, R = 4, 6, 8, 3
@@ -157,7 +157,7 @@ def test_refused(function, changed, error, match):
 
 
 def test_triton_on_a_cpu_says_what_is_missing(monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(dispatch, "interpreting", lambda: False)
     args = {name: t.cpu() for name, t in arguments().items()}
     with pytest.raises(UnsupportedError, match="the tensors are on cpu; the kernels need a GPU, or TRITON_INTERPRET=1"):
         lora_linear(**args, impl="triton")
