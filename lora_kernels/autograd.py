@@ -114,7 +114,8 @@ def lora_linear(
     adapters, factor = ONE, scale
     if segments is not None or isinstance(scale, torch.Tensor):
         adapters, factor = carried(segments, scale, ranks)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, lora_A, lora_B, bias)):
+    trained = x.requires_grad or lora_A.requires_grad or lora_B.requires_grad or (bias is not None and bias.requires_grad)
+    if trained and torch.is_grad_enabled():
         scales, _, plan, geometry = adapters.flat()
         return LoRALinearFunction.apply(x, weight, lora_A, lora_B, bias, drawn, float(factor), p, impl, key, geometry, scales, ranks, *plan)
     return ops.forward(x, weight, lora_A, lora_B, bias, drawn, adapters, float(factor), p, False, impl, key)[0]

@@ -7,7 +7,6 @@ chain's vendor matmul is the safe choice until a measurement on the device says 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.metadata
 import os
@@ -142,10 +141,10 @@ def plainly_chain(device: torch.device, impl: str, key: str) -> bool:
 def forward_arm(x, weight, lora_A, lora_B, adapters: Adapters, dropout_p: float, impl: str, key: str):
     """(function, config) that computes a forward pass of x ``[M, K]``."""
     if plainly_chain(x.device, impl, key):
-        return chain_forward, None
+        return CHAIN_FORWARD
     choice = choose(problem.describe(x, weight, lora_A, lora_B, dropout=bool(dropout_p), adapters=adapters), x.device, impl, key)
     if choice.arm == "torch":
-        return chain_forward, None
+        return CHAIN_FORWARD
     from . import launch
 
     return launch.forward, choice.config
@@ -154,7 +153,7 @@ def forward_arm(x, weight, lora_A, lora_B, adapters: Adapters, dropout_p: float,
 def backward_arm(dy, x, weight, lora_A, lora_B, u, adapters: Adapters, dropout_p: float, impl: str, key: str):
     """(function, config) that computes a backward pass from dY ``[M, N]``; operands may be None where no gradient uses them."""
     if plainly_chain(dy.device, impl, key):
-        return chain_backward, None
+        return CHAIN_BACKWARD
     K = weight.shape[1] if weight is not None else x.shape[1] if x is not None else dy.shape[1]
     R = u.shape[1] if lora_B is None else lora_B.shape[-1]
     w = dy if weight is None else weight
@@ -173,22 +172,29 @@ def backward_arm(dy, x, weight, lora_A, lora_B, u, adapters: Adapters, dropout_p
     )
     choice = choose(p, dy.device, impl, key)
     if choice.arm == "torch":
-        return chain_backward, None
+        return CHAIN_BACKWARD
     from . import launch
 
     return launch.backward, choice.config
 
 
-def _no_autocast(device: torch.device):
-    """The operands have their dtypes already, and gradients accumulate in theirs."""
-    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else contextlib.nullcontext()
-
-
 def chain_forward(x, weight, lora_A, lora_B, bias, seed, adapters, scale, p, save_u, config):
-    with _no_autocast(x.device):
-        return chain.forward(x, weight, lora_A, lora_B, bias, seed, adapters, scale, p)
+    return _without_autocast(x.device, chain.forward, x, weight, lora_A, lora_B, bias, seed, adapters, scale, p)
 
 
 def chain_backward(dy, x, weight, lora_A, lora_B, u, seed, adapters, scale, p, needs, adapter_dtype, config):
-    with _no_autocast(dy.device):
-        return chain.backward(dy, x, weight, lora_A, lora_B, u, seed, adapters, scale, p, needs, adapter_dtype)
+    return _without_autocast(
+        dy.device, chain.backward, dy, x, weight, lora_A, lora_B, u, seed, adapters, scale, p, needs, adapter_dtype
+    )  # fmt: skip
+
+
+def _without_autocast(device: torch.device, function, *args):
+    """The operands have their dtypes already, and gradients accumulate in theirs."""
+    if not torch.is_autocast_enabled(device.type):
+        return function(*args)
+    with torch.autocast(device.type, enabled=False):
+        return function(*args)
+
+
+CHAIN_FORWARD = chain_forward, None
+CHAIN_BACKWARD = chain_backward, None

@@ -36,14 +36,15 @@ backward_op = torch.ops.lora_kernels.backward.default
 def forward(x, weight, lora_A, lora_B, bias, seed, adapters: Adapters, scale, dropout_p, save_u, impl, config):
     """``y [..., N]`` and ``u [M, r]``: the forward operator, or its library calls themselves where nobody is to see an operator."""
     if _unseen(x, impl, config):
-        return _forward(x, weight, lora_A, lora_B, bias, seed, adapters, scale, dropout_p, save_u, impl, config)
+        return _forward(x, weight, lora_A, lora_B, bias, seed, adapters, scale, dropout_p, save_u, impl, config, dispatch.CHAIN_FORWARD)
     return forward_op(x, weight, lora_A, lora_B, bias, seed, *adapters.flat(), scale, dropout_p, save_u, impl, config)
 
 
 def backward(dy, x, weight, lora_A, lora_B, u, seed, adapters: Adapters, scale, dropout_p, needs, adapter_dtype, impl, config):
     """``dX, dA, dB, dbias``, what is not needed undefined: the backward operator, or its library calls, likewise."""
     if _unseen(dy, impl, config):
-        return _backward(dy, x, weight, lora_A, lora_B, u, seed, adapters, scale, dropout_p, needs, adapter_dtype, impl, config)
+        operands = (dy, x, weight, lora_A, lora_B, u, seed, adapters)
+        return _backward(*operands, scale, dropout_p, needs, adapter_dtype, impl, config, dispatch.CHAIN_BACKWARD)
     return backward_op(dy, x, weight, lora_A, lora_B, u, seed, *adapters.flat(), scale, dropout_p, *needs, adapter_dtype, impl, config)
 
 
@@ -59,12 +60,12 @@ def _unseen(t: torch.Tensor, impl: str, config: str) -> bool:
     )
 
 
-def _forward(x, weight, lora_A, lora_B, bias, seed, adapters, scale, dropout_p, save_u, impl, config):
+def _forward(x, weight, lora_A, lora_B, bias, seed, adapters, scale, dropout_p, save_u, impl, config, arm=None):
     x2 = rows(x)
     if x2.numel() == 0 or weight.shape[0] == 0:
         y, u = _empty_forward(x2, weight, lora_A, bias)
     else:
-        run, chosen = dispatch.forward_arm(x2, weight, lora_A, lora_B, adapters, dropout_p, impl, config)
+        run, chosen = arm or dispatch.forward_arm(x2, weight, lora_A, lora_B, adapters, dropout_p, impl, config)
         y, u = run(x2, weight, lora_A, lora_B, bias, seed, adapters, scale, dropout_p, save_u, chosen)
     return y if x is x2 else y.view(*x.shape[:-1], weight.shape[0]), u
 
@@ -77,7 +78,7 @@ def _empty_forward(x, weight, lora_A, bias):
     return y, x.new_zeros(x.shape[0], lora_A.shape[-2])
 
 
-def _backward(dy, x, weight, lora_A, lora_B, u, seed, adapters, scale, dropout_p, needs, adapter_dtype, impl, config):
+def _backward(dy, x, weight, lora_A, lora_B, u, seed, adapters, scale, dropout_p, needs, adapter_dtype, impl, config, arm=None):
     need_dx, need_da, need_db, need_dbias = needs
     dy2, x2 = rows(dy), None if x is None else rows(x)
     dx = da = db = None
@@ -88,7 +89,7 @@ def _backward(dy, x, weight, lora_A, lora_B, u, seed, adapters, scale, dropout_p
         da = dy.new_zeros(*stack, lora_B.shape[-1], x2.shape[1], dtype=adapter_dtype) if need_da else None
         db = dy.new_zeros(*stack, dy2.shape[1], u.shape[1], dtype=adapter_dtype) if need_db else None
     elif need_dx or need_da or need_db:
-        run, chosen = dispatch.backward_arm(dy2, x2, weight, lora_A, lora_B, u, adapters, dropout_p, impl, config)
+        run, chosen = arm or dispatch.backward_arm(dy2, x2, weight, lora_A, lora_B, u, adapters, dropout_p, impl, config)
         dx, da, db = run(dy2, x2, weight, lora_A, lora_B, u, seed, adapters, scale, dropout_p, needs[:3], adapter_dtype, chosen)
     if need_dx and dy is not dy2:
         dx = dx.view(*dy.shape[:-1], dx.shape[1])

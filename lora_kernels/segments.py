@@ -187,7 +187,7 @@ class Adapters(NamedTuple):
 
     @classmethod
     def from_flat(cls, scales, ranks, plan, geometry) -> Adapters:
-        return cls(Segments.of(plan, geometry) if plan else None, scales, ranks)
+        return cls(Segments.of(plan, geometry), scales, ranks) if plan else ONE if scales is None else cls(None, scales, ranks)
 
     @property
     def number(self) -> int:
