@@ -140,11 +140,14 @@ def check_tensor(name: str, t, what: str) -> None:
 
 def check_arguments(x, weight, lora_A, lora_B, bias, scale, dropout_p, seed, segments, ranks) -> None:
     """Refuse what `lora_linear` cannot compute. Raises ValueError, TypeError or UnsupportedError."""
-    stack = "" if segments is None else "num_adapters, "
     check_tensor("x", x, "a tensor [..., in_features]")
     check_tensor("weight", weight, "a tensor [out_features, in_features]")
-    check_tensor("lora_A", lora_A, f"a tensor [{stack}r, in_features]")
-    check_tensor("lora_B", lora_B, f"a tensor [{stack}out_features, r]")
+    if segments is None:
+        check_tensor("lora_A", lora_A, "a tensor [r, in_features]")
+        check_tensor("lora_B", lora_B, "a tensor [out_features, r]")
+    else:
+        check_tensor("lora_A", lora_A, "a tensor [num_adapters, r, in_features]")
+        check_tensor("lora_B", lora_B, "a tensor [num_adapters, out_features, r]")
     if bias is not None:
         check_tensor("bias", bias, "a tensor [out_features] or None")
     if segments is not None:
@@ -158,12 +161,14 @@ def check_arguments(x, weight, lora_A, lora_B, bias, scale, dropout_p, seed, seg
             "call weight.requires_grad_(False): LoRA trains lora_A and lora_B only"
         )
     check_scale(scale, x, segments)
-    check_ranks(ranks, x, lora_A, segments)
+    if ranks is not None:
+        check_ranks(ranks, x, lora_A, segments)
     if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)):
         raise TypeError(f"dropout_p: wanted a float in [0, 1), got {type(dropout_p).__name__}")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p: wanted a probability in [0, 1), got {dropout_p}")
-    check_seed(seed, x)
+    if seed is not None:
+        check_seed(seed, x)
 
 
 def check_segments(x, segments) -> None:
@@ -196,8 +201,6 @@ def check_scale(scale, x, segments) -> None:
 
 
 def check_ranks(ranks, x, lora_A, segments) -> None:
-    if ranks is None:
-        return
     if segments is None:
         raise ValueError("ranks: wanted None without segments (the rank is lora_A's), got a value")
     if not isinstance(ranks, torch.Tensor) or ranks.dtype != torch.int32:
@@ -218,14 +221,22 @@ def check_shapes(x, weight, lora_A, lora_B, bias, segments=None) -> None:
     N, K = weight.shape
     if x.dim() < 1 or x.shape[-1] != K:
         raise ValueError(f"x: wanted shape [..., {K}] to match weight {_shape(weight)}, got {_shape(x)}")
-    stack = [] if segments is None else [segments.num_adapters]
-    check_adapter("lora_A", lora_A, [*stack, "r", K], f"to match weight {_shape(weight)}", "[r, in_features]")
-    R = lora_A.shape[-2]
-    check_adapter("lora_B", lora_B, [*stack, N, R], f"to match weight {_shape(weight)} and lora_A {_shape(lora_A)}", "[out_features, r]")
+    R = lora_A.shape[-2] if lora_A.dim() > 1 else 0
+    one = segments is None and lora_A.dim() == lora_B.dim() == 2  # the usual case, told without the words of an error
+    if not (one and lora_A.shape[1] == K and lora_B.shape[0] == N and lora_B.shape[1] == R):
+        check_stacks(weight, lora_A, lora_B, segments)
     if not 1 <= R <= MAX_RANK:
         raise UnsupportedError(f"lora_A: wanted a rank r from 1 to {MAX_RANK}, got r = {R} (shape {_shape(lora_A)})")
     if bias is not None and tuple(bias.shape) != (N,):
         raise ValueError(f"bias: wanted shape [{N}] to match weight {_shape(weight)}, got {_shape(bias)}")
+
+
+def check_stacks(weight, lora_A, lora_B, segments) -> None:
+    N, K = weight.shape
+    stack = [] if segments is None else [segments.num_adapters]
+    check_adapter("lora_A", lora_A, [*stack, "r", K], f"to match weight {_shape(weight)}", "[r, in_features]")
+    R = lora_A.shape[-2]
+    check_adapter("lora_B", lora_B, [*stack, N, R], f"to match weight {_shape(weight)} and lora_A {_shape(lora_A)}", "[out_features, r]")
 
 
 def check_adapter(name: str, t, wanted: list, why: str, peft: str) -> None:
@@ -263,8 +274,6 @@ def check_devices(x, weight, lora_A, lora_B, bias) -> None:
 
 
 def check_seed(seed, x) -> None:
-    if seed is None:
-        return
     if isinstance(seed, torch.Tensor):
         if seed.dtype != torch.int64 or seed.numel() != 1:
             raise TypeError(f"seed: wanted an int64 tensor with one element, got {seed.dtype} of shape {_shape(seed)}")
