@@ -10,8 +10,9 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
-# An optional extra: `pip install -e ".[peft]"` brings it, and its tests with it.
-collect_ignore = [] if importlib.util.find_spec("peft") else ["test_peft.py"]
+# What an optional extra brings, and the tests that come with it.
+NEEDS = {"test_peft.py": "peft", "test_files.py": "peft", "test_huggingface.py": "peft", "test_plot.py": "matplotlib"}
+collect_ignore = [file for file, package in NEEDS.items() if importlib.util.find_spec(package) is None]
 
 
 @pytest.fixture(scope="session")

@@ -13,9 +13,9 @@ FLOORS = (
     ("kernels",),
     ("tuning",),
     ("launch", "compile_only", "chain"),
-    ("ops", "autograd", "dispatch"),
-    ("nn", "multi", "parity"),
-    ("cli", "__main__", "demo", "demo_data", "integrations"),
+    ("ops", "autograd", "dispatch", "merging"),
+    ("nn", "multi", "parity", "dora"),
+    ("cli", "__main__", "demo", "demo_data", "integrations", "apply", "files", "analysis", "inspect_adapter"),
 )
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}
 FILES = sorted(path for path in PACKAGE.rglob("*.py"))
