@@ -6,10 +6,21 @@ Importing needs neither a GPU nor Triton; both are looked for when a call wants 
 from . import reference
 from .autograd import explain, lora_linear
 from .dispatch import Choice
+from .dora import dora_linear
 from .multi import MultiLoRALinear
 from .nn import FusedLoRALinear
 from .problem import UnsupportedError
 from .segments import Segments
 
 __version__ = "0.2.0"
-__all__ = ["Choice", "FusedLoRALinear", "MultiLoRALinear", "Segments", "UnsupportedError", "explain", "lora_linear", "reference"]
+__all__ = [
+    "Choice",
+    "FusedLoRALinear",
+    "MultiLoRALinear",
+    "Segments",
+    "UnsupportedError",
+    "dora_linear",
+    "explain",
+    "lora_linear",
+    "reference",
+]
