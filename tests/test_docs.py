@@ -9,7 +9,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("name, blocks", [("many_adapters.md", 6)])
+@pytest.mark.parametrize("name, blocks", [("many_adapters.md", 6), ("analysis.md", 5)])
 def test_python_blocks(name, blocks):
     text, namespace = (DOCS / name).read_text(), {"__name__": name}
     found = list(BLOCK.finditer(text))

@@ -32,6 +32,7 @@ CHANGED = dict(rank_pattern={"0.q": 2}, alpha_pattern={"layers.1.v": 3}, use_rsl
 
 def saved(folder, seed=0, **changed):
     """A PEFT model and the folder it was saved to; A and B are random, of one magnitude."""
+    folder.mkdir(exist_ok=True)
     torch.manual_seed(9)
     net = Net()
     torch.manual_seed(seed)
@@ -184,10 +185,18 @@ def test_a_fresh_adapter(tmp_path, capsys):
     assert row[4:8] == ["0", "0", "0.00", "0.00"]
 
 
-def test_dora_is_named(tmp_path, capsys):
-    _, folder = saved(tmp_path, use_dora=True, target_modules=["q"])
+@pytest.mark.parametrize(
+    "field, note",
+    [
+        ("use_dora", "DoRA: its 11 magnitude vectors are left out; every number is of scale * B A alone"),
+        ("lora_bias", "11 more LoRA tensors (such as a bias of the adapter) are left out"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*invalid shape")  # PEFT takes its own bias of the adapter for a broken shard
+def test_what_is_left_out_is_named(field, note, tmp_path, capsys):
+    _, folder = saved(tmp_path, target_modules=["q"], **{field: True})
     code, out, _ = inspect(capsys, folder)
-    assert code == 0 and "DoRA: its 11 magnitude vectors are left out; every number is of scale * B A alone" in out
+    assert code == 0 and note in out
 
 
 def test_changed_bases_are_named(folder, capsys):
@@ -201,6 +210,30 @@ def test_nan_is_exit_code_1(folder, capsys):
     bad = [line for line in out.splitlines() if "BAD" in line]
     assert code == 1 and len(bad) == 1 and bad[0].startswith("layers.5.q ") and "NaN or Inf in lora_A or lora_B" in bad[0]
     assert inspect(capsys, folder, "--json")[0] == 1
+
+
+def test_nan_beside_the_adapter_is_exit_code_1(adapter, folder, capsys):
+    ours = adapter[1]
+    rewrite(folder, lambda tensors: tensors[V5].fill_(float("inf")))
+    code, out, _ = inspect(capsys, ours, "--against", folder)
+    assert code == 1 and out.count("BAD: NaN or Inf in the other's lora_B") == 1
+    base = load_file(ours / "base.safetensors")
+    base["conv.weight"][0, 0, 0] = float("nan")
+    save_file(base, folder / "base.safetensors")
+    code, out, _ = inspect(capsys, ours, "--base", folder / "base.safetensors")
+    assert code == 1 and out.count("BAD: NaN or Inf in the base's weight") == 1
+
+
+def test_heat_maps_of_every_matrix(adapter, tmp_path, capsys, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(analysis, "plot_similarity", lambda grid, path, **labels: drawn.update({path: (grid, labels)}))
+    _, theirs = saved(tmp_path / "other", seed=1, r=6)
+    assert inspect(capsys, adapter[1], "--against", theirs, "--plot", tmp_path / "plots")[0] == 0
+    assert len(drawn) == 24 and (tmp_path / "plots").is_dir()
+    grid, labels = drawn[tmp_path / "plots" / "layers.10.v.png"]
+    first, second = (load_file(f / FILE)["base_model.model.layers.10.v.lora_A.weight"] for f in (adapter[1], theirs))
+    assert torch.equal(grid, analysis.subspace_similarity(first, second)) and labels["title"] == "layers.10.v"
+    assert torch.equal(labels["control"], analysis.random_similarity(4, 6, 24))
 
 
 def test_one_matrix_missing_in_the_other(folder, adapter, capsys):
