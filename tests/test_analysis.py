@@ -149,6 +149,7 @@ def test_a_subspace_is_its_own():
         grid = subspace_similarity(A, again)
         torch.testing.assert_close(grid, torch.ones(6, 6, dtype=FLOAT64))
         assert grid.max() <= 1
+    assert subspace_similarity(torch.eye(40), rotation(40)).max() <= 1  # where rounding leads beyond
 
 
 def test_orthogonal_subspaces_share_nothing():
@@ -183,6 +184,8 @@ def test_the_grid_ends_at_the_rank():
     doubled = torch.cat([axes(0, 1), axes(0, 1)])
     assert subspace_similarity(doubled, axes(0, 1, 2)).shape == (2, 3)
     assert subspace_similarity(torch.randn(30, 8), torch.randn(3, 8)).shape == (8, 3)  # r above K
+    A = torch.randn(4, 20, dtype=FLOAT64)
+    assert subspace_similarity(torch.cat([A, rotation(4) @ A]), A).shape == (4, 4)  # the repeats are noise, not zeros
 
 
 @pytest.mark.parametrize(

@@ -146,6 +146,16 @@ def test_a_base_in_shards_with_another_prefix(adapter, tmp_path, capsys):
     assert code == 0 and "|UtWV|" in out and "100 such adapters" in out
 
 
+def test_a_base_without_the_adapters_prefix(adapter, folder, capsys):
+    """An adapter of bert.layers.0.q on a checkpoint of layers.0.q."""
+    rewrite(
+        folder, lambda tensors: [tensors.update({key.replace("model.model.", "model.model.bert."): tensors.pop(key)}) for key in [*tensors]]
+    )
+    base = adapter[1] / "base.safetensors"
+    straight, longer = (rows_of(capsys, f, "--base", base)["matrices"] for f in (adapter[1], folder))
+    assert [row["factor"] for row in straight] == [row["factor"] for row in longer]
+
+
 def test_fan_in_fan_out(folder, tmp_path, capsys):
     """GPT-2's weights are stored [K, N]."""
     straight = rows_of(capsys, folder, "--base", folder / "base.safetensors")["matrices"]
