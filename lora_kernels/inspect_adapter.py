@@ -87,12 +87,13 @@ class Adapter:
             shapes = {key: tuple(part.get_shape()) for key, part in slices.items()}
             dtypes = {key: part.get_dtype() for key, part in slices.items()}
         pairs = {key: key[: -len(a)] + b for key in shapes for a, b in PAIRS.items() if key.endswith(a)}
-        lonely = {key for key in shapes if key.endswith(tuple(PAIRS.values()))} - set(pairs.values())
-        for key in [*(b for b in pairs.values() if b not in shapes), *lonely, *pairs]:
-            if key not in shapes or key in lonely:
-                raise ValueError(f"{self.path}: wanted a lora_A and a lora_B for each matrix, got one alone at {key}")
-            if dtypes[key] not in DTYPES or dtypes[pairs[key]] not in DTYPES:
-                raise ValueError(f"{self.path}: wanted {key} as {', '.join(DTYPES)}, got {dtypes[key]} and {dtypes[pairs[key]]}")
+        alone = [key for pair in pairs.items() for key in pair if not set(pair) <= shapes.keys() and key in shapes]
+        alone += [key for key in shapes if key.endswith(tuple(PAIRS.values())) and key not in pairs.values()]
+        if alone:
+            raise ValueError(f"{self.path}: wanted a lora_A and a lora_B for each matrix, got {alone[0]} alone")
+        for key in (*pairs, *pairs.values()):
+            if dtypes[key] not in DTYPES:
+                raise ValueError(f"{self.path}: wanted {key} as {', '.join(DTYPES)}, got {dtypes[key]}")
         if not pairs:
             raise ValueError(f"{self.path}: wanted tensors named ...lora_A.weight, got {', '.join(sorted(shapes)[:3]) or 'none'}")
         found = [self._matrix(a, pairs[a], shapes[a], shapes[pairs[a]]) for a in sorted(pairs, key=natural)]
@@ -152,9 +153,8 @@ class Base:
         with opened(self.places[keys[0]]) as file:
             stored = file.get_slice(keys[0])
             shape, dtype = stored.get_shape(), stored.get_dtype()
-            flat = (shape[0], math.prod(shape[1:]))
-            if (flat[::-1] if matrix.transposed else flat) != matrix.shape or dtype not in DTYPES:
-                order = matrix.shape[::-1] if matrix.transposed else matrix.shape
+            order = matrix.shape[::-1] if matrix.transposed else matrix.shape
+            if len(shape) < 2 or (shape[0], math.prod(shape[1:])) != order or dtype not in DTYPES:
                 raise ValueError(f"{self.path}: wanted {keys[0]} as floats {list(order)}, got {dtype} {shape}")
             weight = file.get_tensor(keys[0]).flatten(1)
         return weight.T if matrix.transposed else weight
@@ -203,7 +203,7 @@ def of_pattern(config: dict, what: str, name: str):
         raise ValueError(f"{CONFIG}: wanted {what}_pattern as regular expressions, got {patterns}: {error}") from error
     value = config[field] if key is None else patterns[key]
     kinds = int if what == "rank" else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value) or (what == "rank" and value < 1):
+    if isinstance(value, bool) or not isinstance(value, kinds) or not abs(value) <= sys.float_info.max or (what == "rank" and value < 1):
         raise ValueError(f"{CONFIG}: wanted {field} of {name} as a {'rank' if what == 'rank' else 'number'}, got {value!r}")
     return value
 
@@ -232,8 +232,10 @@ def measure(matrix: Matrix, adapter: Adapter, base: Base | None, other: Adapter 
     elif weight is not None:
         found = analysis.amplification(weight, update)
         row |= {"weight_norm": found.weight, "projected": found.projected, "projected_by_chance": found.random, "factor": found.factor}
-    if other is not None and matrix.name in other.matrices:
-        row |= similarity(A, B, matrix, other, plots)
+    elif base is not None and update.rank:
+        row["note"] = "not in the base"
+    if other is not None:
+        row |= similarity(A, B, matrix, other, plots) if matrix.name in other.matrices else {"note": "not in the other"}
     return row
 
 

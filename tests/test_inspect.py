@@ -249,7 +249,15 @@ def test_heat_maps_of_every_matrix(adapter, tmp_path, capsys, monkeypatch):
 def test_one_matrix_missing_in_the_other(folder, adapter, capsys):
     rewrite(folder, lambda tensors: [tensors.pop(key) for key in list(tensors) if "layers.5.q" in key])
     rows = {row["name"]: row for row in rows_of(capsys, adapter[1], "--against", folder)["matrices"]}
-    assert "A_1" not in rows["layers.5.q"] and "A_1" in rows["layers.5.v"]
+    assert "A_1" not in rows["layers.5.q"] and rows["layers.5.q"]["note"] == "not in the other" and "A_1" in rows["layers.5.v"]
+
+
+def test_one_matrix_missing_in_the_base(adapter, tmp_path, capsys):
+    base = load_file(adapter[1] / "base.safetensors")
+    del base["conv.weight"]
+    save_file(base, tmp_path / "base.safetensors")
+    rows = rows_of(capsys, adapter[1], "--base", tmp_path / "base.safetensors")["matrices"]
+    assert [row["name"] for row in rows if "factor" not in row] == ["conv"] and rows[0]["note"] == "not in the base"
 
 
 def alone(folder):
@@ -287,8 +295,8 @@ def nothing_in_it(folder):
 
 
 SPOILED = [
-    (alone, "wanted a lora_A and a lora_B for each matrix, got one alone at base_model.model.layers.5.v.lora_B.weight"),
-    (alone_in_B, "got one alone at base_model.model.layers.5.q.lora_B.weight"),
+    (alone, "wanted a lora_A and a lora_B for each matrix, got base_model.model.layers.5.v.lora_A.weight alone"),
+    (alone_in_B, "got base_model.model.layers.5.q.lora_B.weight alone"),
     (cut, "wanted a whole safetensors file, got"),
     (claims_more_than_it_holds, "wanted a whole safetensors file, got"),
     (pickled, "wanted this file, got adapter_model.bin, a pickle, which is never read"),
@@ -303,6 +311,7 @@ SPOILED = [
     (lambda folder: reconfigure(folder, r=5), "wanted lora_A [5, K] and lora_B [N, 5], the rank that adapter_config.json says, got [4, "),
     (lambda folder: reconfigure(folder, r="4"), "wanted r of conv as a rank, got '4'"),
     (lambda folder: reconfigure(folder, lora_alpha=float("nan")), "wanted lora_alpha of conv as a number, got nan"),
+    (lambda folder: reconfigure(folder, lora_alpha=10**400), "wanted lora_alpha of conv as a number, got 1000"),
     (lambda folder: reconfigure(folder, rank_pattern={"(": 2}), "wanted rank_pattern as regular expressions"),
     (lambda folder: reconfigure(folder, alpha_pattern=[1]), "wanted alpha_pattern as regular expressions"),
     (lambda folder: reconfigure(folder, target_parameters=["w"]), "wanted adapted modules, got target_parameters"),
@@ -318,10 +327,13 @@ def test_what_cannot_be_read_is_exit_code_2(spoil, message, folder, capsys):
 
 def test_wrong_companions_are_exit_code_2(adapter, folder, tmp_path, capsys):
     ours = adapter[1]
-    empty, foreign, small = tmp_path / "empty", tmp_path / "foreign.safetensors", tmp_path / "small.safetensors"
+    empty, foreign, small, scalar = (
+        tmp_path / name for name in ("empty", "foreign.safetensors", "small.safetensors", "scalar.safetensors")
+    )
     empty.mkdir()
     save_file({"a.weight": torch.ones(2, 2)}, foreign)
     save_file({"layers.0.q.weight": torch.ones(3, 12)}, small)
+    save_file({"conv.weight": torch.ones(())}, scalar)
     rewrite(folder, lambda tensors: [tensors.update({key.replace("layers", "h"): tensors.pop(key)}) for key in list(tensors)])
     rewrite(folder, lambda tensors: [tensors.pop(key) for key in list(tensors) if ".h." not in key])
     reconfigure(folder, rank_pattern={"h.0.q": 2})
@@ -330,6 +342,7 @@ def test_wrong_companions_are_exit_code_2(adapter, folder, tmp_path, capsys):
         (("--base", tmp_path / "absent"), "wanted a .safetensors file or a folder of them, got none"),
         (("--base", foreign), "wanted a weight such as conv.weight, got none of them"),
         (("--base", small), "wanted layers.0.q.weight as floats [24, 12], got F32 [3, 12]"),
+        (("--base", scalar), "wanted conv.weight as floats [8, 12], got F32 []"),
         (("--against", folder), "wanted a matrix such as conv, got none in common"),
         (("--against", empty), "adapter_config.json: wanted this file, got none"),
         (("--plot", tmp_path / "plots"), "--plot: wanted --against OTHER_DIR beside it, got none"),
