@@ -34,7 +34,7 @@ What a LoRA adapter saved by PEFT does to its base, for each matrix W it adapts;
   factor      |dW| / |UtWV|: how strongly the update amplifies what W had there
 
 --against adds the similarity of two adapters, the paper's eq. 4: 1 where one subspace holds the other, 0 where they are orthogonal.
-  A 1:1       of the strongest input direction of each; A all: of all of them; by chance: of random matrices of this shape
+  A 1:1       of the strongest input direction of each; A all: of all of them; by chance: all of two random A
   B 1:1, ...  the same for output directions. Two A from one seed begin alike, whatever they learn; B begins at zero.
 
 Exit code: 0 all read, 1 a matrix holds NaN or Inf, 2 the folder cannot be read.
