@@ -16,6 +16,7 @@ NEEDS = {
     "test_peft_formulas.py": "peft",
     "test_files.py": "peft",
     "test_huggingface.py": "peft",
+    "test_inspect.py": "peft",
     "test_plot.py": "matplotlib",
 }
 collect_ignore = [file for file, package in NEEDS.items() if importlib.util.find_spec(package) is None]
