@@ -134,7 +134,8 @@ class FusedLoRALinear(nn.Module):
         if self.merged:
             raise RuntimeError("merge: wanted an unmerged layer, got a merged one; call unmerge() first")
         delta = self.delta_weight()
-        if not torch.isfinite(delta).all():
+        finite = torch.isfinite(delta).all()
+        if not (finite.full_tensor() if hasattr(finite, "full_tensor") else finite):  # a sharded layer merges on all ranks or on none
             raise ValueError("merge: wanted finite adapters, got NaN or Inf in scaling * B A; the weight is unchanged")
         self._base_weight = self.weight.detach().to("cpu", copy=True)
         self.weight.copy_(delta.add_(self.weight))

@@ -1,0 +1,160 @@
+"""Tensor parallel for `FusedLoRALinear`, by torch's own ``parallelize_module``, on t ranks:
+
+    column-parallel   W [N/t, K], B [N/t, r], A [r, K] on every rank    y_i = x W_i^T + u B_i^T          dX, dA: sums over ranks
+    row-parallel      W [N, K/t], A [r, K/t], B [N, r] on every rank    y = sum_i x_i W_i^T + u_i B^T    y, dB: sums over ranks
+
+The low-rank term is inside y_i and dX_i before they are summed, so it rides in the collectives that the base has anyway. What is sent
+besides is the gradient of the one factor that every rank holds, r K or r N numbers. The operators see plain local tensors.
+
+    parallelize_module(mlp, mesh, {"up": ColwiseLoRA(), "down": RowwiseLoRA()})
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
+
+from ..autograd import lora_linear
+from ..nn import FusedLoRALinear
+from ..philox import draw_seed
+from ..problem import UnsupportedError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the tensors of a style lie on the mesh. ``split``: the size that ranks share, which their number must divide."""
+
+    split: str
+    x: Placement
+    y: Placement
+    parameters: Mapping[str, Placement]
+
+
+COLUMN = Layout(
+    "out_features", Replicate(), Shard(-1), {"weight": Shard(0), "bias": Shard(0), "lora_A": Replicate(), "lora_B": Shard(0)}
+)  # fmt: skip
+ROW = Layout(
+    "in_features", Shard(-1), Partial(), {"weight": Shard(1), "bias": Replicate(), "lora_A": Shard(1), "lora_B": Replicate()}
+)  # fmt: skip
+
+
+class ColwiseLoRA(ColwiseParallel):
+    """Column-parallel `FusedLoRALinear`: the output features are split, each rank computes its own from the whole x.
+
+    Args:
+        input_layouts: How x comes: ``Replicate()`` (None), or ``Shard(1)`` of ``[B, S, K]`` for sequence parallel, which is gathered.
+        output_layouts: How y goes: ``Shard(-1)`` (None), ``Replicate()`` or a shard of another axis.
+        use_local_output: Whether y is the local torch.Tensor or a DTensor.
+    Raises, from parallelize_module:
+        TypeError: not a FusedLoRALinear. ValueError: the ranks do not divide out_features. RuntimeError: it is merged.
+        UnsupportedError: it has parameters besides weight, bias, lora_A and lora_B.
+    Dropout:
+        The seed comes from torch's generator on each rank: where a group's generators are in step (the same torch.manual_seed, as
+        DTensor asks) the mask is one process's. Where they are not, each rank's features have a mask of their own, and their exact gradients.
+    """
+
+    layout = COLUMN
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        return shard(module, device_mesh, self)
+
+
+class RowwiseLoRA(RowwiseParallel):
+    """Row-parallel `FusedLoRALinear`: the input features are split, and y is the sum of what the ranks compute from theirs.
+
+    Args:
+        input_layouts: How x comes: ``Shard(-1)`` (None) or ``Replicate()``, of which each rank takes its part.
+        output_layouts: How y goes: ``Replicate()`` (None), an all-reduce, or ``Shard(1)`` for sequence parallel, a reduce-scatter.
+        use_local_output: Whether y is the local torch.Tensor or a DTensor.
+    Raises, from parallelize_module:
+        As `ColwiseLoRA`, with in_features.
+    Dropout:
+        A mask of its own for each rank's features, from the seed plus the rank: not one process's mask bit for bit, whose columns are
+        numbered over all features, but as random, and never the same for two ranks' features.
+    """
+
+    layout = ROW
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        return shard(module, device_mesh, self)
+
+
+class ParallelLoRALinear(FusedLoRALinear):
+    """What the styles turn a `FusedLoRALinear` into: its parameters are DTensors, `in_features` and `out_features` the whole layer's."""
+
+    style: ColwiseLoRA | RowwiseLoRA
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        layout, mesh = self.style.layout, self.weight.device_mesh
+        rank = mesh.get_local_rank()
+        weight = (self.weight if self.enabled else self.base_weight()).to_local()
+        # before x, so that the backward pass sends dX first, for which the layer below waits
+        A, B = local_parameter(self.lora_A), local_parameter(self.lora_B)
+        bias = None if self.bias is None else local_parameter(self.bias)
+        if bias is not None and layout is ROW and rank:
+            bias = bias * 0  # the sum over ranks adds it once
+        if not isinstance(x, DTensor):
+            x = DTensor.from_local(x, mesh, self.style.input_layouts, run_check=False)
+        x = local(x, [layout.x])
+        if self.merged or not self.enabled:
+            y = F.linear(x, weight, bias)
+        else:
+            p, seed = self.lora_dropout, self._seed(x.device, rank)
+            y = lora_linear(x, weight, A, B, bias, scale=self.scaling, dropout_p=p, training=self.training, seed=seed)
+        result = DTensor.from_local(y, mesh, [layout.y], run_check=False).redistribute(placements=self.style.output_layouts)
+        return result.to_local() if self.style.use_local_output else result
+
+    def reset_adapter(self, init_lora_weights: bool = True) -> None:
+        """Initialise A and B again, on a GPU, where DTensor draws the same numbers for all ranks that hold a tensor whole."""
+        if self.weight.device.type == "cpu":
+            raise UnsupportedError(
+                "reset_adapter: wanted a layer on a GPU, where DTensor keeps random numbers in step, got one on cpu; "
+                "call it before parallelize_module"
+            )
+        super().reset_adapter(init_lora_weights)
+
+    def _seed(self, device: torch.device, rank: int) -> torch.Tensor | None:
+        if not (self.training and self.lora_dropout):
+            return None
+        seed = draw_seed(device)
+        return seed + rank if self.style.layout is ROW else seed
+
+
+def local(t: DTensor, placements: Sequence[Placement], async_op: bool = False) -> torch.Tensor:
+    """This rank's part of t, laid out so. Of a tensor that it then has whole, it has a part of the gradient, summed on its way back."""
+    t = t.redistribute(placements=placements, async_op=async_op)
+    return t.to_local(grad_placements=[Partial() if p.is_replicate() else p for p in t.placements])
+
+
+def local_parameter(p: DTensor) -> torch.Tensor:
+    """This rank's part of a parameter; the sum of its gradient is awaited by whoever reads it."""
+    return local(p, p.placements, async_op=True) if p.requires_grad else p.to_local()
+
+
+def shard(module: nn.Module, mesh: DeviceMesh, style: ColwiseLoRA | RowwiseLoRA) -> ParallelLoRALinear:
+    """Distribute the parameters over the mesh, in place."""
+    if type(module) is not FusedLoRALinear:
+        raise TypeError(f"module: wanted a FusedLoRALinear for {type(style).__name__}, got {type(module).__name__}")
+    layout, ranks = style.layout, mesh.size()
+    if mesh.ndim != 1:
+        raise ValueError(f'device_mesh: wanted one dimension, got {mesh.ndim}; name the tensor-parallel one, as in mesh["tp"]')
+    if module.merged:
+        raise RuntimeError("module: wanted an unmerged layer, got a merged one; call unmerge() first")
+    others = [name for name, _ in module.named_parameters() if name not in layout.parameters]
+    if others:
+        raise UnsupportedError(f"module: wanted the parameters {', '.join(layout.parameters)} alone, got {', '.join(others)} too")
+    if getattr(module, layout.split) % ranks:
+        raise ValueError(f"{layout.split}: wanted a multiple of the mesh's {ranks} ranks, got {getattr(module, layout.split)}")
+    for name, parameter in list(module.named_parameters()):
+        sharded = distribute_tensor(parameter.detach(), mesh, [layout.parameters[name]], src_data_rank=style.src_data_rank)
+        module.register_parameter(name, nn.Parameter(sharded, requires_grad=parameter.requires_grad))
+    module.__class__ = ParallelLoRALinear
+    module.style = style
+    return module
