@@ -144,8 +144,8 @@ def _check_class(name: str, t, what: str) -> None:
         raise TypeError(f"{name}: wanted {what}, got {type(t).__name__}")
     if hasattr(t, "placements"):
         raise UnsupportedError(
-            f"{name}: wanted a plain tensor, got a {type(t).__name__} with placements {t.placements}; parallelize the layer by ColwiseLoRA or "
-            "RowwiseLoRA of lora_kernels.integrations.tensor_parallel, or under fully_shard call the module that it was given"
+            f"{name}: wanted a plain tensor, got a {type(t).__name__} with placements {t.placements}; parallelize the layer by ColwiseLoRA "
+            "or RowwiseLoRA of lora_kernels.integrations.tensor_parallel, or under fully_shard call the module that was given to it"
         )
 
 

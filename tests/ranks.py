@@ -1,7 +1,7 @@
-"""Cases that several gloo processes run together on the CPU, each holding its results to one process.
+"""Cases that several gloo processes run together on the CPU, each held to one process.
 
-`run_all` starts four processes once; ranks 0 and 1 run the cases of two, then all four theirs. As a script, one rank. Truth is the reference
-in one process in float64; a budget is that of `lora_kernels.parity`: twice the error of the reference in the dtype under test, and the roundings.
+`run_all` starts four processes once; two of them run the cases of two, then all four theirs. Truth is the reference in one process in
+float64, and the budget that of `lora_kernels.parity`: twice the error of the reference in the dtype under test, and the roundings.
 """
 
 from __future__ import annotations

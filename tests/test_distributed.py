@@ -1,4 +1,4 @@
-"""torch's own engines around the layers, in 2 and 4 gloo processes: each case of ranks_data.py and ranks_tensor.py is held to one process."""
+"""torch's engines around the layers, in 2 and 4 gloo processes: the cases of ranks_data.py and ranks_tensor.py."""
 
 import pytest
 import ranks

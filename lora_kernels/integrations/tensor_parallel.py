@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,9 +38,7 @@ class Layout:
     parameters: Mapping[str, Placement]
 
 
-COLUMN = Layout(
-    "out_features", Replicate(), Shard(-1), {"weight": Shard(0), "bias": Shard(0), "lora_A": Replicate(), "lora_B": Shard(0)}
-)  # fmt: skip
+COLUMN = Layout("out_features", Replicate(), Shard(-1), {"weight": Shard(0), "bias": Shard(0), "lora_A": Replicate(), "lora_B": Shard(0)})
 ROW = Layout(
     "in_features", Shard(-1), Partial(), {"weight": Shard(1), "bias": Replicate(), "lora_A": Shard(1), "lora_B": Replicate()}
 )  # fmt: skip
@@ -56,8 +55,9 @@ class ColwiseLoRA(ColwiseParallel):
         TypeError: not a FusedLoRALinear. ValueError: the ranks do not divide out_features. RuntimeError: it is merged.
         UnsupportedError: it has parameters besides weight, bias, lora_A and lora_B.
     Dropout:
-        The seed comes from torch's generator on each rank: where a group's generators are in step (the same torch.manual_seed, as
-        DTensor asks) the mask is one process's. Where they are not, each rank's features have a mask of their own, and their exact gradients.
+        The seed comes from torch's generator on each rank. Where the generators of the mesh's ranks are in step (the same
+        torch.manual_seed, as DTensor asks) the mask is one process's. Where they are not, each rank's output features see a mask of
+        their own, and gradients are those of what was computed.
     """
 
     layout = COLUMN
@@ -90,11 +90,15 @@ class ParallelLoRALinear(FusedLoRALinear):
     """What the styles turn a `FusedLoRALinear` into: its parameters are DTensors, `in_features` and `out_features` the whole layer's."""
 
     style: ColwiseLoRA | RowwiseLoRA
+    weight: DTensor
+    bias: DTensor | None
+    lora_A: Any  # an nn.Parameter and a DTensor
+    lora_B: Any
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         layout, mesh = self.style.layout, self.weight.device_mesh
         rank = mesh.get_local_rank()
-        weight = (self.weight if self.enabled else self.base_weight()).to_local()
+        weight: Any = self.weight if self.enabled else self.base_weight()
         # before x, so that the backward pass sends dX first, for which the layer below waits
         A, B = local_parameter(self.lora_A), local_parameter(self.lora_B)
         bias = None if self.bias is None else local_parameter(self.bias)
@@ -104,10 +108,10 @@ class ParallelLoRALinear(FusedLoRALinear):
             x = DTensor.from_local(x, mesh, self.style.input_layouts, run_check=False)
         x = local(x, [layout.x])
         if self.merged or not self.enabled:
-            y = F.linear(x, weight, bias)
+            y = F.linear(x, weight.to_local(), bias)
         else:
             p, seed = self.lora_dropout, self._seed(x.device, rank)
-            y = lora_linear(x, weight, A, B, bias, scale=self.scaling, dropout_p=p, training=self.training, seed=seed)
+            y = lora_linear(x, weight.to_local(), A, B, bias, scale=self.scaling, dropout_p=p, training=self.training, seed=seed)
         result = DTensor.from_local(y, mesh, [layout.y], run_check=False).redistribute(placements=self.style.output_layouts)
         return result.to_local() if self.style.use_local_output else result
 
@@ -155,6 +159,6 @@ def shard(module: nn.Module, mesh: DeviceMesh, style: ColwiseLoRA | RowwiseLoRA)
     for name, parameter in list(module.named_parameters()):
         sharded = distribute_tensor(parameter.detach(), mesh, [layout.parameters[name]], src_data_rank=style.src_data_rank)
         module.register_parameter(name, nn.Parameter(sharded, requires_grad=parameter.requires_grad))
-    module.__class__ = ParallelLoRALinear
-    module.style = style
-    return module
+    parallel: Any = module
+    parallel.__class__, parallel.style = ParallelLoRALinear, style
+    return parallel
