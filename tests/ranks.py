@@ -157,13 +157,14 @@ def run_all(wanted: list[str]) -> dict[str, str]:
     """Each wanted case's errors, "" where every rank passed."""
     here = Path(__file__).parent
     environment = {**os.environ, "PYTHONPATH": f"{here.parent}:{here}", "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "wanted").write_text(json.dumps(wanted))
         with (folder / "log").open("w") as log:
             command = "import sys, pathlib, ranks_data, ranks_tensor, ranks; ranks.run_rank(int(sys.argv[1]), pathlib.Path(sys.argv[2]))"
             started = [
-                subprocess.Popen([sys.executable, "-c", command, str(rank), name], env=environment, stdout=log, stderr=log)
+                subprocess.Popen([sys.executable, "-c", command, str(rank), name], cwd=here.parent, env=environment, stdout=log, stderr=log)
                 for rank in range(max(WORLDS))
             ]
             deadline = time.monotonic() + 300

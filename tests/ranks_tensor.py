@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInput, RowwiseParallel, parallelize_module
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -140,6 +140,37 @@ def a_pair_of_layers():
     assert sorted(backward) == sorted([("all_reduce", tokens * K), ("all_reduce", R * K), ("all_reduce", K * R)])
 
 
+class Gated(nn.Module):
+    """Two layers that share an x, and one of their product."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.gate, self.up, self.down = linear(K, N), linear(K, N), linear(N, K)
+
+    def forward(self, x):
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+@case(2, 4)
+def layers_that_share_an_input():
+    """Prepared once, as sequence parallel does, x is gathered once and dX scattered once, for the base and with adapters."""
+    one = Gated(lambda K, N: FusedLoRALinear(K, N, r=R, init_lora_weights=False))
+    sent = []
+    for module, column, row in (
+        (one, ColwiseLoRA, RowwiseLoRA),
+        (Gated(nn.Linear).requires_grad_(False), ColwiseParallel, RowwiseParallel),
+    ):
+        prepare = PrepareModuleInput(input_layouts=Shard(1), desired_input_layouts=Replicate())
+        plan = {"": prepare, "gate": column(), "up": column(), "down": row(output_layouts=Shard(1))}
+        module = parallel(module, plan)
+        y, dX, *collectives = passes(module, part(batch(5, *SHAPE, K)[0], Shard(1)), part(batch(6, *SHAPE, K)[1], Shard(1)))
+        sent.append(collectives)
+        if column is ColwiseLoRA:
+            hold({"y": whole(y, Shard(1)), "dX": whole(dX, Shard(1)), **gradients(module)}, one, plain_step)
+    ours, base = sent
+    assert ours[0] == base[0] and sorted(ours[1]) == sorted(base[1] + 3 * [("all_reduce", R * K)]), (ours, base)
+
+
 @case(2)
 def steps_keep_the_replicas_equal():
     """Gradient clipping, accumulation and AdamW work on the parameters as they are; A of `up` stays the same bits on every rank."""
@@ -245,6 +276,17 @@ def recomputed_with_the_same_dropout():
         found.append([y, dX, *gradients(module).values()])
     for a, b in zip(*found, strict=True):
         assert torch.equal(a, b)
+
+
+@case(2)
+def compiled():
+    """torch.compile takes the layers whole."""
+    one = Mlp(K, N, r=R)
+    module = torch.compile(parallel(one, PLAN), backend="aot_eager", fullgraph=True)
+    x, dY = batch(5, *SHAPE, K)[0].requires_grad_(), batch(6, *SHAPE, K)[1]
+    y = module(x)
+    y.backward(dY)
+    hold({"y": y, "dX": x.grad, **gradients(module._orig_mod)}, one, plain_step)
 
 
 @case(2, 4)

@@ -11,7 +11,7 @@ besides is the gradient of the one factor that every rank holds, r K or r N numb
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,7 +106,9 @@ class ParallelLoRALinear(FusedLoRALinear):
             bias = bias * 0  # the sum over ranks adds it once
         if not isinstance(x, DTensor):
             x = DTensor.from_local(x, mesh, self.style.input_layouts, run_check=False)
-        x = local(x, [layout.x])
+        if x.placements != (layout.x,):  # not always: where layers share an x their parts of dX are summed before they are sent
+            x = x.redistribute(placements=[layout.x])
+        x = local(x)
         if self.merged or not self.enabled:
             y = F.linear(x, weight.to_local(), bias)
         else:
@@ -131,15 +133,14 @@ class ParallelLoRALinear(FusedLoRALinear):
         return seed + rank if self.style.layout is ROW else seed
 
 
-def local(t: DTensor, placements: Sequence[Placement], async_op: bool = False) -> torch.Tensor:
-    """This rank's part of t, laid out so. Of a tensor that it then has whole, it has a part of the gradient, summed on its way back."""
-    t = t.redistribute(placements=placements, async_op=async_op)
+def local(t: DTensor) -> torch.Tensor:
+    """This rank's part. Of what every rank has whole, each computes a part of the gradient, whose sum is for t's own backward pass."""
     return t.to_local(grad_placements=[Partial() if p.is_replicate() else p for p in t.placements])
 
 
 def local_parameter(p: DTensor) -> torch.Tensor:
-    """This rank's part of a parameter; the sum of its gradient is awaited by whoever reads it."""
-    return local(p, p.placements, async_op=True) if p.requires_grad else p.to_local()
+    """This rank's part of a parameter; the gradient's sum is sent for at once, and awaited by whoever reads it."""
+    return local(p.redistribute(placements=p.placements, async_op=True)) if p.requires_grad else p.to_local()
 
 
 def shard(module: nn.Module, mesh: DeviceMesh, style: ColwiseLoRA | RowwiseLoRA) -> ParallelLoRALinear:
