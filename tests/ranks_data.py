@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import re
 import tempfile
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -12,6 +14,7 @@ import torch.distributed.checkpoint as dcp
 from ranks import Mlp, batch, case, gradients, hold, library_calls, raises
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -167,6 +170,16 @@ def fsdp_around_the_model_alone():
     hold(of(parallel), model, mean_step)
 
 
+@case(4)
+def hybrid_sharding():
+    """Sharded in one dimension of a mesh and replicated in the other: over that one only the adapters' gradients travel."""
+    model = Mlp()
+    parallel = sharded(model, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
+    backward(parallel, dist.get_rank())
+    hold(of(parallel), model, mean_step)
+    assert parallel.up.weight.to_local().shape[0] == 40 // 2
+
+
 @case(2)
 def fsdp_with_a_bfloat16_base_and_float32_adapters():
     """A group may mix dtypes where its trained parameters have one; gradients are reduced in float32, theirs."""
@@ -276,3 +289,14 @@ def fsdp_merge():
     with raises(ValueError, "finite"):
         parallel.down.merge()
     assert torch.equal(parallel.down.weight.to_local(), before) and not parallel.down.merged
+
+
+@case(2, 4)
+def the_page():
+    """The python blocks of docs/distributed.md, in order, on these ranks."""
+    page = Path(__file__).parent.parent / "docs" / "distributed.md"
+    blocks = re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 6
+    namespace: dict = {}
+    for block in blocks:
+        exec(compile(block, str(page), "exec"), namespace)

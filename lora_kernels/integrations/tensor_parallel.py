@@ -53,7 +53,7 @@ class ColwiseLoRA(ColwiseParallel):
         use_local_output: Whether y is the local torch.Tensor or a DTensor.
     Raises, from parallelize_module:
         TypeError: not a FusedLoRALinear. ValueError: the ranks do not divide out_features. RuntimeError: it is merged.
-        UnsupportedError: it has parameters besides weight, bias, lora_A and lora_B.
+        UnsupportedError: it has parameters or buffers besides weight, bias, lora_A and lora_B.
     Dropout:
         The seed comes from torch's generator on each rank. Where the generators of the mesh's ranks are in step (the same
         torch.manual_seed, as DTensor asks) the mask is one process's. Where they are not, each rank's output features see a mask of
@@ -152,9 +152,9 @@ def shard(module: nn.Module, mesh: DeviceMesh, style: ColwiseLoRA | RowwiseLoRA)
         raise ValueError(f'device_mesh: wanted one dimension, got {mesh.ndim}; name the tensor-parallel one, as in mesh["tp"]')
     if module.merged:
         raise RuntimeError("module: wanted an unmerged layer, got a merged one; call unmerge() first")
-    others = [name for name, _ in module.named_parameters() if name not in layout.parameters]
+    others = [name for name, _ in (*module.named_parameters(), *module.named_buffers()) if name not in layout.parameters]
     if others:
-        raise UnsupportedError(f"module: wanted the parameters {', '.join(layout.parameters)} alone, got {', '.join(others)} too")
+        raise UnsupportedError(f"module: wanted {', '.join(layout.parameters)} alone in it, got {', '.join(others)} too")
     if getattr(module, layout.split) % ranks:
         raise ValueError(f"{layout.split}: wanted a multiple of the mesh's {ranks} ranks, got {getattr(module, layout.split)}")
     for name, parameter in list(module.named_parameters()):
