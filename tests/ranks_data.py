@@ -46,6 +46,20 @@ def mean_step(model: nn.Module) -> dict[str, torch.Tensor]:
     return mean(model, lambda rank: backward(model, rank, dtype=model.up.weight.dtype))
 
 
+def two_batches(model: nn.Module) -> dict[str, torch.Tensor]:
+    def one(rank):
+        for seed in (2, 1):
+            backward(model, rank, seed, model.up.weight.dtype)
+
+    return mean(model, one)
+
+
+def freeze_down(model: nn.Module) -> nn.Module:
+    model.down.lora_A.requires_grad_(False)
+    model.down.lora_B.requires_grad_(False)
+    return model
+
+
 def of(model: nn.Module, part: str = "") -> dict[str, torch.Tensor]:
     """Gradients under the plain model's names, those of ``part``."""
     found = {name.removeprefix("module."): g for name, g in gradients(model).items()}
@@ -93,14 +107,7 @@ def ddp_accumulates_under_no_sync():
         backward(parallel, rank, seed=2)
     backward(parallel, rank, seed=1)
 
-    def step(model):
-        def one(rank):
-            for seed in (2, 1):
-                backward(model, rank, seed, model.up.weight.dtype)
-
-        return mean(model, one)
-
-    hold(of(parallel), model, step)
+    hold(of(parallel), model, two_batches)
 
 
 @case(2)
@@ -109,18 +116,13 @@ def ddp_with_a_disabled_layer():
     model = Mlp()
     model.down.enabled = False
 
-    def without_down(model):
-        model.down.lora_A.requires_grad_(False)
-        model.down.lora_B.requires_grad_(False)
-        return model
-
     for told in ({"find_unused_parameters": True}, {"static_graph": True}, {}):
         mine = copy.deepcopy(model)
-        parallel = DistributedDataParallel(mine if told else without_down(mine), **told)
+        parallel = DistributedDataParallel(mine if told else freeze_down(mine), **told)
         for _ in range(2):
             parallel.zero_grad()
             backward(parallel, dist.get_rank())
-        hold(of(parallel, "up"), model, lambda model: mean_step(without_down(model)))
+        hold(of(parallel, "up"), model, lambda model: mean_step(freeze_down(model)))
         assert not any(g is not None and g.any() for g in of(parallel, "down").values())
 
 
@@ -168,6 +170,20 @@ def fsdp_around_the_model_alone():
     parallel = fully_shard(copy.deepcopy(model), reshard_after_forward=True)
     backward(parallel, dist.get_rank())
     hold(of(parallel), model, mean_step)
+
+
+@case(2)
+def fsdp_accumulates_with_a_disabled_layer():
+    """Its adapter has no gradient on any rank, and none is reduced; the other's is, of both batches, when it is asked for."""
+    model, rank = Mlp(), dist.get_rank()
+    model.down.enabled = False
+    parallel = sharded(model)
+    parallel.set_requires_gradient_sync(False)
+    backward(parallel, rank, seed=2)
+    parallel.set_requires_gradient_sync(True)
+    backward(parallel, rank, seed=1)
+    assert parallel.down.lora_A.grad is None
+    hold(of(parallel, "up"), model, lambda model: two_batches(freeze_down(model)))
 
 
 @case(4)

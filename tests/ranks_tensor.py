@@ -86,8 +86,11 @@ def plain_step(module):
 def held(one: FusedLoRALinear, style, step=plain_step) -> None:
     """Hold a parallelized layer to one process, and what it sends to its base under torch's own style plus one small all-reduce."""
     layouts = dict(input_layouts=style.input_layouts[0], output_layouts=style.output_layouts[0])
-    base = parallelize_module(nn.Linear(K, N, one.bias is not None).requires_grad_(False), mesh_of_all(), BASE[type(style)](**layouts))
-    x, dY = part(batch(5, *SHAPE, K)[0], style.input_layouts[0]), part(batch(6, *SHAPE, N)[1], style.output_layouts[0])
+    dtype = one.weight.dtype
+    base = nn.Linear(K, N, one.bias is not None, dtype=dtype).requires_grad_(False)
+    base = parallelize_module(base, mesh_of_all(), BASE[type(style)](**layouts))
+    x = part(batch(5, *SHAPE, K, dtype=dtype)[0], style.input_layouts[0])
+    dY = part(batch(6, *SHAPE, N, dtype=dtype)[1], style.output_layouts[0])
     module = parallel(one, style)
     with library_calls() as ran:
         y, dX, forward, backward = passes(module, x, dY)
@@ -107,6 +110,7 @@ def column_parallel():
     for inputs, outputs in ((None, None), (Shard(1), None), (Replicate(), Replicate()), (Shard(1), Shard(1))):
         held(layer(), ColwiseLoRA(input_layouts=inputs, output_layouts=outputs))
     held(layer(bias=False), ColwiseLoRA())
+    held(layer(dtype=torch.bfloat16, adapter_dtype=torch.float32), ColwiseLoRA())
 
 
 @case(2, 4)
@@ -115,6 +119,7 @@ def row_parallel():
     for inputs, outputs in ((None, None), (None, Shard(1)), (Replicate(), Replicate())):
         held(layer(), RowwiseLoRA(input_layouts=inputs, output_layouts=outputs))
     held(layer(bias=False), RowwiseLoRA())
+    held(layer(dtype=torch.bfloat16, adapter_dtype=torch.float32), RowwiseLoRA())
 
 
 @case(2, 4)
