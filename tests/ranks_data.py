@@ -244,17 +244,19 @@ def fsdp_recomputes_with_the_same_dropout():
     hold(of(parallel, "mlp"), model, lambda model: mean(model, lambda rank: one(model.mlp, rank, model.mlp.up.weight.dtype)))
 
 
-@case(2, 4)
-def fsdp_checkpoint():
-    """Saved and loaded by torch.distributed.checkpoint, model and optimizer go on bit for bit; the files load into one process, too."""
+def resumes(shard, rank: int) -> None:
+    """Saved and loaded by torch.distributed.checkpoint, model and optimizer go on bit for bit; the files load into one process, too.
+
+    ``shard`` distributes a model; ``rank`` is that of the batch.
+    """
 
     def built(seed):
         torch.manual_seed(seed)
-        model = sharded(Mlp(r=3))
+        model = shard(Mlp())
         return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
 
     def train(model, optimizer, seed):
-        backward(model, dist.get_rank(), seed)
+        backward(model, rank, seed)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -265,7 +267,7 @@ def fsdp_checkpoint():
         dcp.save(dict(zip(("model", "optimizer"), states, strict=True)), checkpoint_id=folder)
         loaded = dict(zip(("model", "optimizer"), get_state_dict(other, its_optimizer), strict=True))
         dcp.load(loaded, checkpoint_id=folder)
-        plain = Mlp(r=3)
+        plain = Mlp()
         dcp.load({"model": plain.state_dict()}, checkpoint_id=folder, no_dist=True)
     set_state_dict(other, its_optimizer, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
     for name, p in model.named_parameters():
@@ -280,6 +282,11 @@ def fsdp_checkpoint():
     if dist.get_rank() == 0:
         assert sorted(adapters) == ["down.lora_A", "down.lora_B", "up.lora_A", "up.lora_B"]
         assert not plain.load_state_dict(adapters, strict=False).unexpected_keys
+
+
+@case(2, 4)
+def fsdp_checkpoint():
+    resumes(sharded, dist.get_rank())
 
 
 @case(2)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from ranks import Mlp, arm, batch, case, gradients, hold, library_calls, raises
-from ranks_data import shared_folder
+from ranks_data import resumes, shared_folder
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -270,6 +270,11 @@ def dropout_of_rows():
 
 
 @case(2)
+def checkpoint_of_shards():
+    resumes(lambda model: parallel(model, PLAN), 0)
+
+
+@case(2)
 def recomputed_with_the_same_dropout():
     """Activation checkpointing draws the seeds again: gradients are the same bits as without it."""
     module = parallel(Mlp(K, N, r=R, lora_dropout=0.4), PLAN)
@@ -366,10 +371,15 @@ def refusals():
 def fully_sharded_tensor_parallel():
     """Two by two: parallelized first, then fully_shard over the other dimension; gradients are the mean over its two batches."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+
+    def shard(model):
+        model = parallelize_module(copy.deepcopy(model), mesh["tp"], PLAN)
+        for each in (model.up, model.down, model):
+            fully_shard(each, mesh=mesh["dp"])
+        return model
+
     one = Mlp(K, N, r=R)
-    module = parallelize_module(copy.deepcopy(one), mesh["tp"], PLAN)
-    for part in (module.up, module.down, module):
-        fully_shard(part, mesh=mesh["dp"])
+    module = shard(one)
 
     def backward(model, batch_number, dtype):
         x, dY = batch(batch_number, 3 + 4 * batch_number, K, dtype=dtype)
@@ -386,9 +396,4 @@ def fully_sharded_tensor_parallel():
 
     hold(gradients(module), one, step)
     assert module.up.weight.to_local().numel() == N * K // 4
-    with shared_folder() as folder:
-        dcp.save(get_model_state_dict(module), checkpoint_id=folder)
-        plain = Mlp(K, N, r=R)
-        dcp.load(plain.state_dict(), checkpoint_id=folder, no_dist=True)
-    for name, p in one.named_parameters():
-        assert torch.equal(plain.get_parameter(name), p), name
+    resumes(shard, mesh["dp"].get_local_rank())
