@@ -229,7 +229,7 @@ class MultiLoRALinear(nn.Module):
         if hasattr(self.lora_A, "placements"):
             raise UnsupportedError(
                 f"i: wanted stacks that are whole on this rank, to take adapter {i} of them, got shards ({self.lora_A.placements}); "
-                "do it before fully_shard, or gather the state"
+                "do it before fully_shard or parallelize_module, or gather the state"
             )
 
     def _scale_for(self, i: int, r: int) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import importlib
 import json
 import os
 import subprocess
@@ -30,6 +31,12 @@ from lora_kernels import FusedLoRALinear, chain, lora_linear, parity
 
 WORLDS = (2, 4)
 CASES: dict[str, Callable[[], None]] = {}
+
+
+def load() -> None:
+    """Import the files of cases, which register them."""
+    for name in ("ranks_data", "ranks_tensor", "ranks_dropout"):
+        importlib.import_module(name)
 
 
 def case(*worlds: int):
@@ -162,7 +169,7 @@ def run_all(wanted: list[str]) -> dict[str, str]:
         folder = Path(name)
         (folder / "wanted").write_text(json.dumps(wanted))
         with (folder / "log").open("w") as log:
-            command = "import sys, pathlib, ranks_data, ranks_tensor, ranks; ranks.run_rank(int(sys.argv[1]), pathlib.Path(sys.argv[2]))"
+            command = "import sys, pathlib, ranks; ranks.load(); ranks.run_rank(int(sys.argv[1]), pathlib.Path(sys.argv[2]))"
             started = [
                 subprocess.Popen([sys.executable, "-c", command, str(rank), name], cwd=here.parent, env=environment, stdout=log, stderr=log)
                 for rank in range(max(WORLDS))

@@ -1,4 +1,4 @@
-"""Tensor parallel: `ColwiseLoRA` and `RowwiseLoRA` under parallelize_module, what they send, dropout, refusals, and fully_shard on top."""
+"""Tensor parallel: `ColwiseLoRA` and `RowwiseLoRA` under parallelize_module, what they send, refusals, and fully_shard on top."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInput, RowwiseParallel, parallelize_module
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
 
-from lora_kernels import FusedLoRALinear, MultiLoRALinear, UnsupportedError, parity, philox
+from lora_kernels import FusedLoRALinear, MultiLoRALinear, Segments, UnsupportedError, parity
 from lora_kernels.integrations import tensor_parallel
 from lora_kernels.integrations.tensor_parallel import ColwiseLoRA, RowwiseLoRA
 
@@ -75,10 +74,10 @@ def passes(module, x, dY):
     return y, x.grad, forward.collectives, backward.collectives
 
 
-def plain_step(module):
+def plain_step(module, *plan):
     dtype, out = next(module.parameters()).dtype, getattr(module, "out_features", K)
     x, dY = batch(5, *SHAPE, K, dtype=dtype)[0].requires_grad_(), batch(6, *SHAPE, out, dtype=dtype)[1]
-    y = module(x)
+    y = module(x, *plan)
     y.backward(dY)
     return {"y": y, "dX": x.grad, **gradients(module)}
 
@@ -176,6 +175,22 @@ def layers_that_share_an_input():
     assert ours[0] == base[0] and sorted(ours[1]) == sorted(base[1] + 3 * [("all_reduce", R * K)]), (ours, base)
 
 
+@case(2, 4)
+def many_adapters_over_split_features():
+    """The stacks lie as one adapter does; every rank has the plan of all tokens."""
+    one = MultiLoRALinear(K, N, num_adapters=5, r=[3, 1, 2, 3, 3], init_lora_weights=False)
+    segments = Segments.from_ids(torch.tensor([0, 1, 4, -1, 2, 0, 1, 4, 4, 2, 0, -1, 2, 2, -1, 0]), 5)
+    x, dY = batch(5, *SHAPE, K)[0], batch(6, *SHAPE, N)[1]
+    for style, name in ((ColwiseLoRA(output_layouts=Replicate()), "lora_A"), (RowwiseLoRA(input_layouts=Replicate()), "lora_B")):
+        module = parallel(one, style)
+        with library_calls() as ran:
+            y, dX, forward, backward = passes(lambda x: module(x, segments), x, dY)  # noqa: B023
+        assert ran == {"forward": 1, "backward": 1} and backward[-1] == ("all_reduce", one.get_parameter(name).numel())
+        hold({"y": y, "dX": dX, **gradients(module)}, one, lambda model: plain_step(model, segments))
+        with raises(UnsupportedError, "before fully_shard or parallelize_module"):
+            module.load_adapter(0, torch.zeros(R, K), torch.zeros(N, R))
+
+
 @case(2)
 def steps_keep_the_replicas_equal():
     """Gradient clipping, accumulation and AdamW work on the parameters as they are; A of `up` stays the same bits on every rank."""
@@ -207,85 +222,9 @@ def kernels():
     hold({"y": y, "dX": dX, **gradients(module)}, one, plain_step)
 
 
-@case(2, 4)
-def dropout_of_columns():
-    """With generators in step the mask is one process's, whatever the number of ranks."""
-    one = layer(lora_dropout=0.4)
-
-    def step(module):
-        torch.manual_seed(11)
-        return plain_step(module)
-
-    torch.manual_seed(11)
-    held_dropout(one, ColwiseLoRA(output_layouts=Replicate()), step)
-
-
-def held_dropout(one, style, step) -> None:
-    module = parallel(one, style)
-    y, dX, _, _ = passes(module, batch(5, *SHAPE, K)[0], batch(6, *SHAPE, N)[1])
-    hold({"y": y, "dX": dX, **gradients(module)}, one, step)
-
-
-@case(2)
-def dropout_of_columns_with_generators_out_of_step():
-    """Each rank's features have a mask of their own, and the gradients are those of that function."""
-    one, world = layer(lora_dropout=0.4), dist.get_world_size()
-
-    def step(module):
-        x, dY = (t.to(module.weight.dtype) for t in (batch(5, *SHAPE, K)[0], batch(6, *SHAPE, N)[1]))
-        x.requires_grad_()
-        found = []
-        for rank in range(world):
-            torch.manual_seed(20 + rank)
-            y, mine = module(x).chunk(world, -1)[rank], dY.chunk(world, -1)[rank]
-            y.backward(mine)
-            found.append(y)
-        return {"y": torch.cat(found, -1), "dX": x.grad, **gradients(module)}
-
-    torch.manual_seed(20 + dist.get_rank())
-    held_dropout(one, ColwiseLoRA(output_layouts=Replicate()), step)
-
-
-@case(2, 4)
-def dropout_of_rows():
-    """Each rank's features have the mask of the seed plus its rank, none the same as another's."""
-    one, world = layer(lora_dropout=0.4), dist.get_world_size()
-    tokens = SHAPE[0] * SHAPE[1]
-    torch.manual_seed(30)
-    seed = philox.draw_seed(torch.device("cpu"))
-    masks = [philox.keep_mask(seed + rank, tokens, K // world, 0.4) for rank in range(world)]
-    assert not any(torch.equal(masks[0], other) for other in masks[1:])
-    keep = torch.cat(masks, 1).view(*SHAPE, K) * philox.inv_keep(0.4)
-
-    def step(module):
-        x, dY = (t.to(module.weight.dtype) for t in (batch(5, *SHAPE, K)[0], batch(6, *SHAPE, N)[1]))
-        x.requires_grad_()
-        u = F.linear(x * keep.to(x.dtype), module.lora_A)
-        y = F.linear(x, module.weight, module.bias) + F.linear(u, module.lora_B) * module.scaling
-        y.backward(dY)
-        return {"y": y, "dX": x.grad, **gradients(module)}
-
-    torch.manual_seed(30)
-    held_dropout(one, RowwiseLoRA(input_layouts=Replicate()), step)
-
-
 @case(2)
 def checkpoint_of_shards():
     resumes(lambda model: parallel(model, PLAN), 0)
-
-
-@case(2)
-def recomputed_with_the_same_dropout():
-    """Activation checkpointing draws the seeds again: gradients are the same bits as without it."""
-    module = parallel(Mlp(K, N, r=R, lora_dropout=0.4), PLAN)
-    found = []
-    for run in (module, lambda x: checkpoint(module, x, use_reentrant=False)):
-        module.zero_grad()
-        torch.manual_seed(3)
-        y, dX, _, _ = passes(run, batch(5, *SHAPE, K)[0], batch(6, *SHAPE, K)[1])
-        found.append([y, dX, *gradients(module).values()])
-    for a, b in zip(*found, strict=True):
-        assert torch.equal(a, b)
 
 
 @case(2)
@@ -347,9 +286,8 @@ def refusals():
         parallelize_module(FusedLoRALinear(8, 5), mesh, ColwiseLoRA())
     with raises(ValueError, "in_features: wanted a multiple of the mesh's 2 ranks, got 5"):
         parallelize_module(FusedLoRALinear(5, 8), mesh, RowwiseLoRA())
-    for wrong in (nn.Linear(8, 8), MultiLoRALinear(8, 8, num_adapters=2)):
-        with raises(TypeError, f"module: wanted a FusedLoRALinear for ColwiseLoRA, got {type(wrong).__name__}"):
-            parallelize_module(wrong, mesh, ColwiseLoRA())
+    with raises(TypeError, "module: wanted a FusedLoRALinear or MultiLoRALinear for ColwiseLoRA, got Linear"):
+        parallelize_module(nn.Linear(8, 8), mesh, ColwiseLoRA())
     merged = layer()
     merged.merge()
     with raises(RuntimeError, "call unmerge"):

@@ -1,15 +1,15 @@
-"""torch's engines around the layers, in 2 and 4 gloo processes: the cases of ranks_data.py and ranks_tensor.py."""
+"""torch's engines around the layers, in 2 and 4 gloo processes: the cases of ranks_*.py."""
 
 import pytest
 import ranks
-import ranks_data  # noqa: F401  they register their cases
-import ranks_tensor  # noqa: F401
+
+ranks.load()
 
 
 @pytest.fixture(scope="module")
 def outcomes(request) -> dict[str, str]:
     """The chosen cases' errors; the processes start once for all of them."""
-    chosen = [item.callspec.params["name"] for item in request.session.items if item.originalname == "test_case"]
+    chosen = [item.callspec.params["name"] for item in request.session.items if item.path == request.path]
     return ranks.run_all(chosen)
 
 

@@ -1,4 +1,4 @@
-"""Tensor parallel for `FusedLoRALinear`, by torch's own ``parallelize_module``, on t ranks:
+"""Tensor parallel for `FusedLoRALinear` and `MultiLoRALinear`, by torch's own ``parallelize_module``, on t ranks:
 
     column-parallel   W [N/t, K], B [N/t, r], A [r, K] on every rank    y_i = x W_i^T + u B_i^T          dX, dA: sums over ranks
     row-parallel      W [N, K/t], A [r, K/t], B [N, r] on every rank    y = sum_i x_i W_i^T + u_i B^T    y, dB: sums over ranks
@@ -23,9 +23,11 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
 from ..autograd import lora_linear
+from ..multi import MultiLoRALinear
 from ..nn import FusedLoRALinear
 from ..philox import draw_seed
 from ..problem import UnsupportedError
+from ..segments import Segments
 
 
 @dataclass(frozen=True)
@@ -38,22 +40,22 @@ class Layout:
     parameters: Mapping[str, Placement]
 
 
-COLUMN = Layout("out_features", Replicate(), Shard(-1), {"weight": Shard(0), "bias": Shard(0), "lora_A": Replicate(), "lora_B": Shard(0)})
-ROW = Layout(
-    "in_features", Shard(-1), Partial(), {"weight": Shard(1), "bias": Replicate(), "lora_A": Shard(1), "lora_B": Replicate()}
-)  # fmt: skip
+# The last two dimensions of A and B, so that stacks of adapters lie as one does.
+COLUMN = Layout("out_features", Replicate(), Shard(-1), {"weight": Shard(0), "bias": Shard(0), "lora_A": Replicate(), "lora_B": Shard(-2)})
+ROW = Layout("in_features", Shard(-1), Partial(), {"weight": Shard(1), "bias": Replicate(), "lora_A": Shard(-1), "lora_B": Replicate()})
+TABLES = ("scaling", "ranks")  # of a MultiLoRALinear, whole on every rank
 
 
 class ColwiseLoRA(ColwiseParallel):
-    """Column-parallel `FusedLoRALinear`: the output features are split, each rank computes its own from the whole x.
+    """Column-parallel `FusedLoRALinear` or `MultiLoRALinear`: the output features are split, each rank computes its own from the whole x.
 
     Args:
         input_layouts: How x comes: ``Replicate()`` (None), or ``Shard(1)`` of ``[B, S, K]`` for sequence parallel, which is gathered.
         output_layouts: How y goes: ``Shard(-1)`` (None), ``Replicate()`` or a shard of another axis.
         use_local_output: Whether y is the local torch.Tensor or a DTensor.
     Raises, from parallelize_module:
-        TypeError: not a FusedLoRALinear. ValueError: the ranks do not divide out_features. RuntimeError: it is merged.
-        UnsupportedError: it has parameters or buffers besides weight, bias, lora_A and lora_B.
+        TypeError: another module. ValueError: the ranks do not divide out_features. RuntimeError: it is merged.
+        UnsupportedError: it has parameters or buffers that these layers do not have.
     Dropout:
         The seed comes from torch's generator on each rank. Where the generators of the mesh's ranks are in step (the same
         torch.manual_seed, as DTensor asks) the mask is one process's. Where they are not, each rank's output features see a mask of
@@ -67,7 +69,7 @@ class ColwiseLoRA(ColwiseParallel):
 
 
 class RowwiseLoRA(RowwiseParallel):
-    """Row-parallel `FusedLoRALinear`: the input features are split, and y is the sum of what the ranks compute from theirs.
+    """Row-parallel `FusedLoRALinear` or `MultiLoRALinear`: the input features are split, y is the sum of what ranks compute from theirs.
 
     Args:
         input_layouts: How x comes: ``Shard(-1)`` (None) or ``Replicate()``, of which each rank takes its part.
@@ -89,33 +91,8 @@ class RowwiseLoRA(RowwiseParallel):
 class ParallelLoRALinear(FusedLoRALinear):
     """What the styles turn a `FusedLoRALinear` into: its parameters are DTensors, `in_features` and `out_features` the whole layer's."""
 
-    style: ColwiseLoRA | RowwiseLoRA
-    weight: DTensor
-    bias: DTensor | None
-    lora_A: Any  # an nn.Parameter and a DTensor
-    lora_B: Any
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        layout, mesh = self.style.layout, self.weight.device_mesh
-        rank = mesh.get_local_rank()
-        weight: Any = self.weight if self.enabled else self.base_weight()
-        # before x, so that the backward pass sends dX first, for which the layer below waits
-        A, B = local_parameter(self.lora_A), local_parameter(self.lora_B)
-        bias = None if self.bias is None else local_parameter(self.bias)
-        if bias is not None and layout is ROW and rank:
-            bias = bias * 0  # the sum over ranks adds it once
-        if not isinstance(x, DTensor):
-            x = DTensor.from_local(x, mesh, self.style.input_layouts, run_check=False)
-        if x.placements != (layout.x,):  # not always: where layers share an x their parts of dX are summed before they are sent
-            x = x.redistribute(placements=[layout.x])
-        x = local(x)
-        if self.merged or not self.enabled:
-            y = F.linear(x, weight.to_local(), bias)
-        else:
-            p, seed = self.lora_dropout, self._seed(x.device, rank)
-            y = lora_linear(x, weight.to_local(), A, B, bias, scale=self.scaling, dropout_p=p, training=self.training, seed=seed)
-        result = DTensor.from_local(y, mesh, [layout.y], run_check=False).redistribute(placements=self.style.output_layouts)
-        return result.to_local() if self.style.use_local_output else result
+        return run(self, x, self.weight if self.enabled else self.base_weight(), self.enabled and not self.merged, scale=self.scaling)
 
     def reset_adapter(self, init_lora_weights: bool = True) -> None:
         """Initialise A and B again, on a GPU, where DTensor draws the same numbers for all ranks that hold a tensor whole."""
@@ -126,11 +103,42 @@ class ParallelLoRALinear(FusedLoRALinear):
             )
         super().reset_adapter(init_lora_weights)
 
-    def _seed(self, device: torch.device, rank: int) -> torch.Tensor | None:
-        if not (self.training and self.lora_dropout):
-            return None
-        seed = draw_seed(device)
-        return seed + rank if self.style.layout is ROW else seed
+
+class ParallelMultiLoRALinear(MultiLoRALinear):
+    """What the styles turn a `MultiLoRALinear` into. Its slots are filled before: taking one raises UnsupportedError."""
+
+    def forward(self, x: torch.Tensor, segments: Segments) -> torch.Tensor:
+        """``segments`` name an adapter for each token that the layer computes on, all of them where sequence parallel gathers x."""
+        ranks = self.ranks if self._mixed else None
+        return run(self, x, self.weight, True, scale=self.scaling, segments=segments, ranks=ranks)
+
+
+PARALLEL = {FusedLoRALinear: ParallelLoRALinear, MultiLoRALinear: ParallelMultiLoRALinear}
+
+
+def run(layer: Any, x: torch.Tensor, weight: Any, adapted: bool, **adapter) -> torch.Tensor:
+    """The forward pass on local tensors, between x and y as the style's layouts have them; ``adapted``: with the low-rank term."""
+    style, mesh = layer.style, layer.weight.device_mesh
+    layout, rank = style.layout, mesh.get_local_rank()
+    # before x, so that the backward pass sends dX first, for which the layer below waits
+    A, B = local_parameter(layer.lora_A), local_parameter(layer.lora_B)
+    bias = None if layer.bias is None else local_parameter(layer.bias)
+    if bias is not None and layout is ROW and rank:
+        bias = bias * 0  # the sum over ranks adds it once
+    if not isinstance(x, DTensor):
+        x = DTensor.from_local(x, mesh, style.input_layouts, run_check=False)
+    if x.placements != (layout.x,):  # not always: where layers share an x their parts of dX are summed before they are sent
+        x = x.redistribute(placements=[layout.x])
+    x, weight = local(x), weight.to_local()
+    if adapted:
+        seed = draw_seed(x.device) if layer.training and layer.lora_dropout else None
+        if seed is not None and layout is ROW:
+            seed = seed + rank
+        y = lora_linear(x, weight, A, B, bias, dropout_p=layer.lora_dropout, training=layer.training, seed=seed, **adapter)
+    else:
+        y = F.linear(x, weight, bias)
+    result = DTensor.from_local(y, mesh, [layout.y], run_check=False).redistribute(placements=style.output_layouts)
+    return result.to_local() if style.use_local_output else result
 
 
 def local(t: DTensor) -> torch.Tensor:
@@ -143,16 +151,16 @@ def local_parameter(p: DTensor) -> torch.Tensor:
     return local(p.redistribute(placements=p.placements, async_op=True)) if p.requires_grad else p.to_local()
 
 
-def shard(module: nn.Module, mesh: DeviceMesh, style: ColwiseLoRA | RowwiseLoRA) -> ParallelLoRALinear:
+def shard(module: nn.Module, mesh: DeviceMesh, style: ColwiseLoRA | RowwiseLoRA) -> nn.Module:
     """Distribute the parameters over the mesh, in place."""
-    if type(module) is not FusedLoRALinear:
-        raise TypeError(f"module: wanted a FusedLoRALinear for {type(style).__name__}, got {type(module).__name__}")
+    if type(module) not in PARALLEL:
+        raise TypeError(f"module: wanted a FusedLoRALinear or MultiLoRALinear for {type(style).__name__}, got {type(module).__name__}")
     layout, ranks = style.layout, mesh.size()
     if mesh.ndim != 1:
         raise ValueError(f'device_mesh: wanted one dimension, got {mesh.ndim}; name the tensor-parallel one, as in mesh["tp"]')
-    if module.merged:
+    if getattr(module, "merged", False):
         raise RuntimeError("module: wanted an unmerged layer, got a merged one; call unmerge() first")
-    others = [name for name, _ in (*module.named_parameters(), *module.named_buffers()) if name not in layout.parameters]
+    others = [name for name, _ in (*module.named_parameters(), *module.named_buffers()) if name not in (*layout.parameters, *TABLES)]
     if others:
         raise UnsupportedError(f"module: wanted {', '.join(layout.parameters)} alone in it, got {', '.join(others)} too")
     if getattr(module, layout.split) % ranks:
@@ -161,5 +169,5 @@ def shard(module: nn.Module, mesh: DeviceMesh, style: ColwiseLoRA | RowwiseLoRA)
         sharded = distribute_tensor(parameter.detach(), mesh, [layout.parameters[name]], src_data_rank=style.src_data_rank)
         module.register_parameter(name, nn.Parameter(sharded, requires_grad=parameter.requires_grad))
     parallel: Any = module
-    parallel.__class__, parallel.style = ParallelLoRALinear, style
+    parallel.__class__, parallel.style = PARALLEL[type(module)], style
     return parallel
