@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -184,6 +184,16 @@ def fsdp_accumulates_with_a_disabled_layer():
     backward(parallel, rank, seed=1)
     assert parallel.down.lora_A.grad is None
     hold(of(parallel, "up"), model, lambda model: two_batches(freeze_down(model)))
+
+
+@case(4)
+def fsdp_over_more_ranks_than_the_rank():
+    """Split along K, no rank's part of A is padded."""
+    model = Mlp(r=3)
+    parallel = sharded(model, shard_placement_fn=lambda p: Shard(1) if p.shape[0] < 4 else Shard(0))
+    assert parallel.up.lora_A.to_local().shape == (3, 24 // 4) and parallel.up.lora_B.to_local().shape == (40 // 4, 3)
+    backward(parallel, dist.get_rank())
+    hold(of(parallel), model, mean_step)
 
 
 @case(4)
