@@ -6,6 +6,8 @@ bit and another adapter is merged from the base itself, not on top of the first 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from . import dispatch
@@ -32,7 +34,7 @@ def write_merged(weight, base, lora_A, lora_B, scale: float, *, row_scale=None, 
         raise ValueError(f"impl: wanted one of auto, triton, torch, got {impl!r}")
     if impl == "triton" and reason:
         raise UnsupportedError(f"impl: 'triton' cannot merge here: {reason}")
-    before = base.clone() if base.is_set_to(weight) else base
+    before = base.clone() if base is weight or (not _sharded(weight) and base.is_set_to(weight)) else base
     source = base.to(weight.device)
     if impl == "triton" or (impl == "auto" and weight.is_cuda and not reason):
         from . import launch
@@ -40,12 +42,25 @@ def write_merged(weight, base, lora_A, lora_B, scale: float, *, row_scale=None, 
         launch.merge(weight, source, lora_A, lora_B, scale)
     else:
         _by_rows(weight, source, lora_A, lora_B, scale, row_scale)
-    if weight.numel() and not torch.isfinite(torch.linalg.vector_norm(weight, float("inf"))):
+    if not _finite(weight):
         weight.copy_(before)
         raise ValueError("merge: wanted a finite merged weight, got NaN or Inf in base + scale * B A; the weight is unchanged")
 
 
+def _sharded(weight) -> bool:
+    return hasattr(weight, "placements")
+
+
+def _finite(weight) -> bool:
+    if _sharded(weight):  # merged on all ranks or on none
+        whole: Any = torch.isfinite(weight).all()
+        return bool(whole.full_tensor())
+    return not weight.numel() or bool(torch.isfinite(torch.linalg.vector_norm(weight, float("inf"))))
+
+
 def _why_not_kernel(weight, row_scale) -> str | None:
+    if _sharded(weight):
+        return "the weight is a DTensor, whose own operations merge it"
     arch, why_not_here = dispatch.arch_of(weight.device)
     if arch is None:
         return why_not_here
@@ -61,6 +76,10 @@ def _why_not_kernel(weight, row_scale) -> str | None:
 def _by_rows(weight, base, lora_A, lora_B, scale: float, row_scale) -> None:
     wide = torch.promote_types(weight.dtype, torch.float32)
     A, B = lora_A.to(wide), lora_B.to(wide)
+    if _sharded(weight):
+        merged = torch.addmm(base.to(wide), B, A, alpha=scale)
+        weight.copy_(merged if row_scale is None else merged * row_scale[:, None])
+        return
     rows = max(1, _ROWS // max(weight.shape[1], 1))
     for begin in range(0, weight.shape[0], rows):
         part = slice(begin, begin + rows)

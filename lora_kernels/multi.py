@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from .autograd import lora_linear
 from .merging import Mergeable
 from .nn import adopt, check_linear, check_rank, init_adapter, scaling_of
-from .problem import check_tensor
+from .problem import UnsupportedError, check_tensor
 from .segments import Segments, check_int
 
 OWN_GRAD: Any = torch.Tensor.grad  # torch's own attribute, below `SlotParameter`'s
@@ -248,6 +248,11 @@ class MultiLoRALinear(Mergeable, nn.Module):
             raise TypeError(f"i: wanted an adapter's number, an int, got {type(i).__name__}")
         if not 0 <= i < self.num_adapters:
             raise IndexError(f"i: wanted an adapter from 0 to {self.num_adapters - 1}, got {i}")
+        if hasattr(self.lora_A, "placements"):
+            raise UnsupportedError(
+                f"i: wanted stacks that are whole on this rank, to take adapter {i} of them, got shards ({self.lora_A.placements}); "
+                "do it before fully_shard or parallelize_module, or gather the state"
+            )
 
     def _scale_for(self, i: int, r: int) -> float:
         return scaling_of(self.lora_alpha[i], r, self.use_rslora)

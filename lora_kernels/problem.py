@@ -14,6 +14,7 @@ import torch
 from .segments import ONE, Adapters, Segments, readable
 
 MAX_RANK = 512
+PLAIN = (torch.Tensor, torch.nn.Parameter)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -128,14 +129,24 @@ def _shape(t: torch.Tensor) -> list[int]:
 
 
 def check_tensor(name: str, t, what: str) -> None:
-    if not isinstance(t, torch.Tensor):
-        raise TypeError(f"{name}: wanted {what}, got {type(t).__name__}")
+    if type(t) not in PLAIN:
+        _check_class(name, t, what)
     if t.layout != torch.strided:
         raise UnsupportedError(f"{name}: wanted a dense tensor, got layout {t.layout}")
     if t.is_quantized:
         raise UnsupportedError(f"{name}: wanted a floating-point tensor, got a quantised one ({t.dtype}); dequantise it first")
     if t.dtype not in FLOATS:
         raise TypeError(f"{name}: wanted float16, bfloat16, float32 or float64, got {t.dtype}")
+
+
+def _check_class(name: str, t, what: str) -> None:
+    if not isinstance(t, torch.Tensor):
+        raise TypeError(f"{name}: wanted {what}, got {type(t).__name__}")
+    if hasattr(t, "placements"):
+        raise UnsupportedError(
+            f"{name}: wanted a plain tensor, got a {type(t).__name__} with placements {t.placements}; parallelize the layer by ColwiseLoRA "
+            "or RowwiseLoRA of lora_kernels.integrations.tensor_parallel, or under fully_shard call the module that was given to it"
+        )
 
 
 def check_arguments(x, weight, lora_A, lora_B, bias, scale, dropout_p, seed, segments, ranks) -> None:
