@@ -4,12 +4,30 @@ Importing needs neither a GPU nor Triton; both are looked for when a call wants 
 """
 
 from . import reference
+from .apply import apply_lora, remove_lora, use_segments
 from .autograd import explain, lora_linear
 from .dispatch import Choice
+from .files import load_adapter, save_adapter
+from .lora_config import LoRAConfig
 from .multi import MultiLoRALinear
 from .nn import FusedLoRALinear
 from .problem import UnsupportedError
 from .segments import Segments
 
 __version__ = "0.2.0"
-__all__ = ["Choice", "FusedLoRALinear", "MultiLoRALinear", "Segments", "UnsupportedError", "explain", "lora_linear", "reference"]
+__all__ = [
+    "Choice",
+    "FusedLoRALinear",
+    "LoRAConfig",
+    "MultiLoRALinear",
+    "Segments",
+    "UnsupportedError",
+    "apply_lora",
+    "explain",
+    "load_adapter",
+    "lora_linear",
+    "reference",
+    "remove_lora",
+    "save_adapter",
+    "use_segments",
+]
