@@ -69,12 +69,15 @@ def remove_lora(model: nn.Module, *, merge: bool = False) -> list[str]:
         The names of the layers, each under its first.
     Raises:
         ValueError: no such layer; a merged layer with ``merge=False``, which could mean either; with ``merge=True`` a stack of
-        adapters, a weight that another module shares, or an adapter with NaN or Inf. In each case the model is as it was.
+        adapters, a weight that another module shares, or an adapter with NaN or Inf. UnsupportedError: a layer has hooks. In each
+        case the model is as it was.
     """
     places = _places(model, (FusedLoRALinear, MultiLoRALinear))
     if not places:
         raise ValueError("model: wanted one with FusedLoRALinear or MultiLoRALinear layers, got none")
     layers = {names[0]: layer for layer, names in places.items()}
+    for name, layer in layers.items():
+        _check_hooks(layer, name)
     merged = [name for name, layer in layers.items() if getattr(layer, "merged", False)]
     if merged and not merge:
         raise ValueError(f"merge: wanted unmerged layers, got merged ones ({some(merged)}); call unmerge() first, or pass merge=True")
@@ -143,13 +146,17 @@ def _check_layer(model: nn.Module, module: nn.Module, names: list[str]) -> None:
         adapted = isinstance(module, (FusedLoRALinear, MultiLoRALinear))
         hint = "remove_lora(model) first" if adapted else "name the linear layers alone, or it in exclude_modules"
         raise TypeError(f"{names[0]}: wanted an nn.Linear, got {type(module).__name__}; {hint}")
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    if hooks or hasattr(module, "_hf_hook"):
-        raise UnsupportedError(f"{names[0]}: wanted a layer without hooks, which would be lost, got one with; remove them first")
+    _check_hooks(module, names[0])
     for parent in {name.rpartition(".")[0] for name in names}:
         if isinstance(model.get_submodule(parent), nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
             why = "nn.TransformerEncoderLayer reads its weight past the adapter in inference"
             raise UnsupportedError(f"{names[0]}: {why}; call torch.backends.mha.set_fastpath_enabled(False) first")
+
+
+def _check_hooks(module: nn.Module, name: str) -> None:
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    if hooks or hasattr(module, "_hf_hook"):
+        raise UnsupportedError(f"{name}: wanted a layer without hooks, which would be lost, got one with; remove them first")
 
 
 def _build(linear: Any, name: str, config: LoRAConfig, num_adapters: int | None, adapter_dtype) -> nn.Module:

@@ -53,7 +53,7 @@ def save_adapter(
 
     Written first are temporary files in the same folder, then the old config is removed if it differs, the weights are replaced, and
     the new config comes last. So an interrupted save leaves the old adapter, the new one, or no config, which no reader takes for an
-    adapter. The folder's other files stay.
+    adapter. The folder's other files stay; a process that dies may leave its temporary ones in ``.adapter-*``.
 
     Args:
         model: A module that contains `FusedLoRALinear` layers, or `MultiLoRALinear` ones and ``slot``.
@@ -285,7 +285,8 @@ def _opened(path: str) -> Iterator[Any]:
     try:
         file = safetensors.safe_open(path, framework="pt", device="cpu")
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{path}: wanted a whole safetensors file of {os.path.getsize(path)} bytes, got another: {error}") from None
+        size = os.path.getsize(path)
+        raise ValueError(f"{path}: wanted a whole safetensors file, got one of {size} bytes; safetensors says: {error}") from None
     with file as opened:
         yield opened
 
