@@ -289,6 +289,7 @@ def with_shared(model):
             "got 'c_attn', which means none; its linear layers end in head, k_proj",
         ),
         (None, {"target_modules": "q_proj"}, ValueError, "got 'q_proj', which means none; near ones: q_proj"),
+        (None, {"target_modules": r"blocks\.\d\.q"}, ValueError, "wanted what means modules of the model, got .* near ones: blocks"),
         (None, {"exclude_modules": ["haed"]}, ValueError, "exclude_modules: .* got 'haed', which means none; near ones: head"),
         (None, {"rank_pattern": {"qproj": 4}}, ValueError, "rank_pattern: .* got 'qproj', which means none; near ones: q_proj"),
         (None, {"alpha_pattern": {"blocks.2.q_proj": 4}}, ValueError, r"alpha_pattern: .*; near ones: blocks\.1\.q_proj"),

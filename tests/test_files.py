@@ -336,6 +336,9 @@ def test_a_slots_scaling_comes_back_exactly(tmp_path):
     save_adapter(model, tmp_path, slot=1)
     load_adapter(model, tmp_path, slot=1)
     assert all(torch.equal(layer.scaling, before[name]) for name, layer in layers(model).items())
+    model = ours(num_adapters=2, r=3, lora_alpha=1)
+    save_adapter(model, tmp_path, slot=1)
+    assert config_of(tmp_path)["lora_alpha"] == 1, "the lora_alpha it was built with, though float32 rounds 1 / 3"
 
 
 def test_partial(tmp_path):

@@ -45,7 +45,9 @@ def test_config_from_pefts_dict():
     }
     config = LoRAConfig.from_dict(given)
     assert config == LoRAConfig(target_modules=["q_proj"], r=4, lora_alpha=8, use_rslora=True, rank_pattern={"q_proj": 2})
-    assert (config.rank_of("a.q_proj"), config.rank_of("a.q_proj.b"), config.scaling_of("x")) == (2, 4, 4.0)
+    ranks = {name: config.rank_of(name) for name in ("q_proj", "a.q_proj", "a.q_proj.b", "a.q_projection", "a.xq_proj")}
+    assert list(ranks.values()) == [2, 2, 4, 4, 4], "whole parts of a name"
+    assert config.scaling_of("x") == 4.0
 
 
 @pytest.mark.parametrize(
