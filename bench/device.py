@@ -1,4 +1,4 @@
-"""One command for a device: ``python -m bench.device [check|roof|single|memory|host|multi|decode|mtrain|all ...] --out DIR``.
+"""One command for a device: ``python -m bench.device [check|roof|single|memory|host|merge|multi|decode|mtrain|all ...] --out DIR``.
 
 A red parity check ends it: a number from kernels that are wrong is not reported. On a CPU the same sections time the library chain.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from . import check, host, memory, multi, roof, single
+from . import check, host, memory, merge, multi, roof, single
 from .session import Session, say
 
 SECTIONS = {
@@ -21,6 +21,7 @@ SECTIONS = {
     "single": single.run,
     "memory": memory.run,
     "host": host.run,
+    "merge": merge.run,
     "multi": multi.prefill,
     "decode": multi.decode,
     "mtrain": multi.train,

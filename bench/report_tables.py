@@ -7,7 +7,10 @@ from .table import markdown_table, ratio, significant
 COMMANDS = {
     "cpu": "python -m bench.cpu --out bench/results/cpu.jsonl",
     "parts": "python -m bench.parts --out bench/results/parts.jsonl",
-    **{section: f"python -m bench.device {section} --out bench/results" for section in ("check", "roof", "single", "memory", "host")},
+    **{
+        section: f"python -m bench.device {section} --out bench/results"
+        for section in ("check", "roof", "single", "memory", "host", "merge")
+    },
 }
 _TITLES = {
     "linear": "frozen linear",
@@ -98,6 +101,17 @@ def host(rows: list[dict], brief: bool) -> str:
     return "Median host time of an eager call in microseconds.\n\n" + markdown_table(["pass", "dropout", *map(title, arms)], lines)
 
 
+def merge(rows: list[dict], brief: bool) -> str:
+    """Milliseconds by layer and rank, and the rate at which W is read and written once."""
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    lines = []
+    for (layer, K, N, r), by_arm in points(rows, ("layer", "K", "N", "r")):
+        cells = [ms(by_arm.get(arm), brief) + (f", {by_arm[arm]['gbs']:.0f} GB/s" if arm in by_arm and not brief else "") for arm in arms]
+        lines.append([f"{layer} {K}->{N}", r, *cells])
+    text = "Median ms to merge an adapter into a weight; GB/s: W read once and written once."
+    return f"{text}\n\n" + markdown_table(["layer", "r", *arms], lines)
+
+
 def roof(rows: list[dict], brief: bool) -> str:
     """The copy rate and the matmul rates."""
     lines = []
@@ -120,7 +134,7 @@ def check(rows: list[dict], brief: bool) -> str:
     return f"{text}\n\n" + markdown_table(["case", "error / allowed"], [[row["name"], row["ratio"]] for row in cases[:10]])
 
 
-RENDERERS = {"cpu": cpu, "parts": parts, "check": check, "roof": roof, "single": single, "memory": memory, "host": host}
+RENDERERS = {"cpu": cpu, "parts": parts, "check": check, "roof": roof, "single": single, "memory": memory, "host": host, "merge": merge}
 
 
 def points(rows: list[dict], keys: tuple[str, ...]):

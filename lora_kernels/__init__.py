@@ -7,6 +7,7 @@ from . import reference
 from .apply import apply_lora, remove_lora, use_segments
 from .autograd import explain, lora_linear
 from .dispatch import Choice
+from .dora import dora_linear
 from .files import load_adapter, save_adapter
 from .lora_config import LoRAConfig
 from .multi import MultiLoRALinear
@@ -14,7 +15,7 @@ from .nn import FusedLoRALinear
 from .problem import UnsupportedError
 from .segments import Segments
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 __all__ = [
     "Choice",
     "FusedLoRALinear",
@@ -23,6 +24,7 @@ __all__ = [
     "Segments",
     "UnsupportedError",
     "apply_lora",
+    "dora_linear",
     "explain",
     "load_adapter",
     "lora_linear",

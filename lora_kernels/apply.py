@@ -59,12 +59,12 @@ def apply_lora(model: nn.Module, config: LoRAConfig, *, num_adapters: int | None
 
 
 def remove_lora(model: nn.Module, *, merge: bool = False) -> list[str]:
-    """Turn every `FusedLoRALinear` and `MultiLoRALinear` back into the nn.Linear it was, in place; the weights stay shared and frozen.
+    """Turn every `FusedLoRALinear` and `MultiLoRALinear` back into an nn.Linear, in place; weights and biases stay shared and frozen.
 
     Args:
         model: A module that contains such layers.
         merge: False: the adapters are dropped, the base answers bit for bit. True: their update is added to the weights first
-            (`FusedLoRALinear.merge`; the base weights are kept on the CPU until all have it).
+            (`FusedLoRALinear.merge`; the base weights are kept on the CPU until all have it), and an adapter's bias makes a new one.
     Returns:
         The names of the layers, each under its first.
     Raises:
@@ -181,6 +181,8 @@ def _build(linear: Any, name: str, config: LoRAConfig, num_adapters: int | None,
 def _linear(layer) -> nn.Linear:
     linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
     linear.weight, linear.bias = layer.weight, layer.bias
+    if getattr(layer, "merged", False) and layer.lora_bias is not None:
+        linear.bias = nn.Parameter(layer.whole_bias().detach(), requires_grad=False)
     return linear.train(layer.training)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from . import dispatch, ops, problem, reference
+from .problem import UnsupportedError
 from .segments import ONE, Adapters
 from .tuning import Config
 
@@ -72,6 +73,7 @@ def lora_linear(
     seed=None,
     segments=None,
     ranks=None,
+    lora_bias=None,
     config=None,
     impl="auto",
 ):
@@ -92,6 +94,7 @@ def lora_linear(
             generator (so torch.manual_seed and checkpoint recomputation govern it).
         segments: A `Segments`: each token's adapter in the stack, -1 for the base alone. None: one adapter for all.
         ranks: int32 ``[E]``, each adapter's own rank; the stack beyond it is not read, its gradient is 0. None: all have r.
+        lora_bias: ``[N]``, lora_A's dtype, or None: adds ``scale * lora_bias``, PEFT's bias on B. Not with segments.
         config: A ``lora_kernels.tuning.Config`` for the kernels, or None for the tuned one.
         impl: "auto" (the fastest that can run), "triton" (the kernels), "torch" (library calls), "reference" (the textbook
             formula); a named one never falls back. `explain` tells what "auto" takes.
@@ -99,12 +102,14 @@ def lora_linear(
         ``[..., N]`` in x's dtype, contiguous; accumulated in float32 and rounded once, besides ``u = scale * drop(x) A^T``.
         Under torch.autocast, x, weight and bias are cast as F.linear casts them.
     Gradients:
-        For x, lora_A, lora_B and bias, in each one's dtype; not for weight. Not differentiable twice, except "reference".
+        For x, lora_A, lora_B, bias and lora_bias, in each one's dtype; not for weight. Not differentiable twice, except "reference".
     Raises:
         ValueError: shapes, devices or values disagree. TypeError: dtypes or types. UnsupportedError: legal, but not here.
     Source: Hu et al. 2021, arXiv:2106.09685, eq. 3; gradients in docs/math.md.
     """
     x, weight, bias, key = prepare(x, weight, lora_A, lora_B, bias, scale, dropout_p, seed, segments, ranks, config, impl)
+    if lora_bias is not None:
+        bias = with_lora_bias(bias, lora_bias, scale, weight, lora_A, segments)
     p = float(dropout_p) if training else 0.0
     if impl == "reference":
         return reference.lora_linear(
@@ -121,6 +126,15 @@ def lora_linear(
     return ops.forward(x, weight, lora_A, lora_B, bias, drawn, adapters, float(factor), p, False, impl, key)[0]
 
 
+def with_lora_bias(bias, lora_bias, scale, weight, lora_A, segments):
+    """``bias + scale lora_bias`` in weight's dtype, from a float32 sum: the adapter's bias costs what a bias costs."""
+    if segments is not None:
+        raise UnsupportedError("lora_bias: wanted None with segments, whose tokens have adapters of their own, got a value")
+    problem.check_vector("lora_bias", lora_bias, weight, lora_A)
+    wide = lora_bias.to(torch.promote_types(lora_bias.dtype, torch.float32)) * scale
+    return (wide if bias is None else wide + bias).to(weight.dtype)
+
+
 def carried(segments, scale, ranks) -> tuple[Adapters, float]:
     """(`Adapters`, the scale that is a number)."""
     if isinstance(scale, torch.Tensor):
@@ -130,7 +144,8 @@ def carried(segments, scale, ranks) -> tuple[Adapters, float]:
 
 def explain(
     x, weight, lora_A, lora_B, bias=None, *,
-    scale=1.0, dropout_p=0.0, training=False, seed=None, segments=None, ranks=None, config=None, impl="auto",
+    scale=1.0, dropout_p=0.0, training=False, seed=None, segments=None, ranks=None, lora_bias=None,
+    config=None, impl="auto",
 ):  # fmt: skip
     """Which arm `lora_linear` takes for these arguments, and why: the same arguments, nothing computed.
 

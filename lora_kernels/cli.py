@@ -1,4 +1,4 @@
-"""The command line: ``python -m lora_kernels info | check | compile | demo``."""
+"""The command line: ``python -m lora_kernels info | check | compile | demo | inspect``."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ Fused LoRA matmuls as Triton kernels.
   check     runs every kernel against the float64 reference on this machine (without a GPU: in Triton's interpreter)
   compile   compiles every kernel for an architecture, no GPU needed: registers, spills, shared memory, matmul instruction
   demo      fine-tunes a real pretrained model on real text with FusedLoRALinear in place of its linears
+  inspect   what a saved adapter does to each matrix: norms, ranks, amplification, similarity with another, its budget
 """
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns its exit code: 0 all right, 1 something is wrong, 2 it could not run."""
-    from . import demo
+    from . import demo, inspect_adapter
 
     parser = argparse.ArgumentParser(prog="python -m lora_kernels", description=DESCRIPTION, formatter_class=argparse.RawTextHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="info | check | compile | demo")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="info | check | compile | demo | inspect")
     commands.add_parser("info", help="device, versions, arms", description="What this machine has, and which arms can run here.")
     check = commands.add_parser("check", help="parity of every kernel here", description=run_check.__doc__)
     check.add_argument("--quick", action="store_true", help="fewer dtypes and no p = 0: a quarter of the cases")
@@ -35,8 +36,11 @@ def main(argv: list[str] | None = None) -> int:
     compile_.add_argument("--arch", action="append", metavar="NAME", help="sm_80 ... sm_120, gfx942; may be repeated (default: sm_90)")
     compile_.add_argument("--json", action="store_true", help="one JSON object a kernel on standard output, nothing else")
     demo.add_arguments(commands.add_parser("demo", help="fine-tune a real model on real text"))
+    inspect = commands.add_parser("inspect", help="what a saved adapter does", formatter_class=argparse.RawTextHelpFormatter)
+    inspect.description = inspect_adapter.DESCRIPTION
+    inspect_adapter.add_arguments(inspect)
     args = parser.parse_args(argv)
-    commands_by_name = {"info": run_info, "check": run_check, "compile": run_compile, "demo": demo.run}
+    commands_by_name = {"info": run_info, "check": run_check, "compile": run_compile, "demo": demo.run, "inspect": inspect_adapter.run}
     return commands_by_name[args.command](args)
 
 

@@ -7,10 +7,11 @@ same kernel with the same arguments. Registers and spills come from the assemble
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
 import torch
@@ -91,7 +92,8 @@ def compile_calls(run, arch: Arch, label: str) -> list[Report]:
 
     def compile_launch(kernel, grid, args, options):
         compiled = kernel.run(*args, grid=grid, warmup=True, **options)
-        reports.append(_report(kernel.__name__, compiled, label, arch, options, str(_first_tensor(args).dtype).removeprefix("torch.")))
+        dtype = "float32" if options.get("EXACT") else str(_first_tensor(args).dtype).removeprefix("torch.")
+        reports.append(_report(kernel.__name__, compiled, label, arch, options, dtype))
 
     with target(arch), launch.intercept(compile_launch):
         run()
@@ -125,13 +127,24 @@ def compile_pass(problem: Problem, arch: Arch, config: Config, label: str = "", 
 def heuristic_reports(arch: Arch, progress=lambda done, total, what: None) -> list[Report]:
     """Every kernel of every heuristic configuration worth telling apart, compiled for ``arch``; the same kernel once."""
     problems = [*heuristic_problems(), *segment_problems()]
+    calls: list[tuple[str, Callable[[], list[Report]]]] = []
+    for label, problem, backward in problems:
+        calls.append((label, functools.partial(compile_pass, problem, arch, heuristic(problem, arch), label, backward)))
+    for R in (16, 96):
+        calls.append((f"merge r={R}", functools.partial(compile_merge, R, arch)))
     reports: dict[tuple, Report] = {}
-    for done, (label, problem, backward) in enumerate(problems):
-        progress(done, len(problems), f"{arch.name} {label}")
-        for report in compile_pass(problem, arch, heuristic(problem, arch), label, backward):
+    for done, (label, call) in enumerate(calls):
+        progress(done, len(calls), f"{arch.name} {label}")
+        for report in call():
             reports.setdefault(tuple(v for k, v in report.as_dict().items() if k != "label"), report)
-    progress(len(problems), len(problems), arch.name)
+    progress(len(calls), len(calls), arch.name)
     return list(reports.values())
+
+
+def compile_merge(R: int, arch: Arch) -> list[Report]:
+    """Compile the merge of a bfloat16 adapter of rank R into a weight."""
+    weight, A, B = (torch.empty(*shape, dtype=torch.bfloat16) for shape in ((256, 256), (R, 256), (256, R)))
+    return compile_calls(lambda: launch.merge(weight, weight, A, B, 2.0), arch, f"merge r={R}")
 
 
 def heuristic_problems() -> Iterator[tuple[str, Problem, bool]]:

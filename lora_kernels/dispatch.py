@@ -20,6 +20,7 @@ from .segments import Adapters
 from .tuning import Arch, Config, lookup, resolve, why_not
 
 FEW_TOKENS = 256
+INTERPRETED_BFLOAT16 = "Triton's interpreter multiplies bfloat16 bit patterns (triton #11584), so bfloat16 needs a GPU"
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def _choose(p: Problem, device: torch.device, impl: str, key: str, interpreted: 
 def why_not_here(config: Config, p: Problem, arch: Arch) -> str | None:
     """`why_not`, and what the Triton of this machine cannot do."""
     if arch.kind == "interpreter" and p.dtype == torch.bfloat16:
-        return "Triton's interpreter multiplies bfloat16 bit patterns (triton #11584), so bfloat16 needs a GPU"
+        return INTERPRETED_BFLOAT16
     if config.expand.warp_specialize and arch.capability[0] == 9 and not triton_version().startswith("3.6."):
         return f"expand.warp_specialize on sm_90 is compiled by Triton 3.6 and not by {triton_version()} (its own pass fails)"
     return why_not(config, p, arch)

@@ -29,6 +29,7 @@ from .nn import FusedLoRALinear, scaling_of
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 ATTRIBUTES = {"lora_A.weight": "lora_A", "lora_B.weight": "lora_B", "lora_B.bias": "lora_bias", "lora_magnitude_vector": "lora_magnitude"}
+VARIANTS = {"lora_bias": "lora_B.bias", "use_dora": "lora_magnitude_vector"}
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 ADAPTED = (FusedLoRALinear, MultiLoRALinear)
 TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
@@ -65,8 +66,9 @@ def save_adapter(
         base_model_name_or_path: For the config; None: the model's ``name_or_path``, as transformers' have.
         task_type: For the config, one of PEFT's names or None.
     Raises:
-        ValueError: no such layers, several dtypes without ``dtype``, NaN or Inf. TypeError: ``dtype`` is none of torch's floating
-        ones. ImportError: no safetensors. OSError: the disk's. In each case what the folder held is as it was.
+        ValueError: no such layers, several dtypes without ``dtype``, a variant in some layers alone, NaN or Inf. TypeError: ``dtype``
+        is none of torch's floating ones. ImportError: no safetensors. OSError: the disk's. In each case what the folder held is as it
+        was.
     """
     safetensors = _safetensors()
     if dtype is not None and dtype not in DTYPES.values():
@@ -193,6 +195,10 @@ def _describe(model: nn.Module, layers: dict[str, Any], held, slot: int | None, 
     wrong = [name for name, scaling in scalings.items() if not math.isfinite(scaling)]
     if wrong:
         raise ValueError(f"model: wanted finite scalings, got {scalings[wrong[0]]} in {some(wrong)}")
+    variants = {flag: [name for name, parts in held.items() if part in parts] for flag, part in VARIANTS.items()}
+    for flag, having in variants.items():
+        if 0 < len(having) < len(held):
+            raise ValueError(f"model: wanted {flag} in all layers or in none, as the config says it, got it in {some(having)} alone")
     largest = max(ranks, key=ranks.__getitem__)
     rslora = all(layer.use_rslora for layer in layers.values())
     factors = dict.fromkeys(layers, 1.0)
@@ -211,8 +217,7 @@ def _describe(model: nn.Module, layers: dict[str, Any], held, slot: int | None, 
         "target_modules": _target_modules(_modules(model, aliases=True)),
         "lora_dropout": max(layer.lora_dropout for layer in layers.values()),
         "use_rslora": rslora,
-        "lora_bias": any("lora_B.bias" in parts for parts in held.values()),
-        "use_dora": any("lora_magnitude_vector" in parts for parts in held.values()),
+        **{flag: bool(having) for flag, having in variants.items()},
         "inference_mode": True,
         **{"bias": "none", "fan_in_fan_out": False, "init_lora_weights": True, "modules_to_save": None},
     }

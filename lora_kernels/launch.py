@@ -24,7 +24,7 @@ from .kernels.load import load_dense, load_descriptor, load_descriptor_transpose
 from .kernels.shrink import shrink
 from .kernels.wgrad import wgrad
 from .segments import ONE, Adapters
-from .tuning import Config, rank_block
+from .tuning import MERGE, Config, rank_block
 from .tuning.validity import LOOP_RANK, MIXED_RANK, TILE_RANK
 
 INT32 = 1 << 31
@@ -147,22 +147,23 @@ def run_wgrad(
 
 def run_expand(
     x, w, v, *,
-    transposed: bool, u, a=None, scale=1.0, adapters: Adapters = ONE, bias=None, y=None, drop_x=None, drop_uv=None, config: Config,
+    transposed: bool, u, a=None, scale=1.0, adapters: Adapters = ONE, bias=None, base=None, out=None, exact=False,
+    drop_x=None, drop_uv=None, config: Config,
 ):  # fmt: skip
     """``x w + D.(u v) + bias`` as ``[M, N]``, and u.
 
     w: ``[K, N]``, v: ``[(E,) R, N]``, a: ``[(E,) K, R]``, all three the other way round if transposed (as the parameters lie for the
     forward pass). u: ``[M, R]``, or float32 ``[parts, M, R]`` to be added, where it is given; a matrix to write it to, or None, where
-    the kernel computes it. y: the base product, where the library made it. drop_x, drop_uv: None or (seed, p).
+    the kernel computes it. base: the base product, where the library made it. out: where the result goes, base itself too. exact: u v in
+    float32 whatever the dtypes. drop_x, drop_uv: None or (seed, p).
     """
     c, seg = config.expand, adapters.segments
     if transposed:
         w, v, a = w.t(), v.mT, None if a is None else a.mT
     (M, K), (R, N) = x.shape, v.shape[-2:]
-    block_r = rank_block(R, LOOP_RANK if c.u == "loop" else TILE_RANK if adapters.ranks is None else MIXED_RANK)
+    block_r = rank_block(R, 32 if exact else LOOP_RANK if c.u == "loop" else TILE_RANK if adapters.ranks is None else MIXED_RANK)
     r_blocks = triton.cdiv(R, block_r)
-    library = y is not None
-    y = x.new_empty(M, N) if y is None else y
+    y = x.new_empty(M, N) if out is None else out
     num_m, tiles = triton.cdiv(M, c.block_m), triton.cdiv(M, c.block_m) * triton.cdiv(N, c.block_n)
     gathered = seg.tile_adapter.shape[0] if seg else 0
     items, flags, ticket = tiles, None, None
@@ -178,8 +179,8 @@ def run_expand(
         parts = (partial, partial.stride(0), torch.zeros(tiles, dtype=torch.int32, device=x.device), splits + 1)
         items = tiles * (splits + 1)
     seed, threshold, inv_keep = _dropout(drop_x or drop_uv)
-    load_x, x_args = (None, None) if library else _operand(x, c.block_m, c.block_k, c.tma)
-    load_w, w_args = (None, None) if library else _operand(w, c.block_k, c.block_n, c.tma)
+    load_x, x_args = _operand(x, c.block_m, c.block_k, c.tma) if base is None else (load_dense, _matrix(base))
+    load_w, w_args = _operand(w, c.block_k, c.block_n, c.tma) if base is None else (None, None)
     load_u: Any = load_dense
     u_args: Any = None
     if u is not None and u.dim() == 3:
@@ -188,7 +189,7 @@ def run_expand(
         load_u, u_args = _operand(u, c.block_m, block_r, c.warp_specialize)
     load_v, v_args = _operand(v, block_r, c.block_n, c.warp_specialize)
     args = (
-        x_args, w_args, None if a is None else _matrix(a), u_args, v_args, bias, (y, N, 1),
+        x_args, w_args, None if a is None else _matrix(a), u_args, v_args, bias, _matrix(y),
         adapters.rows(), _matrix(x) if seg and c.u == "awaited" else None, adapters.gather(), gathered, adapters.number,
         _stack_stride(a), _stack_stride(v), None if c.u == "given" else adapters.scales, adapters.ranks,
         flags, ticket, parts, blocks_per_part, seed, threshold, inv_keep, scale * (inv_keep if drop_x else 1.0), M, N, K, R,
@@ -196,12 +197,13 @@ def run_expand(
     blocks = max(c.block_m, c.block_n, c.block_k)
     options = dict(
         LOAD_X=load_x, LOAD_W=load_w, LOAD_U=load_u, LOAD_V=load_v, U=c.u, SEGMENTS=seg is not None, SPLIT=parts is not None,
-        SAVE_U=c.u == "loop" and u is not None,
+        EXACT=exact, SAVE_U=c.u == "loop" and u is not None,
         DROP_X=drop_x is not None and c.u != "given",
-        DROP_UV=drop_uv is not None, PRECISION=precision(x.dtype), BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, BLOCK_R=block_r,
+        DROP_UV=drop_uv is not None, PRECISION="ieee" if exact else precision(x.dtype),
+        BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, BLOCK_R=block_r,
         R_BLOCKS=r_blocks, GROUP_M=c.group_m, GATHER_M=c.block_m if seg is None else seg.gather_block,
         EVEN_N=N % c.block_n == 0, EVEN_K=K % c.block_k == 0, EVEN_R=R % block_r == 0 and adapters.ranks is None,
-        WIDE=_wide((x, blocks), (w, blocks), (v, blocks)), PERSISTENT=c.persistent, WARP_SPECIALIZE=c.warp_specialize,
+        WIDE=_wide((x, blocks), (w, blocks), (v, blocks), (y, blocks)), PERSISTENT=c.persistent, WARP_SPECIALIZE=c.warp_specialize,
         num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip
     programs = min(items, sm_count(x.device)) if c.persistent else items
@@ -248,7 +250,8 @@ def forward(x, weight, lora_A, lora_B, bias, seed, adapters: Adapters, scale: fl
                 parts=not (save_u or config.expand.warp_specialize),
             )
             if config.expand.base == "library":
-                return run_expand(x, weight, lora_B, u=u, y=F.linear(x, weight, bias), **shared)
+                y = F.linear(x, weight, bias)
+                return run_expand(x, weight, lora_B, u=u, base=y, out=y, **shared)
             return run_expand(x, weight, lora_B, u=u, bias=bias, **shared)
         space = x.new_empty(x.shape[0], lora_A.shape[-2]) if save_u else None
         return run_expand(x, weight, lora_B, u=space, a=lora_A, scale=scale, bias=bias, drop_x=drop, **shared)
@@ -272,9 +275,16 @@ def backward(dy, x, weight, lora_A, lora_B, u, seed, adapters: Adapters, scale: 
             dx, ds = run_expand(dy, weight, lora_A, transposed=False, u=ds, a=lora_B, scale=scale, drop_uv=drop, **shared)
         elif need_dx:
             base = torch.mm(dy, weight) if config.expand.base == "library" else None
-            dx, _ = run_expand(dy, weight, lora_A, transposed=False, u=ds, y=base, drop_uv=drop, **shared)
+            dx, _ = run_expand(dy, weight, lora_A, transposed=False, u=ds, base=base, out=base, drop_uv=drop, **shared)
         if need_da:
             da = run_wgrad(x, ds, scale=1.0, dropout=drop, out_transposed=True, dtype=adapter_dtype, **shared)
         if need_db:
             db = run_wgrad(dy, u, scale=1.0, dropout=None, out_transposed=False, dtype=adapter_dtype, **shared)
     return dx, da, db
+
+
+def merge(weight, base, lora_A, lora_B, scale: float) -> None:
+    """``weight := base + scale B A``, float32 sums rounded once. weight, base: ``[N, K]``, any strides, or one tensor."""
+    with on_device(weight):
+        u = lora_B.float() * scale
+        run_expand(base, lora_A, lora_A, transposed=False, u=u, base=base, out=weight, exact=True, config=MERGE)

@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from .autograd import lora_linear
+from .merging import Mergeable
 from .nn import adopt, check_linear, check_rank, init_adapter, scaling_of
 from .problem import check_tensor
 from .segments import Segments, check_int
@@ -23,7 +25,7 @@ from .segments import Segments, check_int
 OWN_GRAD: Any = torch.Tensor.grad  # torch's own attribute, below `SlotParameter`'s
 
 
-class MultiLoRALinear(nn.Module):
+class MultiLoRALinear(Mergeable, nn.Module):
     """``num_adapters`` low-rank updates over one frozen linear layer, any mix of them in a batch.
 
     ``weight`` and ``bias`` have nn.Linear's names and layout, as in `FusedLoRALinear`. A slot of the stacks holds one adapter; beyond
@@ -120,8 +122,14 @@ class MultiLoRALinear(nn.Module):
         for e in range(E):
             init_adapter(*self.adapter(e), init_lora_weights)
 
-    def forward(self, x: torch.Tensor, segments: Segments) -> torch.Tensor:
-        """Each token through its adapter; dropout acts in training."""
+    def forward(self, x: torch.Tensor, segments: Segments | None = None) -> torch.Tensor:
+        """Each token through its adapter; dropout acts in training. Without segments where an adapter is merged: every token through it."""
+        if self.merged:
+            if segments is not None:
+                raise ValueError(
+                    "segments: wanted None, for an adapter is merged and answers every token, got a plan; call unmerge() first"
+                )
+            return F.linear(x, self.weight, self.bias)
         if not isinstance(segments, Segments):
             wanted = "a lora_kernels.Segments, Segments.from_ids(adapter_ids, num_adapters) with -1 for the base alone"
             raise TypeError(f"segments: wanted {wanted}, got {type(segments).__name__}")
@@ -198,6 +206,20 @@ class MultiLoRALinear(nn.Module):
         self.lora_A[i, :r].copy_(A)
         self.lora_B[i, :, :r].copy_(B)
         self._clear_beyond(i, r)
+
+    def merge(self, i: int, keep: str = "device") -> None:
+        """Write adapter i into the weight, ``W + scaling[i] B[i] A[i]``, in one pass over it, also in the place of another merged one.
+
+        From here on every token goes through adapter i, called without segments, at the price of nn.Linear, and to go from one adapter to
+        another is one more pass. What the slots hold may change meanwhile; the weight follows at the next `merge`.
+
+        Args:
+            i: The slot, from 0.
+            keep: Where the base weight waits for `unmerge`, which gives it back bit for bit: "device", or "cpu" to spare its memory.
+        Raises:
+            ValueError: the result is not finite; the layer is unmerged.
+        """
+        self._merge(keep, *self.adapter(i), float(self.scaling[i]))
 
     @torch.no_grad()
     def reset_adapter(self, i: int, init_lora_weights: bool = True) -> None:

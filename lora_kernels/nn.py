@@ -8,11 +8,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .autograd import lora_linear
-from .problem import MAX_RANK, UnsupportedError
+from .autograd import lora_linear, with_lora_bias
+from .dora import dora_linear, weight_norm
+from .merging import Mergeable
+from .problem import MAX_RANK, UnsupportedError, check_tensor
 
 
-class FusedLoRALinear(nn.Module):
+class FusedLoRALinear(Mergeable, nn.Module):
     """``y = x W^T + scaling * (dropout(x) A^T) B^T + bias`` with W and bias frozen, A and B trained.
 
     ``weight`` and ``bias`` have nn.Linear's names and layout, so an nn.Linear checkpoint loads with only ``lora_A`` and ``lora_B`` missing.
@@ -25,6 +27,8 @@ class FusedLoRALinear(nn.Module):
         lora_dropout: Dropout on the adapter's input, in [0, 1); the base sees the undropped x.
         init_lora_weights: True: A kaiming-uniform with a = sqrt(5), B zero, as in PEFT, so that training starts from the base;
             False: B like A, for tests.
+        lora_bias: Whether the adapter has a bias, ``scaling * lora_bias``, zeros at first (PEFT's ``lora_B.bias``).
+        use_dora: Whether a trained magnitude scales each output's direction (`dora_linear`), at first the norm of ``W + scaling B A``.
         device, dtype: Of the base, as in nn.Linear.
         adapter_dtype: Of A and B: the base's dtype (None) or float32.
     Shape:
@@ -36,6 +40,8 @@ class FusedLoRALinear(nn.Module):
 
     weight: torch.Tensor
     bias: torch.Tensor | None
+    lora_bias: torch.Tensor | None
+    lora_magnitude: torch.Tensor | None
     in_features: int
     out_features: int
     lora_dropout: float
@@ -51,13 +57,15 @@ class FusedLoRALinear(nn.Module):
         lora_dropout: float = 0.0,
         use_rslora: bool = False,
         init_lora_weights: bool = True,
+        lora_bias: bool = False,
+        use_dora: bool = False,
         device=None,
         dtype=None,
         adapter_dtype=None,
     ):
         super().__init__()
         base = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
-        self._adopt(base, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype)
+        self._adopt(base, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, lora_bias, use_dora, adapter_dtype)
 
     @classmethod
     def from_linear(
@@ -69,6 +77,8 @@ class FusedLoRALinear(nn.Module):
         lora_dropout: float = 0.0,
         use_rslora: bool = False,
         init_lora_weights: bool = True,
+        lora_bias: bool = False,
+        use_dora: bool = False,
         adapter_dtype=None,
     ) -> FusedLoRALinear:
         """A layer that shares ``linear``'s parameters: nothing is copied, and they are frozen (``requires_grad=False``).
@@ -81,92 +91,116 @@ class FusedLoRALinear(nn.Module):
         check_linear(linear)
         self = cls.__new__(cls)
         nn.Module.__init__(self)
-        self._adopt(linear, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype)
+        self._adopt(linear, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, lora_bias, use_dora, adapter_dtype)
         self.train(linear.training)
         return self
 
-    def _adopt(self, base: nn.Linear, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype) -> None:
+    def _adopt(
+        self, base: nn.Linear, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, lora_bias, use_dora, adapter_dtype
+    ) -> None:  # fmt: skip
         check_rank("r", r)
+        if lora_bias and use_dora:
+            raise UnsupportedError("lora_bias: wanted False with use_dora=True, as in PEFT, got True")
         dtype = adopt(self, base, lora_dropout, adapter_dtype)
         self.r, self.lora_alpha, self.use_rslora = r, lora_alpha, use_rslora
         self.scaling = scaling_of(lora_alpha, r, use_rslora)
         self.enabled = True
         self.lora_A = nn.Parameter(base.weight.new_empty(r, self.in_features, dtype=dtype))
         self.lora_B = nn.Parameter(base.weight.new_empty(self.out_features, r, dtype=dtype))
-        self._base_weight: torch.Tensor | None = None
+        vector = self.lora_B.new_empty(self.out_features)
+        self.register_parameter("lora_bias", nn.Parameter(vector.clone()) if lora_bias else None)
+        self.register_parameter("lora_magnitude", nn.Parameter(vector.clone()) if use_dora else None)
         self.reset_adapter(init_lora_weights)
 
     def reset_adapter(self, init_lora_weights: bool = True) -> None:
-        """Initialise A and B again; see ``init_lora_weights``."""
+        """Initialise the adapter again; see ``init_lora_weights``."""
         if self.merged:
             raise RuntimeError("reset_adapter: wanted an unmerged layer, got a merged one; call unmerge() first")
         init_adapter(self.lora_A, self.lora_B, init_lora_weights)
+        if self.lora_bias is not None:
+            nn.init.zeros_(self.lora_bias)
+        self.reset_magnitude()
+
+    @torch.no_grad()
+    def reset_magnitude(self) -> None:
+        """DoRA's magnitude as the norm of ``W + scaling B A``: the layer then computes what it would without DoRA."""
+        if self.lora_magnitude is not None:
+            self.lora_magnitude.copy_(weight_norm(self.base_weight(), self.lora_A, self.lora_B, self.scaling))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.merged or not self.enabled:
-            return F.linear(x, self.weight if self.enabled else self.base_weight(), self.bias)
-        return lora_linear(
-            x,
-            self.weight,
-            self.lora_A,
-            self.lora_B,
-            self.bias,
-            scale=self.scaling,
-            dropout_p=self.lora_dropout,
-            training=self.training,
-        )
-
-    @property
-    def merged(self) -> bool:
-        return self._base_weight is not None
+            return F.linear(x, *((self.weight, self.whole_bias()) if self.enabled else (self.base_weight(), self.bias)))
+        dropout = dict(scale=self.scaling, dropout_p=self.lora_dropout, training=self.training)
+        if self.lora_magnitude is not None:
+            return dora_linear(x, self.weight, self.lora_A, self.lora_B, self.lora_magnitude, self.bias, **dropout)
+        return lora_linear(x, self.weight, self.lora_A, self.lora_B, self.bias, lora_bias=self.lora_bias, **dropout)
 
     def delta_weight(self) -> torch.Tensor:
         """``scaling * B A`` as float32 ``[out_features, in_features]`` (float64 for a float64 base)."""
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         return torch.addmm(self.lora_B.new_zeros((), dtype=wide), self.lora_B.to(wide), self.lora_A.to(wide), beta=0, alpha=self.scaling)
 
-    @torch.no_grad()
-    def merge(self) -> None:
-        """Add ``scaling * B A`` to the weight, rounded once: from here on the layer costs exactly what nn.Linear costs.
+    def merge(self, keep: str = "cpu") -> None:
+        """Write ``W + scaling B A`` (with DoRA ``m / norm`` of it) into the weight: from here on the layer costs what nn.Linear costs.
 
-        The base weight is kept on the CPU, so that `unmerge` gives it back bit for bit.
+        Args:
+            keep: Where the base weight waits for `unmerge`, which gives it back bit for bit: "cpu", or "device" for speed.
+        Raises:
+            RuntimeError: the layer is merged. ValueError: the result is not finite, and nothing has changed.
         """
         if self.merged:
             raise RuntimeError("merge: wanted an unmerged layer, got a merged one; call unmerge() first")
-        delta = self.delta_weight()
-        if not torch.isfinite(delta).all():
-            raise ValueError("merge: wanted finite adapters, got NaN or Inf in scaling * B A; the weight is unchanged")
-        self._base_weight = self.weight.detach().to("cpu", copy=True)
-        self.weight.copy_(delta.add_(self.weight))
+        self._write(keep, self.lora_A, self.lora_B, self.scaling)
 
     @torch.no_grad()
-    def unmerge(self) -> None:
-        """Give the base weight back, bit for bit."""
-        if self._base_weight is None:
-            raise RuntimeError("unmerge: wanted a merged layer, got an unmerged one")
-        self.weight.copy_(self._base_weight)
-        self._base_weight = None
+    def swap(self, lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float | None = None) -> None:
+        """Put another adapter of the same rank in place of this one, merged or not: in one pass over the weight if merged.
 
-    def base_weight(self) -> torch.Tensor:
-        """The base weight, merged or not: a copy from the CPU while merged."""
-        return self.weight if self._base_weight is None else self._base_weight.to(self.weight.device)
+        Args:
+            lora_A: ``[r, in_features]``. lora_B: ``[out_features, r]``. Any device; the layer's adapter dtype.
+            scaling: None: the layer's own.
+        Raises:
+            ValueError, TypeError: shapes or dtypes, or a merged weight that is not finite; nothing has changed. UnsupportedError: DoRA.
+        """
+        if self.lora_magnitude is not None:
+            raise UnsupportedError("swap: wanted a layer without DoRA, whose magnitude belongs to the adapter, got use_dora=True")
+        for name, own, new in (("lora_A", self.lora_A, lora_A), ("lora_B", self.lora_B, lora_B)):
+            check_tensor(name, new, f"a tensor {list(own.shape)}")
+            if new.shape != own.shape:
+                raise ValueError(f"{name}: wanted shape {list(own.shape)}, got {list(new.shape)}")
+            if new.dtype != own.dtype:
+                raise TypeError(f"{name}: wanted the adapter's dtype {own.dtype}, got {new.dtype}")
+        scaling = self.scaling if scaling is None else float(scaling)
+        lora_A, lora_B = lora_A.to(self.lora_A.device), lora_B.to(self.lora_B.device)
+        if self._base_weight is not None:
+            keep = "cpu" if self._base_weight.device.type == "cpu" else "device"
+            try:
+                self._write(keep, lora_A, lora_B, scaling)
+            except ValueError:
+                self._write(keep, self.lora_A, self.lora_B, self.scaling)
+                raise
+        self.lora_A.copy_(lora_A)
+        self.lora_B.copy_(lora_B)
+        self.scaling = scaling
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.merged:  # a checkpoint holds base and adapter apart, or loading it would apply the adapter twice
-            destination[prefix + "weight"] = self.base_weight()
+    def _write(self, keep: str, lora_A, lora_B, scaling: float) -> None:
+        row_scale = None
+        if self.lora_magnitude is not None:
+            norm = weight_norm(self.base_weight(), lora_A, lora_B, scaling)
+            row_scale = self.lora_magnitude.detach() / norm
+        self._merge(keep, lora_A, lora_B, scaling, row_scale)
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
-        if self.merged:
-            error_msgs.append(
-                f"{prefix[:-1] or 'the layer'}: wanted an unmerged layer to load into, got a merged one; call unmerge() first"
-            )
-            return
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+    def whole_bias(self) -> torch.Tensor | None:
+        """What a merged layer adds: the base's bias and the adapter's."""
+        if self.lora_bias is None:
+            return self.bias
+        return with_lora_bias(self.bias, self.lora_bias, self.scaling, self.weight, self.lora_A, None)
 
     def extra_repr(self) -> str:
         parts = [f"in_features={self.in_features}", f"out_features={self.out_features}", f"bias={self.bias is not None}", f"r={self.r}"]
         parts += [f"scaling={self.scaling:g}", f"lora_dropout={self.lora_dropout:g}"]
+        parts += ["lora_bias=True"] if self.lora_bias is not None else []
+        parts += ["use_dora=True"] if self.lora_magnitude is not None else []
         parts += ["merged=True"] if self.merged else []
         parts += [] if self.enabled else ["enabled=False"]
         return ", ".join(parts)

@@ -84,8 +84,8 @@ def keep_mask(seed: torch.Tensor, tokens: int, features: int, p: float) -> torch
     device = seed.device
     groups = -(-features // LANES)
     padded = torch.empty(tokens, groups * LANES, dtype=torch.bool, device=device)
-    seed = int(seed) if readable(seed) else seed.reshape(())  # Python's own arithmetic on the key costs nothing
-    key = (seed & _WORD, (seed >> 32) & _WORD)
+    number = int(seed) if readable(seed) else seed.reshape(())  # Python's own arithmetic on the key costs nothing
+    key = (number & _WORD, (number >> 32) & _WORD)
     threshold = threshold_of(p)
     zero = torch.zeros((), dtype=torch.int64, device=device)
     column = torch.arange(groups, device=device)

@@ -256,6 +256,17 @@ def check_adapter(name: str, t, wanted: list, why: str, peft: str) -> None:
     raise ValueError(f"{name}: wanted shape [{', '.join(map(str, wanted))}] {why}, got {_shape(t)}{hint}")
 
 
+def check_vector(name: str, t, weight, like) -> None:
+    """A value for each of weight's outputs, of ``like``'s dtype, on weight's device."""
+    check_tensor(name, t, "a tensor [out_features]")
+    if tuple(t.shape) != (weight.shape[0],):
+        raise ValueError(f"{name}: wanted shape [{weight.shape[0]}] to match weight {_shape(weight)}, got {_shape(t)}")
+    if t.dtype != like.dtype:
+        raise TypeError(f"{name}: wanted dtype {like.dtype}, got {t.dtype}")
+    if t.device != weight.device:
+        raise ValueError(f"{name}: wanted weight's device {weight.device}, got {t.device}")
+
+
 def check_dtypes(x, weight, lora_A, lora_B, bias) -> None:
     if weight.dtype != x.dtype:
         raise TypeError(f"weight: wanted x's dtype {x.dtype}, got {weight.dtype}; cast one of them, or use torch.autocast")

@@ -13,9 +13,11 @@ if not torch.cuda.is_available():
 # What an optional extra brings, and the tests that come with it.
 NEEDS = {
     "test_peft.py": "peft",
+    "test_peft_formulas.py": "peft",
     "test_files.py": "peft",
     "test_files_refusals.py": "peft",
     "test_huggingface.py": "peft",
+    "test_inspect.py": "peft",
     "test_plot.py": "matplotlib",
 }
 collect_ignore = [file for file, package in NEEDS.items() if importlib.util.find_spec(package) is None]

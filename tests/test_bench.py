@@ -54,10 +54,10 @@ def lines(path: Path) -> list[dict]:
 
 
 def test_sections_write_whole_rows(tmp_path, parity, capsys):
-    assert bench("roof", "single", "memory", "host", out=tmp_path) == 0
+    assert bench("roof", "single", "memory", "host", "merge", out=tmp_path) == 0
     assert len(parity.calls) == 4
     printed = capsys.readouterr().out
-    for section in ("roof", "single", "memory", "host", "check"):
+    for section in ("roof", "single", "memory", "host", "merge", "check"):
         rows = lines(tmp_path / f"{section}.jsonl")
         assert rows
         for row in rows:
@@ -300,7 +300,7 @@ def test_cpu_bench_and_its_report(tmp_path):
 
 def test_report_of_every_section(tmp_path, parity):
     assert bench("all", out=tmp_path) == 0
-    for section in ("check", "roof", "single", "memory", "host"):
+    for section in ("check", "roof", "single", "memory", "host", "merge"):
         rows = conditions.read_rows(tmp_path / f"{section}.jsonl")
         brief, full = (report.render(section, rows, short) for short in (True, False))
         assert rows[0]["cpu"] in brief and len(full) >= len(brief) and "None" not in full

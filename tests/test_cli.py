@@ -45,7 +45,7 @@ def test_usage_errors(args):
 def test_help_teaches():
     out = run("--help")
     assert out.returncode == 0
-    for word in ("info", "check", "compile", "demo", "float64 reference", "no GPU needed"):
+    for word in ("info", "check", "compile", "demo", "inspect", "float64 reference", "no GPU needed"):
         assert word in out.stdout
     assert "Triton's interpreter" in run("check", "--help").stdout
 

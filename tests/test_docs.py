@@ -8,12 +8,15 @@ import pytest
 
 DOCS = Path(__file__).parent.parent / "docs"
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+PAGES = [  # the page, its blocks, and the package of an extra that it is about
+    ("many_adapters.md", 6, "torch"),
+    ("merging.md", 4, "torch"),
+    ("analysis.md", 5, "torch"),
+    ("adapter_files.md", 6, "peft"),
+]
 
 
-DOCUMENTS = {"many_adapters.md": 6} | ({"adapter_files.md": 6} if importlib.util.find_spec("peft") else {})
-
-
-@pytest.mark.parametrize("name, blocks", DOCUMENTS.items())
+@pytest.mark.parametrize("name, blocks", [(name, blocks) for name, blocks, needs in PAGES if importlib.util.find_spec(needs)])
 def test_python_blocks(name, blocks):
     text, namespace = (DOCS / name).read_text(), {"__name__": name}
     found = list(BLOCK.finditer(text))

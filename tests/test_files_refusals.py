@@ -8,9 +8,10 @@ import sys
 import pytest
 import safetensors.torch
 import torch
-from test_files import CONFIG, WEIGHTS, assert_unchanged, base, config_of, contents, layers, ours, state
+from peft import PeftModel
+from test_files import CONFIG, WEIGHTS, Q, X, assert_unchanged, base, config_of, contents, layers, ours, state, stock
 
-from lora_kernels import FusedLoRALinear, UnsupportedError, files, load_adapter, save_adapter
+from lora_kernels import FusedLoRALinear, Segments, UnsupportedError, files, load_adapter, save_adapter, use_segments
 
 HOLDS = [(torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float32, torch.float64), (torch.bfloat16, torch.bfloat16)]
 ROUNDS = [(torch.float32, torch.bfloat16), (torch.float64, torch.float32), (torch.bfloat16, torch.float16), (torch.float16, torch.bfloat16)]
@@ -168,6 +169,33 @@ def test_a_bad_adapter_is_refused_and_changes_nothing(spoil, error, match, slot,
     with pytest.raises(error, match=match) as caught:
         load_adapter(model, tmp_path, slot=slot)
     assert type(caught.value) is error
+    assert_unchanged(model, before)
+
+
+def test_partial(tmp_path):
+    stock(tmp_path, target_modules=["q_proj"])
+    for kwargs in ({}, {"slot": 1}):
+        model = ours(num_adapters=2 if kwargs else None).eval()
+        before = state(model)
+        with pytest.raises(ValueError, match="4 missing .base_model.model.blocks.0.k_proj.lora_A.weight.*; partial=True takes a file"):
+            load_adapter(model, tmp_path, **kwargs)
+        assert_unchanged(model, before)
+        assert load_adapter(model, tmp_path, partial=True, **kwargs) == Q
+        theirs = PeftModel.from_pretrained(base(), tmp_path).eval()
+        with use_segments(model, Segments.from_ids(torch.full((12,), 1), 2)) if kwargs else torch.enable_grad():
+            torch.testing.assert_close(model(X), theirs(X), rtol=1e-6, atol=1e-6)
+
+
+def test_a_merged_model_is_saved_apart_and_not_loaded_into(tmp_path):
+    model = ours()
+    save_adapter(model, tmp_path / "apart")
+    for layer in layers(model).values():
+        layer.merge()
+    save_adapter(model, tmp_path / "merged")
+    assert (tmp_path / "apart" / WEIGHTS).read_bytes() == (tmp_path / "merged" / WEIGHTS).read_bytes()
+    before = state(model)
+    with pytest.raises(RuntimeError, match="wanted unmerged layers to load into, got merged ones .blocks.0.q_proj, .* and 1 more"):
+        load_adapter(model, tmp_path / "apart")
     assert_unchanged(model, before)
 
 

@@ -9,6 +9,8 @@ Where u comes from is a plug, ``U``:
 With segments (given and awaited) the low-rank product is made once for each adapter present in the row block, and a token selects its
 own: a select, not a masked sum, for 0 * inf is NaN and one adapter must never reach another's tokens.
 
+Without a loader of w, x is the base product itself, made by the library, or a weight into which ``u v`` is merged (EXACT: u v in float32).
+
 SPLIT (u given, few tokens): parts of one tile go to several programs, the low-rank product to the first and ranges of K to the others. Each
 writes a float32 partial sum; whichever comes last adds them in their order, so the result does not depend on which it was.
 """
@@ -127,6 +129,7 @@ def expand_tile(
     U: tl.constexpr,
     SEGMENTS: tl.constexpr,
     SPLIT: tl.constexpr,
+    EXACT: tl.constexpr,
     SAVE_U: tl.constexpr,
     DROP_X: tl.constexpr,
     DROP_UV: tl.constexpr,
@@ -143,6 +146,7 @@ def expand_tile(
     WARP_SPECIALIZE: tl.constexpr,
 ):
     """One tile of y, or with SPLIT one part of it. parts: (partial sums, their stride, counters of the tiles, number of parts)."""
+    TYPE: tl.constexpr = tl.float32 if EXACT else y[0].dtype.element_ty
     m0 = pid_m * BLOCK_M
     n0 = pid_n * BLOCK_N
     k_begin = 0
@@ -156,11 +160,12 @@ def expand_tile(
     if U == "given" and not WARP_SPECIALIZE:
         if part == 0:
             acc = low_rank(
-                acc, u, v, rows, stride_ve, ranks_ptr, seed, threshold, inv_keep, m0, n0, M, N, R, y[0].dtype.element_ty,
+                acc, u, v, rows, stride_ve, ranks_ptr, seed, threshold, inv_keep, m0, n0, M, N, R, TYPE,
                 LOAD_U, LOAD_V, SEGMENTS, DROP_UV, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R, R_BLOCKS, EVEN_N, EVEN_R, WIDE, True,
             )  # fmt: skip
     if LOAD_W is None:
-        acc += tl.load(y_ptrs, mask=y_mask, other=0.0)
+        # x: [BLOCK_M, BLOCK_N]
+        acc += LOAD_X(x, m0, n0, M, N, BLOCK_M, BLOCK_N, False, EVEN_N, WIDE)
     else:
         u_acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
         for k0 in tl.range(k_begin, k_end, BLOCK_K, warp_specialize=WARP_SPECIALIZE):
@@ -179,7 +184,7 @@ def expand_tile(
             v_tile = load_dense(v, 0, n0, R, N, BLOCK_R, BLOCK_N, EVEN_R, EVEN_N, WIDE)
             if scales_ptr is not None:
                 scale *= tl.load(scales_ptr)
-            u_tile = (u_acc * scale).to(y[0].dtype.element_ty)
+            u_tile = (u_acc * scale).to(TYPE)
             if SAVE_U:
                 if pid_n == 0:
                     u_ptrs = tile_base(u[0], m0, 0, u[1], u[2]) + tile_offsets(u[1], u[2], BLOCK_M, BLOCK_R, WIDE)
@@ -196,7 +201,7 @@ def expand_tile(
             tl.debug_barrier()
         if U == "awaited" or (U == "given" and WARP_SPECIALIZE):
             acc = low_rank(
-                acc, u, v, rows, stride_ve, ranks_ptr, seed, threshold, inv_keep, m0, n0, M, N, R, y[0].dtype.element_ty,
+                acc, u, v, rows, stride_ve, ranks_ptr, seed, threshold, inv_keep, m0, n0, M, N, R, TYPE,
                 LOAD_U, LOAD_V, SEGMENTS, DROP_UV, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R, R_BLOCKS, EVEN_N, EVEN_R, WIDE, False,
             )  # fmt: skip
     if SPLIT:
@@ -260,6 +265,7 @@ def expand(
     U: tl.constexpr,
     SEGMENTS: tl.constexpr,
     SPLIT: tl.constexpr,
+    EXACT: tl.constexpr,
     SAVE_U: tl.constexpr,
     DROP_X: tl.constexpr,
     DROP_UV: tl.constexpr,
@@ -322,6 +328,6 @@ def expand(
             expand_tile(
                 x, w, a, u, v, bias_ptr, y, rows, stride_ve, scales_ptr, ranks_ptr, flag_ptr,
                 parts, part, blocks_per_part, seed, threshold, inv_keep, scale, pid_m, pid_n, M, N, K, R,
-                LOAD_X, LOAD_W, LOAD_U, LOAD_V, U, SEGMENTS, SPLIT, SAVE_U, DROP_X, DROP_UV, PRECISION,
+                LOAD_X, LOAD_W, LOAD_U, LOAD_V, U, SEGMENTS, SPLIT, EXACT, SAVE_U, DROP_X, DROP_UV, PRECISION,
                 BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, R_BLOCKS, EVEN_N, EVEN_K, EVEN_R, WIDE, WARP_SPECIALIZE,
             )  # fmt: skip

@@ -2,11 +2,11 @@
 
 from .arch import Arch
 from .config import Config, Expand, Shrink, Wgrad, rank_block
-from .heuristic import heuristic
+from .heuristic import MERGE, heuristic
 from .tables import lookup
 from .validity import why_not
 
-__all__ = ["Arch", "Config", "Expand", "Shrink", "Wgrad", "heuristic", "lookup", "rank_block", "resolve", "why_not"]
+__all__ = ["MERGE", "Arch", "Config", "Expand", "Shrink", "Wgrad", "heuristic", "lookup", "rank_block", "resolve", "why_not"]
 
 
 def resolve(problem, arch) -> tuple[Config, str]:

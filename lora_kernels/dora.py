@@ -1,0 +1,90 @@
+"""DoRA: the direction of ``W + scale B A`` and a trained magnitude for each output.
+
+    y = g (x W^T + scale (x A^T) B^T) + bias      g = m / norm      norm[n] = || W[n] + scale B[n] A ||
+
+The norm is a constant of the backward pass (Liu et al. 2024, arXiv:2402.09353, section 4.3), and B A is never made for it:
+
+    norm^2 = || W ||^2 + 2 scale rowsum(B . (W A^T)) + scale^2 rowsum((B A A^T) . B)
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from .autograd import autocast, lora_linear
+from .chain import grad_mm
+from .problem import check_vector
+
+
+@torch.no_grad()
+def weight_norm(weight, lora_A, lora_B, scale: float) -> torch.Tensor:
+    """``|| W[n] + scale B[n] A ||`` for each n: float32 ``[N]`` (float64 for float64), from products with the skinny A and B alone.
+
+    Args:
+        weight: ``[N, K]``. lora_A: ``[r, K]``. lora_B: ``[N, r]``; rounded to the weight's dtype first, as the layer multiplies them.
+    Accuracy:
+        A float32 rounding of ``||W||^2 + ||scale B A||^2``: a row that the update all but cancels keeps fewer digits.
+    """
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    A, B = lora_A.to(weight.dtype), lora_B.to(weight.dtype)
+    own = torch.linalg.vector_norm(weight, dim=1, dtype=wide).square()
+    cross = grad_mm(weight, A.t(), wide)
+    A, B = A.to(wide), B.to(wide)
+    update = torch.mm(B, torch.mm(A, A.t()))
+    return (own + (B * (2 * scale * cross + scale**2 * update)).sum(1)).clamp_min(0).sqrt()
+
+
+class ScaleColumns(torch.autograd.Function):
+    """``t [..., N] * g [N] + bias [N]``, g in float32, rounded once; gradients of g and bias are summed in float32."""
+
+    @staticmethod
+    def forward(ctx, t, g, bias):
+        y = t * g
+        if bias is not None:
+            y += bias
+        ctx.save_for_backward(t if ctx.needs_input_grad[1] else None, g)
+        ctx.dtypes = t.dtype, None if bias is None else bias.dtype
+        return y.to(t.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        t, g = ctx.saved_tensors
+        need_t, need_g, need_bias = ctx.needs_input_grad
+        dt = (dy * g).to(ctx.dtypes[0]) if need_t else None
+        dg = (dy.to(g.dtype) * t).reshape(-1, dy.shape[-1]).sum(0) if need_g else None
+        dbias = dy.reshape(-1, dy.shape[-1]).sum(0, dtype=g.dtype).to(ctx.dtypes[1]) if need_bias else None
+        return dt, dg, dbias
+
+
+def dora_linear(
+    x, weight, lora_A, lora_B, magnitude, bias=None, *, scale=1.0, dropout_p=0.0, training=False, config=None, impl="auto"
+):  # fmt: skip
+    """Linear layer with a DoRA update: ``y = magnitude / norm * (x W^T + scale (x A^T) B^T) + bias``.
+
+    Args:
+        magnitude: ``[N]``, lora_A's dtype; `weight_norm` of a fresh adapter makes it the identity.
+        dropout_p: On the adapter's input, with PEFT's meaning: ``x W^T + (g - 1) drop(x) W^T + g scale (drop(x) A^T) B^T``, which
+            takes a second product with W while training. The mask is torch's own (F.dropout).
+        The others: as in `lora_linear`; ``scale`` is a float.
+    Returns:
+        ``[..., N]`` in x's dtype; the products are rounded to it once before the magnitude scales them in float32.
+    Gradients:
+        For x, lora_A, lora_B, magnitude and bias; the norm is held constant.
+    Raises:
+        The errors of `lora_linear`. ValueError, TypeError: magnitude's shape, dtype or device.
+    Source: Liu et al. 2024, arXiv:2402.09353, eq. 5 and section 4.3; dropout as PEFT has it.
+    """
+    x, weight, bias = autocast(x, weight, bias)
+    if not isinstance(scale, (int, float)) or isinstance(scale, bool):
+        raise TypeError(f"scale: wanted a float, got {type(scale).__name__}")
+    check_vector("magnitude", magnitude, weight, lora_A)
+    if bias is not None:
+        check_vector("bias", bias, weight, weight)
+    dropped = F.dropout(x, dropout_p) if training and dropout_p else x
+    low = lora_linear(dropped, weight, lora_A, lora_B, scale=scale, config=config, impl=impl)
+    g = magnitude.to(torch.promote_types(x.dtype, torch.float32)) / weight_norm(weight, lora_A, lora_B, scale)
+    y = ScaleColumns.apply(low, g, bias)
+    return y if dropped is x else y + F.linear(x - dropped, weight)

@@ -1,0 +1,117 @@
+"""Merging: ``W := base + scale B A`` in one pass over W, and the state of a layer while its update sits in the weight.
+
+A merged layer costs what nn.Linear costs. Its base weight is kept beside it, so that `Mergeable.unmerge` gives it back bit for
+bit and another adapter is merged from the base itself, not on top of the first one's rounding.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import dispatch
+from .problem import UnsupportedError
+
+KEEP = ("cpu", "device")
+_ROWS = 1 << 20  # elements of W that the library's arm widens to float32 at a time
+
+
+@torch.no_grad()
+def write_merged(weight, base, lora_A, lora_B, scale: float, *, row_scale=None, impl: str = "auto") -> None:
+    """``weight := row_scale (base + scale B A)`` in float32 (float64 for float64), rounded once.
+
+    Args:
+        weight: ``[N, K]``, any strides, written in place. base: Likewise, any device; may be ``weight`` itself.
+        lora_A, lora_B: ``[r, K]`` and ``[N, r]``, any floating dtype. scale: ``lora_alpha / r``.
+        row_scale: float32 ``[N]`` (DoRA's ``m / norm``), or None for ones.
+        impl: "triton" (the kernel), "torch" (library calls over blocks of rows) or "auto": the kernel on a GPU.
+    Raises:
+        ValueError: the result is not finite; ``weight`` holds ``base`` again. UnsupportedError: "triton" cannot serve it.
+    """
+    reason = _why_not_kernel(weight, row_scale)
+    if impl not in ("auto", "triton", "torch"):
+        raise ValueError(f"impl: wanted one of auto, triton, torch, got {impl!r}")
+    if impl == "triton" and reason:
+        raise UnsupportedError(f"impl: 'triton' cannot merge here: {reason}")
+    before = base.clone() if base.is_set_to(weight) else base
+    source = base.to(weight.device)
+    if impl == "triton" or (impl == "auto" and weight.is_cuda and not reason):
+        from . import launch
+
+        launch.merge(weight, source, lora_A, lora_B, scale)
+    else:
+        _by_rows(weight, source, lora_A, lora_B, scale, row_scale)
+    if weight.numel() and not torch.isfinite(torch.linalg.vector_norm(weight, float("inf"))):
+        weight.copy_(before)
+        raise ValueError("merge: wanted a finite merged weight, got NaN or Inf in base + scale * B A; the weight is unchanged")
+
+
+def _why_not_kernel(weight, row_scale) -> str | None:
+    arch, why_not_here = dispatch.arch_of(weight.device)
+    if arch is None:
+        return why_not_here
+    if arch.kind == "interpreter" and weight.dtype == torch.bfloat16:
+        return dispatch.INTERPRETED_BFLOAT16
+    if weight.dtype == torch.float64:
+        return "the kernels multiply in float32, and the weight is float64"
+    if row_scale is not None:
+        return "a scale for each row (DoRA) is merged by library calls"
+    return None
+
+
+def _by_rows(weight, base, lora_A, lora_B, scale: float, row_scale) -> None:
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    A, B = lora_A.to(wide), lora_B.to(wide)
+    rows = max(1, _ROWS // max(weight.shape[1], 1))
+    for begin in range(0, weight.shape[0], rows):
+        part = slice(begin, begin + rows)
+        merged = torch.addmm(base[part].to(wide), B[part], A, alpha=scale)
+        weight[part] = merged if row_scale is None else merged.mul_(row_scale[part, None])
+
+
+class Mergeable:
+    """What a layer with a ``weight`` needs to merge into it: the base kept aside, given back, and told apart in a checkpoint."""
+
+    weight: torch.Tensor
+    _base_weight: torch.Tensor | None = None
+
+    @property
+    def merged(self) -> bool:
+        return self._base_weight is not None
+
+    def base_weight(self) -> torch.Tensor:
+        """The base weight, merged or not: on the weight's device, copied from the CPU if it is kept there."""
+        return self.weight if self._base_weight is None else self._base_weight.to(self.weight.device)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Give the base weight back, bit for bit."""
+        if self._base_weight is None:
+            raise RuntimeError("unmerge: wanted a merged layer, got an unmerged one")
+        self.weight.copy_(self._base_weight)
+        self._base_weight = None
+
+    def _merge(self, keep: str, lora_A, lora_B, scale: float, row_scale=None) -> None:
+        """Merge an adapter from the base, whether or not another one is merged; not finite, the layer is left unmerged."""
+        if keep not in KEEP:
+            raise ValueError(f"keep: wanted one of {', '.join(KEEP)}, got {keep!r}")
+        base = self._base_weight
+        if base is None:
+            base = self.weight.detach().to("cpu" if keep == "cpu" else self.weight.device, copy=True)
+        self._base_weight = None
+        write_merged(self.weight.detach(), base, lora_A.detach(), lora_B.detach(), scale, row_scale=row_scale)
+        self._base_weight = base
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
+        if self.merged:  # a checkpoint holds base and adapter apart, or loading it would apply the adapter twice
+            destination[prefix + "weight"] = self.base_weight()
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
+        if self.merged:
+            error_msgs.append(
+                f"{prefix[:-1] or 'the layer'}: wanted an unmerged layer to load into, got a merged one; call unmerge() first"
+            )
+            return
+        super()._load_from_state_dict(  # type: ignore[misc]
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )

@@ -1,0 +1,189 @@
+"""DoRA and the adapter's own bias: forward, every gradient, the norm without B A, merging, and the refusals."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lora_kernels import FusedLoRALinear, Segments, UnsupportedError, dora_linear, launch, lora_linear, reference
+from lora_kernels.dora import ScaleColumns, weight_norm
+from lora_kernels.parity import budget_used
+
+M, N, K, R, SCALE = 9, 21, 34, 5, 1.7
+TENSORS = ("x", "A", "B", "m", "bias")
+
+
+def operands(dtype, device="cpu", adapter_dtype=None):
+    adapter_dtype = adapter_dtype or dtype
+    t = dict(x=torch.randn(2, M, K).to(dtype), W=torch.randn(N, K).to(dtype), A=torch.randn(R, K).to(adapter_dtype))
+    t |= dict(B=torch.randn(N, R).to(adapter_dtype), m=torch.rand(N).to(adapter_dtype) * 9, bias=torch.randn(N).to(dtype))
+    return {name: value.to(device) for name, value in t.items()}, torch.randn(2, M, N).to(dtype).to(device)
+
+
+def textbook(x, W, A, B, m, bias, keep=None):
+    """Materialised, in the operands' dtype: the norm is a constant, and a dropped x enters as PEFT has it."""
+    whole = W + SCALE * (B @ A)
+    g = m / torch.linalg.norm(whole.detach(), dim=1)
+    if keep is None:
+        return F.linear(x, whole) * g + bias
+    dropped = x * keep
+    return F.linear(x, W) + (g - 1) * F.linear(dropped, W) + g * SCALE * F.linear(F.linear(dropped, A), B) + bias
+
+
+def ours(x, W, A, B, m, bias, **kwargs):
+    return dora_linear(x, W, A, B, m, bias, scale=SCALE, **kwargs)
+
+
+def run(function, t, dy, dtype=None, **kwargs):
+    leaves = {name: v.detach().to(dtype or v.dtype).requires_grad_(name in TENSORS) for name, v in t.items()}
+    y = function(**leaves, **kwargs)
+    return [y.detach(), *torch.autograd.grad(y, [leaves[name] for name in TENSORS], dy.to(dtype or dy.dtype))]
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.cuda)])
+def test_forward_and_every_gradient(dtype, impl, device):
+    t, dy = operands(dtype, device)
+    truth, same = run(textbook, t, dy, torch.float64), run(textbook, t, dy)
+    before = launch.launches
+    got = run(ours, t, dy, impl=impl)
+    assert (launch.launches > before) == (impl == "triton")
+    for name, o, s, exact in zip(("y", *TENSORS), got, same, truth, strict=True):
+        assert budget_used(o, s, exact) <= 1, name
+
+
+def test_gradients_by_finite_differences():
+    t, _ = operands(torch.float64)
+    with torch.no_grad():
+        norm = weight_norm(t["W"], t["A"], t["B"], SCALE)
+
+    def fixed(x, A, B, m, bias):  # the norm held constant, as the backward pass holds it
+        return ScaleColumns.apply(lora_linear(x, t["W"], A, B, scale=SCALE), m / norm, bias)
+
+    assert torch.autograd.gradcheck(fixed, [t[name][:1] if name == "x" else t[name].requires_grad_() for name in TENSORS])
+
+
+def test_float32_adapters_on_a_16_bit_base():
+    t, dy = operands(torch.float16, adapter_dtype=torch.float32)
+    truth = run(textbook, t, dy, torch.float64)
+    same = run(textbook, {name: v.half() for name, v in t.items()}, dy)
+    got = run(ours, t, dy)
+    assert [g.dtype for g in got] == [torch.float16, torch.float16, *[torch.float32] * 3, torch.float16]
+    for name, o, s, exact in zip(("y", *TENSORS), got, same, truth, strict=True):
+        assert budget_used(o.half(), s, exact) <= 1, name
+
+
+def test_dropout_as_peft_has_it(monkeypatch):
+    t, dy = operands(torch.float64)
+    keep = (torch.rand_like(t["x"]) < 0.7) / 0.7
+    monkeypatch.setattr(F, "dropout", lambda x, p: x * keep)
+    got = run(ours, t, dy, dropout_p=0.3, training=True)
+    for o, exact in zip(got, run(textbook, t, dy, keep=keep), strict=True):
+        torch.testing.assert_close(o, exact, rtol=1e-11, atol=1e-11)
+    for o, exact in zip(run(ours, t, dy, dropout_p=0.3), run(textbook, t, dy), strict=True):
+        torch.testing.assert_close(o, exact, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_the_norm_without_the_product(dtype):
+    t, _ = operands(dtype)
+    W, A, B = (t[name].double() for name in "WAB")
+    wanted = torch.linalg.norm(W + SCALE * (B @ A), dim=1)
+    got = weight_norm(t["W"], t["A"], t["B"], SCALE)
+    assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    # float32 sums of K + r^2 terms: a relative error of the squares' sum, halved by the root
+    squares = W.square().sum(1) + (SCALE * (B @ A)).square().sum(1)
+    allowed = (K + R * R) * torch.finfo(got.dtype).eps * squares / wanted
+    assert ((got.double() - wanted).abs() <= allowed).all()
+
+
+def test_a_row_that_the_update_cancels_is_zero_not_nan():
+    W, A, B = torch.zeros(2, 8), torch.randn(1, 8), torch.tensor([[1.0], [0.0]])
+    W[0] = -A[0]
+    norm = weight_norm(W, A, B, 1.0)
+    assert torch.isfinite(norm).all() and norm[0] < 1e-3 and norm[1] == 0
+
+
+def test_the_module_starts_as_the_base_and_trains_its_magnitude():
+    layer = FusedLoRALinear(K, N, r=R, use_dora=True)
+    x = torch.randn(3, K)
+    torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
+    layer(x).square().sum().backward()
+    trained = [name for name, p in layer.named_parameters() if p.requires_grad]
+    assert trained == ["lora_A", "lora_B", "lora_magnitude"] and all(getattr(layer, name).grad is not None for name in trained)
+    assert "use_dora=True" in repr(layer) and FusedLoRALinear(K, N).lora_magnitude is None
+    assert list(FusedLoRALinear(K, N, use_dora=True, device="meta").state_dict())[-1] == "lora_magnitude"
+
+
+@pytest.mark.parametrize("kwargs", [dict(use_dora=True), dict(lora_bias=True), dict(lora_bias=True, bias=False)])
+def test_merged_it_is_the_same_function(kwargs):
+    layer = FusedLoRALinear(K, N, r=R, init_lora_weights=False, dtype=torch.float64, **kwargs).eval()
+    with torch.no_grad():
+        for name in ("lora_magnitude", "lora_bias"):
+            if getattr(layer, name) is not None:
+                getattr(layer, name).uniform_(0.5, 2.0)
+    x, base = torch.randn(4, K, dtype=torch.float64), layer.weight.clone()
+    apart = layer(x)
+    layer.merge()
+    torch.testing.assert_close(layer(x), apart, rtol=1e-12, atol=1e-12)
+    layer.enabled = False
+    assert torch.equal(layer(x), F.linear(x, base, layer.bias))
+    layer.unmerge()
+    assert torch.equal(layer.weight, base)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("impl", ["torch", "triton", "reference"])
+def test_lora_bias(bias, impl, device):
+    t, dy = operands(torch.float32, device)
+    b = t["bias"] if bias else None
+    own = torch.randn(N, device=device, requires_grad=True)
+    y = lora_linear(t["x"], t["W"], t["A"], t["B"], b, scale=SCALE, lora_bias=own, impl=impl)
+    exact = [None if v is None else v.double() for v in (t["x"], t["W"], t["A"], t["B"], b)]
+    wanted = reference.lora_linear(*exact, scale=SCALE) + SCALE * own.double()
+    same = reference.lora_linear(t["x"], t["W"], t["A"], t["B"], b, scale=SCALE) + SCALE * own
+    assert budget_used(y.detach(), same.detach(), wanted.detach()) <= 1
+    (grad,) = torch.autograd.grad(y, own, dy)
+    assert budget_used(grad, SCALE * dy.sum((0, 1)), SCALE * dy.double().sum((0, 1))) <= 1
+
+
+def test_compiles_in_one_graph():
+    for kwargs in (dict(use_dora=True), dict(lora_bias=True)):
+        layer = FusedLoRALinear(K, N, r=R, init_lora_weights=False, **kwargs)
+        x = torch.randn(6, K)
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), layer(x))
+        compiled(x).sum().backward()
+        assert layer.lora_B.grad is not None
+
+
+@pytest.mark.parametrize(
+    "function, changed, error, match",
+    [
+        (dora_linear, {"m": torch.ones(N + 1)}, ValueError, r"magnitude: wanted shape \[21\]"),
+        (dora_linear, {"m": torch.ones(N).half()}, TypeError, "magnitude: wanted dtype torch.float32, got torch.float16"),
+        (dora_linear, {"m": torch.ones(N, device="meta")}, ValueError, "magnitude: wanted weight's device cpu, got meta"),
+        (dora_linear, {"m": None}, TypeError, r"magnitude: wanted a tensor \[out_features\], got NoneType"),
+        (dora_linear, {"bias": torch.ones(3)}, ValueError, r"bias: wanted shape \[21\]"),
+        (dora_linear, {"scale": torch.ones(1)}, TypeError, "scale: wanted a float, got Tensor"),
+        (lora_linear, {"lora_bias": torch.ones(N, 1)}, ValueError, r"lora_bias: wanted shape \[21\]"),
+        (lora_linear, {"lora_bias": torch.ones(N).double()}, TypeError, "lora_bias: wanted dtype torch.float32, got torch.float64"),
+    ],
+)
+def test_refused(function, changed, error, match):
+    t, _ = operands(torch.float32)
+    t |= {name: value for name, value in changed.items() if name in t}
+    rest = {name: value for name, value in changed.items() if name not in t}
+    magnitude = (t["m"],) if function is dora_linear else ()
+    with pytest.raises(error, match=match):
+        function(t["x"], t["W"], t["A"], t["B"], *magnitude, t["bias"], **rest)
+
+
+def test_refused_combinations():
+    with pytest.raises(UnsupportedError, match="lora_bias: wanted False with use_dora=True"):
+        FusedLoRALinear(K, N, lora_bias=True, use_dora=True)
+    with pytest.raises(UnsupportedError, match="swap: wanted a layer without DoRA"):
+        layer = FusedLoRALinear(K, N, use_dora=True)
+        layer.swap(layer.lora_A, layer.lora_B)
+    stack, plan = torch.randn(2, R, K), Segments.from_ids(torch.zeros(4, dtype=torch.int32), 2)
+    with pytest.raises(UnsupportedError, match="lora_bias: wanted None with segments"):
+        lora_linear(torch.randn(4, K), torch.randn(N, K), stack, torch.randn(2, N, R), segments=plan, lora_bias=torch.zeros(N))
