@@ -1,8 +1,10 @@
 """LoRAConfig: its fields, PEFT's dict and file, and what neither may ask for."""
 
 import json
+import sys
 
 import pytest
+from test_floors import PACKAGE, imports
 
 from lora_kernels import LoRAConfig, UnsupportedError
 
@@ -87,3 +89,9 @@ def test_config_from_a_folder(tmp_path):
         file.write(" " * (1 << 24))
     with pytest.raises(ValueError, match="wanted at most 16777216 bytes, got more"):
         LoRAConfig.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["lora_config", "apply", "files"])
+def test_importing_asks_for_torch_alone(name):
+    modules = {module.split(".")[0] for module in imports(PACKAGE / f"{name}.py", lazy=False)}
+    assert modules - set(sys.stdlib_module_names) <= {"lora_kernels", "torch"}, "safetensors is imported when a file is read or written"
