@@ -4,9 +4,12 @@ Importing needs neither a GPU nor Triton; both are looked for when a call wants 
 """
 
 from . import reference
+from .apply import apply_lora, remove_lora, use_segments
 from .autograd import explain, lora_linear
 from .dispatch import Choice
 from .dora import dora_linear
+from .files import load_adapter, save_adapter
+from .lora_config import LoRAConfig
 from .multi import MultiLoRALinear
 from .nn import FusedLoRALinear
 from .problem import UnsupportedError
@@ -16,11 +19,17 @@ __version__ = "0.3.0"
 __all__ = [
     "Choice",
     "FusedLoRALinear",
+    "LoRAConfig",
     "MultiLoRALinear",
     "Segments",
     "UnsupportedError",
+    "apply_lora",
     "dora_linear",
     "explain",
+    "load_adapter",
     "lora_linear",
     "reference",
+    "remove_lora",
+    "save_adapter",
+    "use_segments",
 ]

@@ -129,7 +129,7 @@ class FusedLoRALinear(Mergeable, nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.merged or not self.enabled:
-            return F.linear(x, *((self.weight, self._whole_bias()) if self.enabled else (self.base_weight(), self.bias)))
+            return F.linear(x, *((self.weight, self.whole_bias()) if self.enabled else (self.base_weight(), self.bias)))
         dropout = dict(scale=self.scaling, dropout_p=self.lora_dropout, training=self.training)
         if self.lora_magnitude is not None:
             return dora_linear(x, self.weight, self.lora_A, self.lora_B, self.lora_magnitude, self.bias, **dropout)
@@ -190,7 +190,8 @@ class FusedLoRALinear(Mergeable, nn.Module):
             row_scale = self.lora_magnitude.detach() / norm
         self._merge(keep, lora_A, lora_B, scaling, row_scale)
 
-    def _whole_bias(self) -> torch.Tensor | None:
+    def whole_bias(self) -> torch.Tensor | None:
+        """What a merged layer adds: the base's bias and the adapter's."""
         if self.lora_bias is None:
             return self.bias
         return with_lora_bias(self.bias, self.lora_bias, self.scaling, self.weight, self.lora_A, None)

@@ -15,6 +15,7 @@ NEEDS = {
     "test_peft.py": "peft",
     "test_peft_formulas.py": "peft",
     "test_files.py": "peft",
+    "test_files_refusals.py": "peft",
     "test_huggingface.py": "peft",
     "test_inspect.py": "peft",
     "test_plot.py": "matplotlib",

@@ -1,0 +1,238 @@
+"""LoRA on a plain torch model: a config with PEFT's field names says which of its nn.Linear become `FusedLoRALinear`, and back.
+
+names = apply_lora(model, LoRAConfig(target_modules=["q_proj", "v_proj"], r=16));   remove_lora(model, merge=True)
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import difflib
+import functools
+import inspect
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from .lora_config import LoRAConfig, all_linear, names_mean, pattern_means
+from .multi import MultiLoRALinear
+from .nn import FusedLoRALinear
+from .problem import UnsupportedError
+from .segments import Segments
+
+
+def apply_lora(model: nn.Module, config: LoRAConfig, *, num_adapters: int | None = None, adapter_dtype=None) -> list[str]:
+    """Turn the nn.Linear layers that the config names into `FusedLoRALinear`, in place, and freeze every other parameter.
+
+    Weights are shared, nothing of the base is copied. A module with several names is one adapted layer under all of them; tied
+    weights stay tied. What else is to be trained is unfrozen afterwards, and saved by whoever does so.
+
+    Args:
+        model: A module that contains the layers, with its weights where they are to stay.
+        config: Which, and with what adapters.
+        num_adapters: E: `MultiLoRALinear` with E slots instead, which `use_segments` tells each token's adapter.
+        adapter_dtype: As in `FusedLoRALinear`.
+    Returns:
+        The names of the layers, each under its first.
+    Raises:
+        ValueError: nothing to fuse; names that the model does not have, with near ones; a module named under some of its names only.
+        TypeError: a named module is not exactly an nn.Linear. UnsupportedError: a layer has hooks, which would be lost, or its
+        parent passes its forward by. In each case the model is as it was.
+    """
+    if not isinstance(config, LoRAConfig):
+        raise TypeError(f"config: wanted a lora_kernels.LoRAConfig, got {type(config).__name__}")
+    targets = _targets(model, config)
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        layers = {name: _build(model.get_submodule(name), name, config, num_adapters, adapter_dtype) for name in targets}
+    except BaseException:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        raise
+    for name, parameter in model.named_parameters():
+        if not name.rpartition(".")[2].startswith("lora_"):  # adapters of an earlier call train on
+            parameter.requires_grad_(False)
+    _put(model, layers, targets)
+    return list(targets)
+
+
+def remove_lora(model: nn.Module, *, merge: bool = False) -> list[str]:
+    """Turn every `FusedLoRALinear` and `MultiLoRALinear` back into an nn.Linear, in place; weights and biases stay shared and frozen.
+
+    Args:
+        model: A module that contains such layers.
+        merge: False: the adapters are dropped, the base answers bit for bit. True: their update is added to the weights first
+            (`FusedLoRALinear.merge`; the base weights are kept on the CPU until all have it), and an adapter's bias makes a new one.
+    Returns:
+        The names of the layers, each under its first.
+    Raises:
+        ValueError: no such layer; a merged layer with ``merge=False``, which could mean either; with ``merge=True`` a stack of
+        adapters, a weight that another module shares, or an adapter with NaN or Inf. UnsupportedError: a layer has hooks. In each
+        case the model is as it was.
+    """
+    places = _places(model, (FusedLoRALinear, MultiLoRALinear))
+    if not places:
+        raise ValueError("model: wanted one with FusedLoRALinear or MultiLoRALinear layers, got none")
+    layers = {names[0]: layer for layer, names in places.items()}
+    for name, layer in layers.items():
+        _check_hooks(layer, name)
+    merged = [name for name, layer in layers.items() if getattr(layer, "merged", False)]
+    if merged and not merge:
+        raise ValueError(f"merge: wanted unmerged layers, got merged ones ({some(merged)}); call unmerge() first, or pass merge=True")
+    if merge:
+        _merge(model, layers)
+    _put(model, {name: _linear(layer) for name, layer in layers.items()}, {names[0]: names for names in places.values()})
+    return list(layers)
+
+
+@contextlib.contextmanager
+def use_segments(model: nn.Module, segments: Segments) -> Iterator[None]:
+    """Inside, every `MultiLoRALinear` of the model takes each token's adapter from this plan, which has an id for each of its tokens.
+
+    Raises:
+        ValueError: the model has no such layer.
+    """
+    layers = list(_places(model, MultiLoRALinear))
+    if not layers:
+        raise ValueError("model: wanted one with MultiLoRALinear layers (apply_lora with num_adapters), got none")
+
+    def hand_over(module, args, kwargs):
+        return args, {**kwargs, "segments": segments}
+
+    handles = [layer.register_forward_pre_hook(hand_over, with_kwargs=True) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _targets(model: nn.Module, config: LoRAConfig) -> dict[str, list[str]]:
+    """The layers to adapt, all checked: the first name of each, and all of them."""
+    places = _places(model, nn.Module)
+    every = [name for names in places.values() for name in names]
+    linears = {name: module for module, names in places.items() if isinstance(module, nn.Linear) for name in names}
+    if not linears:
+        raise ValueError(f"model: wanted one that contains nn.Linear layers, got {type(model).__name__} without")
+    for label, text, means in _asked(config):
+        if not any(map(means, every)):
+            ends = sorted({name.rpartition(".")[2] for name in linears})
+            near = difflib.get_close_matches(text, sorted({*ends, *linears}))
+            hint = f"near ones: {', '.join(near)}" if near else f"its linear layers end in {some(ends, 8)}"
+            raise ValueError(f"{label}: wanted what means modules of the model, got {text!r}, which means none; {hint}")
+    if all_linear(config.target_modules):
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        chosen = {name for name, module in linears.items() if module is not head}
+    else:
+        chosen = {name for name in every if names_mean(config.target_modules, name)}
+    chosen -= {name for name in every if names_mean(config.exclude_modules, name)}
+    if not chosen:
+        raise ValueError(f"target_modules: wanted layers to fuse, got none beside the head and exclude_modules={config.exclude_modules!r}")
+    targets = {}
+    for module, names in places.items():
+        taken = [name for name in names if name in chosen]
+        if taken and len(taken) < len(names):
+            raise ValueError(f"target_modules: {', '.join(names)} are one module; wanted all of them or none, got {', '.join(taken)}")
+        if taken:
+            _check_layer(model, module, names)
+            targets[names[0]] = names
+    return targets
+
+
+def _check_layer(model: nn.Module, module: nn.Module, names: list[str]) -> None:
+    if type(module) is not nn.Linear:
+        adapted = isinstance(module, (FusedLoRALinear, MultiLoRALinear))
+        hint = "remove_lora(model) first" if adapted else "name the linear layers alone, or it in exclude_modules"
+        raise TypeError(f"{names[0]}: wanted an nn.Linear, got {type(module).__name__}; {hint}")
+    _check_hooks(module, names[0])
+    for parent in {name.rpartition(".")[0] for name in names}:
+        if isinstance(model.get_submodule(parent), nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
+            why = "nn.TransformerEncoderLayer reads its weight past the adapter in inference"
+            raise UnsupportedError(f"{names[0]}: {why}; call torch.backends.mha.set_fastpath_enabled(False) first")
+
+
+def _check_hooks(module: nn.Module, name: str) -> None:
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    if hooks or hasattr(module, "_hf_hook"):
+        raise UnsupportedError(f"{name}: wanted a layer without hooks, which would be lost, got one with; remove them first")
+
+
+def _build(linear: Any, name: str, config: LoRAConfig, num_adapters: int | None, adapter_dtype) -> nn.Module:
+    kind: Any = FusedLoRALinear if num_adapters is None else MultiLoRALinear
+    more: dict[str, Any] = {flag: True for flag in ("lora_bias", "use_dora") if getattr(config, flag)}
+    for flag in more.keys() - inspect.signature(kind.from_linear).parameters.keys():
+        raise UnsupportedError(f"{flag}: wanted False, which is what {kind.__name__} computes, got True")
+    if num_adapters is not None:
+        more["num_adapters"] = num_adapters
+    return kind.from_linear(
+        linear,
+        r=config.rank_of(name),
+        lora_alpha=config.alpha_of(name),
+        lora_dropout=config.lora_dropout,
+        use_rslora=config.use_rslora,
+        init_lora_weights=config.init_lora_weights,
+        adapter_dtype=adapter_dtype,
+        **more,
+    )
+
+
+def _linear(layer) -> nn.Linear:
+    linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+    linear.weight, linear.bias = layer.weight, layer.bias
+    if getattr(layer, "merged", False) and layer.lora_bias is not None:
+        linear.bias = nn.Parameter(layer.whole_bias().detach(), requires_grad=False)
+    return linear.train(layer.training)
+
+
+def _merge(model: nn.Module, layers: dict[str, Any]) -> None:
+    """Merge all, or none."""
+    users = collections.Counter(id(p) for module in model.modules() for p in module._parameters.values())
+    for name, layer in layers.items():
+        if isinstance(layer, MultiLoRALinear):
+            raise ValueError(f"merge: wanted layers of one adapter, got {name} with {layer.num_adapters}; copy one out first")
+        if users[id(layer.weight)] > 1:
+            raise ValueError(f"merge: wanted weights of their own, got {name}, whose weight another module shares and would change, too")
+    done = []
+    try:
+        for layer in layers.values():
+            if not layer.merged:
+                layer.merge()
+                done.append(layer)
+    except BaseException:
+        for layer in done:
+            layer.unmerge()
+        raise
+
+
+def _places(model: nn.Module, kind) -> dict[nn.Module, list[str]]:
+    """The modules of a kind below the model and all names of each."""
+    places: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if name and isinstance(module, kind):
+            places.setdefault(module, []).append(name)
+    return places
+
+
+def _put(model: nn.Module, layers: dict[str, nn.Module], names: dict[str, list[str]]) -> None:
+    for first, layer in layers.items():
+        for name in names[first]:
+            model.set_submodule(name, layer)
+
+
+def _asked(config: LoRAConfig) -> Iterator[tuple[str, str, Callable[[str], bool]]]:
+    """Each name or expression of the config that is to mean some module: its field, itself, and what it means."""
+    for label in ("target_modules", "exclude_modules"):
+        given = getattr(config, label)
+        if not isinstance(given, str):
+            yield from ((label, each, functools.partial(names_mean, (each,))) for each in given or ())
+        elif not all_linear(given):
+            yield label, given, functools.partial(names_mean, given)
+    for label in ("rank_pattern", "alpha_pattern"):
+        yield from ((label, each, functools.partial(pattern_means, each)) for each in getattr(config, label))
+
+
+def some(names: Collection[str], most: int = 3) -> str:
+    """The first few of many names, for a message."""
+    return ", ".join(list(names)[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,0 +1,353 @@
+"""PEFT's adapter files, read and written: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    base_model.model.<layer>.lora_A.weight [r, K]     lora_B.weight [N, r]     and, where trained, lora_B.bias, lora_magnitude_vector [N]
+
+A load checks everything before it changes anything; a save leaves the old files or the new ones, never a config beside other weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+import math
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from .apply import some
+from .lora_config import CONFIG_FILE, LoRAConfig, names_mean, pattern_means, read_config
+from .multi import MultiLoRALinear
+from .nn import FusedLoRALinear, scaling_of
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+ATTRIBUTES = {"lora_A.weight": "lora_A", "lora_B.weight": "lora_B", "lora_B.bias": "lora_bias", "lora_magnitude_vector": "lora_magnitude"}
+VARIANTS = {"lora_bias": "lora_B.bias", "use_dora": "lora_magnitude_vector"}
+DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+ADAPTED = (FusedLoRALinear, MultiLoRALinear)
+TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+
+
+def save_adapter(
+    model: nn.Module,
+    folder: str | os.PathLike,
+    *,
+    slot: int | None = None,
+    dtype: torch.dtype | None = None,
+    one_scale: bool = False,
+    base_model_name_or_path: str | None = None,
+    task_type: str | None = None,
+) -> None:
+    """Write the adapter of a model to a folder, as PEFT, vLLM and SGLang read it.
+
+    The config says what the layers are: ``r`` and ``lora_alpha`` are those of the layer of the largest rank, by which servers
+    reserve room, and the patterns hold what differs from them. A scaling that was set is written as the lora_alpha that gives it. A
+    merged layer's adapter is written like any other's; a module with several names is written under its first, the only one at which
+    PEFT adapts it.
+
+    Written first are temporary files in the same folder, then the old config is removed if it differs, the weights are replaced, and
+    the new config comes last. So an interrupted save leaves the old adapter, the new one, or no config, which no reader takes for an
+    adapter. The folder's other files stay; a process that dies may leave its temporary ones in ``.adapter-*``.
+
+    Args:
+        model: A module that contains `FusedLoRALinear` layers, or `MultiLoRALinear` ones and ``slot``.
+        folder: Made where it is missing.
+        slot: Which adapter of the stacks; it is written with its own rank.
+        dtype: To write in; None: the adapters' own, which must be one.
+        one_scale: Multiply each lora_B, in float32, so that all layers have the same scaling: for vLLM, which reads one for all of
+            them (``lora_alpha / r`` of the config) and does not know the patterns.
+        base_model_name_or_path: For the config; None: the model's ``name_or_path``, as transformers' have.
+        task_type: For the config, one of PEFT's names or None.
+    Raises:
+        ValueError: no such layers, several dtypes without ``dtype``, a variant in some layers alone, NaN or Inf. TypeError: ``dtype``
+        is none of torch's floating ones. ImportError: no safetensors. OSError: the disk's. In each case what the folder held is as it
+        was.
+    """
+    safetensors = _safetensors()
+    if dtype is not None and dtype not in DTYPES.values():
+        raise TypeError(f"dtype: wanted {', '.join(map(str, DTYPES.values()))} or None, got {dtype}")
+    if task_type not in (None, *TASKS):
+        raise ValueError(f"task_type: wanted {', '.join(TASKS)} or None, got {task_type!r}")
+    layers = _layers(model, slot)
+    held = {name: _held(layer, slot) for name, layer in layers.items()}
+    dtypes = sorted({str(t.dtype) for tensors in held.values() for t in tensors.values()})
+    if dtype is None and len(dtypes) > 1:
+        raise ValueError(f"dtype: wanted the one to write in, since the adapters have several, {', '.join(dtypes)}; got None")
+    config, scales = _describe(model, layers, held, slot, one_scale)
+    tensors = {}
+    for name, parts in held.items():
+        for part, t in parts.items():
+            if part.startswith("lora_B") and scales[name] != 1:
+                t = t.to(torch.promote_types(t.dtype, torch.float32)) * scales[name]
+            t = t.to("cpu", dtype or held[name][part].dtype, copy=True, memory_format=torch.contiguous_format)
+            tensors[f"{PREFIX}{name}.{part}"] = _finite(f"{name}.{part}", t)
+    config["base_model_name_or_path"] = base_model_name_or_path or getattr(model, "name_or_path", None) or None
+    config["task_type"] = task_type
+    _write(folder, json.dumps(config, indent=2, sort_keys=True).encode(), tensors, safetensors)
+
+
+def load_adapter(
+    model: nn.Module, folder: str | os.PathLike, *, slot: int | None = None, partial: bool = False, cast: bool = False
+) -> list[str]:
+    """Read an adapter that PEFT or `save_adapter` wrote into a model's layers, in place, with its scaling.
+
+    Everything is checked before anything changes: names, shapes and dtypes against the model from the file's header, before a tensor
+    is read; then the values. Parameters keep their addresses, so optimizers and captured CUDA graphs see the new values; an
+    optimizer's state and a FusedLoRALinear's scaling inside a graph are the old ones. Dropout stays the layers' own.
+
+    Args:
+        model: A module that contains `FusedLoRALinear` layers (``apply_lora(model, LoRAConfig.from_folder(folder))`` makes them), or
+            `MultiLoRALinear` ones and ``slot``.
+        folder: With ``adapter_config.json`` and ``adapter_model.safetensors``. Pickled weights (``.bin``) are not read.
+        slot: Which adapter of the stacks to replace, at any rank they have room for; the others serve on.
+        partial: Whether the file may lack layers: they are initialised again, and so answer as the base.
+        cast: Whether values may be rounded to the layers' dtype, as PEFT does. Without it, a dtype that holds them all is needed:
+            bfloat16 goes into float32, float32 does not go into bfloat16; and a file has one dtype.
+    Returns:
+        The names of the layers that were in the file.
+    Raises:
+        FileNotFoundError: no folder, or no such files in it. ValueError: the files are not whole, or do not fit the model.
+        TypeError: dtypes. UnsupportedError: the config asks for more than plain LoRA. RuntimeError: merged layers. ImportError: no
+        safetensors. In each case the model is as it was.
+    """
+    _safetensors()
+    layers = _layers(model, slot)
+    merged = [name for name, layer in layers.items() if getattr(layer, "merged", False)]
+    if merged:
+        raise RuntimeError(f"model: wanted unmerged layers to load into, got merged ones ({some(merged)}); call unmerge() first")
+    which = {"layers_to_transform": None, "layers_pattern": None}  # the file's own names say which layers
+    config = LoRAConfig.from_dict({**read_config(folder), **which})
+    held = {name: _held(layer, slot) for name, layer in layers.items()}
+    with _opened(os.path.join(folder, WEIGHTS_FILE)) as file:
+        keys = _check_keys(set(file.keys()), held, partial)
+        for name, parts in keys.items():
+            _check_layer(file, config, name, layers[name], parts, cast)
+        _check_one_dtype(file, cast)
+        values = {
+            name: {part: _finite(key, file.get_tensor(key).to(held[name][part].dtype)) for part, key in parts.items()}
+            for name, parts in keys.items()
+        }
+    _put(layers, values, config, slot)
+    return list(values)
+
+
+@torch.no_grad()
+def _put(layers: dict[str, Any], values: dict[str, dict[str, torch.Tensor]], config: LoRAConfig, slot: int | None) -> None:
+    """All of it was checked: copies alone."""
+    for name, layer in layers.items():
+        if name not in values:
+            layer.reset_adapter(*(() if slot is None else (slot,)))
+        elif slot is not None:
+            layer.load_adapter(slot, values[name]["lora_A.weight"], values[name]["lora_B.weight"], config.scaling_of(name))
+        else:
+            for part, t in values[name].items():
+                getattr(layer, ATTRIBUTES[part]).copy_(t)
+            layer.lora_alpha, layer.use_rslora, layer.scaling = config.alpha_of(name), config.use_rslora, config.scaling_of(name)
+
+
+def _layers(model: nn.Module, slot: int | None) -> dict[str, Any]:
+    """The layers that ``slot`` means, by first name, as in the uncompiled model."""
+    if slot is not None and (isinstance(slot, bool) or not isinstance(slot, int)):
+        raise TypeError(f"slot: wanted an adapter's number, an int, got {type(slot).__name__}")
+    found: dict[str, Any] = {name: m for name, m in _modules(model) if isinstance(m, ADAPTED)}
+    if not found:
+        hint = "apply_lora(model, config) makes them"
+        raise ValueError(f"model: wanted one that contains FusedLoRALinear or MultiLoRALinear layers, got none; {hint}")
+    stacks = [name for name, m in found.items() if isinstance(m, MultiLoRALinear)]
+    if slot is None and stacks:
+        raise ValueError(f"slot: wanted the number of an adapter, for MultiLoRALinear layers ({some(stacks)}), got None")
+    if slot is not None and len(stacks) < len(found):
+        raise ValueError(f"slot: wanted None, for FusedLoRALinear layers ({some(found.keys() - stacks)}), got {slot}")
+    for name, layer in found.items():
+        if slot is not None and not 0 <= slot < layer.num_adapters:
+            raise IndexError(f"slot: wanted an adapter of {name} from 0 to {layer.num_adapters - 1}, got {slot}")
+        if layer.lora_A.is_meta:
+            raise ValueError(f"model: wanted layers with storage, got {name} on the meta device; call to_empty or load it first")
+    return found
+
+
+def _modules(model: nn.Module, aliases: bool = False) -> list[tuple[str, nn.Module]]:
+    """Modules below the model by name; torch.compile's wrappers do not show in names."""
+    pairs = model.named_modules(remove_duplicate=not aliases)
+    named = ((".".join(part for part in name.split(".") if part != "_orig_mod"), m) for name, m in pairs)
+    return [(name, m) for name, m in named if name]
+
+
+def _held(layer: Any, slot: int | None) -> dict[str, torch.Tensor]:
+    """A layer's adapter as it stands, by the ends of its keys."""
+    if slot is not None:
+        return dict(zip(("lora_A.weight", "lora_B.weight"), layer.adapter(slot), strict=True))
+    found = {part: getattr(layer, attribute, None) for part, attribute in ATTRIBUTES.items()}
+    return {part: t.detach() for part, t in found.items() if t is not None}
+
+
+def _describe(model: nn.Module, layers: dict[str, Any], held, slot: int | None, one_scale: bool) -> tuple[dict[str, Any], dict[str, float]]:
+    """The config, and what each lora_B is to be multiplied by."""
+    ranks = {name: held[name]["lora_A.weight"].shape[0] for name in layers}
+    scalings = {name: float(layer.scaling if slot is None else layer.scaling[slot]) for name, layer in layers.items()}
+    wrong = [name for name, scaling in scalings.items() if not math.isfinite(scaling)]
+    if wrong:
+        raise ValueError(f"model: wanted finite scalings, got {scalings[wrong[0]]} in {some(wrong)}")
+    variants = {flag: [name for name, parts in held.items() if part in parts] for flag, part in VARIANTS.items()}
+    for flag, having in variants.items():
+        if 0 < len(having) < len(held):
+            raise ValueError(f"model: wanted {flag} in all layers or in none, as the config says it, got it in {some(having)} alone")
+    largest = max(ranks, key=ranks.__getitem__)
+    rslora = all(layer.use_rslora for layer in layers.values())
+    factors = dict.fromkeys(layers, 1.0)
+    if one_scale:
+        if not scalings[largest]:
+            raise ValueError(f"one_scale: wanted a scaling other than 0 in {largest}, the layer of the largest rank, got 0")
+        factors = {name: scaling / scalings[largest] for name, scaling in scalings.items()}
+        scalings = dict.fromkeys(scalings, scalings[largest])
+    alphas = {name: _alpha(layer, slot, ranks[name], rslora, scalings[name]) for name, layer in layers.items()}
+    config = {
+        "peft_type": "LORA",
+        "r": ranks[largest],
+        "lora_alpha": alphas[largest],
+        "rank_pattern": _pattern(ranks, ranks[largest]),
+        "alpha_pattern": _pattern(alphas, alphas[largest]),
+        "target_modules": _target_modules(_modules(model, aliases=True)),
+        "lora_dropout": max(layer.lora_dropout for layer in layers.values()),
+        "use_rslora": rslora,
+        **{flag: bool(having) for flag, having in variants.items()},
+        "inference_mode": True,
+        **{"bias": "none", "fan_in_fan_out": False, "init_lora_weights": True, "modules_to_save": None},
+    }
+    return config, factors
+
+
+def _alpha(layer: Any, slot: int | None, r: int, rslora: bool, scaling: float) -> float:
+    """The layer's own lora_alpha where it gives this scaling, else the one that does."""
+    alpha = layer.lora_alpha if slot is None else layer.lora_alpha[slot]
+    given = scaling_of(alpha, r, rslora)
+    given = given if slot is None else torch.tensor(given, dtype=torch.float32).item()  # stacks keep scalings in float32
+    return alpha if given == scaling else scaling / scaling_of(1.0, r, rslora)
+
+
+def _pattern(values: dict[str, Any], default) -> dict[str, Any]:
+    """rank_pattern or alpha_pattern: whole names, anchored where another layer's name ends alike."""
+    keys = {name: [other for other in values if pattern_means(name, other)] for name, value in values.items() if value != default}
+    return {name if means == [name] else f"^{re.escape(name)}": values[name] for name, means in keys.items()}
+
+
+def _target_modules(modules: list[tuple[str, nn.Module]]) -> list[str] | str:
+    """The shortest that means the adapted modules and no other: last parts, names, or an expression."""
+    names = sorted({name for name, m in modules if isinstance(m, ADAPTED)})
+    for targets in (sorted({name.rpartition(".")[2] for name in names}), names):
+        if sorted({name for name, _ in modules if names_mean(targets, name)}) == names:
+            return targets
+    return "|".join(map(re.escape, names))
+
+
+def _write(folder: str | os.PathLike, config: bytes, tensors: dict[str, torch.Tensor], safetensors) -> None:
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        raise NotADirectoryError(f"folder: wanted a directory, got a file, {os.fspath(folder)!r}")
+    os.makedirs(folder, exist_ok=True)
+    last = os.path.join(folder, CONFIG_FILE)
+    with tempfile.TemporaryDirectory(prefix=".adapter-", dir=folder) as fresh:
+        safetensors.torch.save_file(tensors, os.path.join(fresh, WEIGHTS_FILE), metadata={"format": "pt"})
+        with open(os.path.join(fresh, CONFIG_FILE), "wb") as file:
+            file.write(config)
+        shutil.copymode(os.path.join(fresh, CONFIG_FILE), os.path.join(fresh, WEIGHTS_FILE))  # safetensors' is for its owner alone
+        for name in (WEIGHTS_FILE, CONFIG_FILE):
+            _sync(os.path.join(fresh, name))
+        with contextlib.suppress(FileNotFoundError):
+            with open(last, "rb") as file:
+                same = file.read() == config
+            if not same:
+                os.unlink(last)
+                _sync(folder)
+        for name in (WEIGHTS_FILE, CONFIG_FILE):
+            os.replace(os.path.join(fresh, name), os.path.join(folder, name))
+            _sync(folder)
+
+
+def _sync(path: str | os.PathLike) -> None:
+    """Have the disk know a file, or a folder's names, before what comes next."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[Any]:
+    """The file, whose header safetensors has checked against its size: whole, no gaps, each shape as large as its bytes."""
+    safetensors = _safetensors()
+    if not os.path.isfile(path):
+        pickled = os.path.isfile(os.path.join(os.path.dirname(path), "adapter_model.bin"))
+        hint = "; adapter_model.bin is a pickle, which is not read: save it as safetensors with PEFT" if pickled else ""
+        raise FileNotFoundError(f"folder: wanted a directory with {WEIGHTS_FILE}, got one without{hint}")
+    try:
+        file = safetensors.safe_open(path, framework="pt", device="cpu")
+    except safetensors.SafetensorError as error:
+        size = os.path.getsize(path)
+        raise ValueError(f"{path}: wanted a whole safetensors file, got one of {size} bytes; safetensors says: {error}") from None
+    with file as opened:
+        yield opened
+
+
+def _check_keys(given: set[str], held: dict[str, dict[str, torch.Tensor]], partial: bool) -> dict[str, dict[str, str]]:
+    """The file's keys by layer and end: those of the model's layers, no more and no fewer."""
+    keys = {name: {part: f"{PREFIX}{name}.{part}" for part in parts} for name, parts in held.items()}
+    if partial:
+        keys = {name: parts for name, parts in keys.items() if given & set(parts.values())}
+    wanted = {key for parts in keys.values() for key in parts.values()}
+    missing, unexpected = sorted(wanted - given), sorted(given - wanted)
+    if not (missing or unexpected or not given):
+        return keys
+    every = [f"{PREFIX}{name}.{part}" for name, parts in held.items() for part in parts]
+    near = difflib.get_close_matches(unexpected[0], every, n=1) if unexpected else []
+    said = [f"{len(missing)} missing ({some(missing)})"] if missing else []
+    said += [f"{len(unexpected)} that the model has no place for ({some(unexpected)})"] if unexpected else []
+    said += [f"the model's nearest to the first of these is {near[0]}"] if near else []
+    said += ["partial=True takes a file that lacks whole layers"] if missing and not unexpected and not partial else []
+    raise ValueError(f"{WEIGHTS_FILE}: wanted the tensors of the model's {len(held)} LoRA layers, got {'; '.join(said) or 'none at all'}")
+
+
+def _check_layer(file, config: LoRAConfig, name: str, layer: Any, keys: dict[str, str], cast: bool) -> None:
+    r, room = config.rank_of(name), layer.r
+    if r > room or (isinstance(layer, FusedLoRALinear) and r != room):
+        wanted = f"rank {room}, the layer's" if isinstance(layer, FusedLoRALinear) else f"a rank from 1 to the stack's {room}"
+        raise ValueError(f"{name}: wanted {wanted}, got {r} in {CONFIG_FILE}")
+    K, N = layer.in_features, layer.out_features
+    shapes = {"lora_A.weight": [r, K], "lora_B.weight": [N, r], "lora_B.bias": [N], "lora_magnitude_vector": [N]}
+    for part, key in keys.items():
+        header = file.get_slice(key)
+        if header.get_shape() != shapes[part]:
+            raise ValueError(f"{key}: wanted shape {shapes[part]}, got {header.get_shape()}")
+        given, mine = DTYPES.get(header.get_dtype()), getattr(layer, ATTRIBUTES[part]).dtype
+        if given is None:
+            raise TypeError(f"{key}: wanted {', '.join(DTYPES)}, got {header.get_dtype()}")
+        if not cast and torch.promote_types(given, mine) != mine:
+            raise TypeError(f"{key}: wanted {mine} or what it holds exactly, got {given}; pass cast=True to round")
+
+
+def _check_one_dtype(file, cast: bool) -> None:
+    dtypes = {file.get_slice(key).get_dtype(): key for key in file.keys()}
+    if len(dtypes) > 1 and not cast:
+        given = ", ".join(f"{dtype} ({key})" for dtype, key in sorted(dtypes.items()))
+        raise TypeError(f"{WEIGHTS_FILE}: wanted tensors of one dtype, got {given}; pass cast=True to take them")
+
+
+def _finite(name: str, t: torch.Tensor) -> torch.Tensor:
+    if not torch.isfinite(t).all():
+        raise ValueError(f"{name}: wanted finite values in {t.dtype}, got NaN or Inf")
+    return t
+
+
+def _safetensors():
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError('adapter files: wanted safetensors, got none to import; pip install "lora_kernels[peft]"') from error
+    return safetensors

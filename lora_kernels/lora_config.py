@@ -1,0 +1,194 @@
+"""`LoRAConfig`: which layers of a model get adapters, and which adapters, by PEFT's fields and with PEFT's meaning.
+
+scaling of a layer = alpha / r, or alpha / sqrt(r) with use_rslora;   r, alpha: the patterns' that match its name, else the config's
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from .nn import check_rank, scaling_of
+from .problem import UnsupportedError
+
+CONFIG_FILE = "adapter_config.json"
+CONFIG_LIMIT = 1 << 24  # bytes; patterns for 10,000 layers take less than one MiB
+ALL_LINEAR = "all-linear"
+# Fields that say where an adapter is from or how it was trained, not what its tensors mean.
+PROVENANCE = {"peft_version", "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "megatron_core"}
+PROVENANCE |= {"loftq_config", "eva_config", "qalora_group_size", "runtime_config", "ensure_weight_tying"}
+PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")  # PEFT's others change the base weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAConfig:
+    """Which layers get adapters, and which adapters.
+
+    Args:
+        target_modules: Names of layers or their endings after a dot, ``["q_proj", "layers.0.fc"]``; or a regular expression for the
+            whole name; or ``"all-linear"``, every nn.Linear but the model's ``get_output_embeddings()``.
+        r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, lora_bias, use_dora: As in `FusedLoRALinear`.
+        exclude_modules: What of it to leave out: names or a regular expression.
+        rank_pattern, alpha_pattern: r and lora_alpha of single layers, by a regular expression for the end of the name after a dot
+            (``^`` anchors it where the name begins). The first key that matches holds.
+    Raises:
+        TypeError, ValueError: a field's type or value. UnsupportedError: a rank outside 1 to 512.
+    """
+
+    target_modules: str | Collection[str]
+    r: int = 8
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    exclude_modules: str | Collection[str] | None = None
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    init_lora_weights: bool = True
+    lora_bias: bool = False
+    use_dora: bool = False
+
+    def __post_init__(self):
+        object.__setattr__(self, "target_modules", _names("target_modules", self.target_modules))
+        if self.exclude_modules is not None:
+            object.__setattr__(self, "exclude_modules", _names("exclude_modules", self.exclude_modules))
+        if not self.target_modules:
+            raise ValueError(f"target_modules: wanted names, a regular expression or {ALL_LINEAR!r}, got {self.target_modules!r}")
+        for name in ("rank_pattern", "alpha_pattern"):
+            object.__setattr__(self, name, dict(_mapping(name, getattr(self, name))))
+        for name in ("use_rslora", "init_lora_weights", "lora_bias", "use_dora"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}: wanted True or False, got {getattr(self, name)!r}")
+        for name, rank in {"r": self.r, **_labelled("rank_pattern", self.rank_pattern)}.items():
+            check_rank(name, rank)
+        for name, alpha in {"lora_alpha": self.lora_alpha, **_labelled("alpha_pattern", self.alpha_pattern)}.items():
+            _check_number(name, alpha)
+        _check_number("lora_dropout", self.lora_dropout)
+        if not 0.0 <= self.lora_dropout < 1.0:
+            raise ValueError(f"lora_dropout: wanted a probability in [0, 1), got {self.lora_dropout}")
+
+    def rank_of(self, name: str) -> int:
+        """The rank of the layer of that name."""
+        return next((rank for key, rank in self.rank_pattern.items() if pattern_means(key, name)), self.r)
+
+    def alpha_of(self, name: str) -> float:
+        """The lora_alpha of the layer of that name."""
+        return next((alpha for key, alpha in self.alpha_pattern.items() if pattern_means(key, name)), self.lora_alpha)
+
+    def scaling_of(self, name: str) -> float:
+        """What multiplies the low-rank term of the layer of that name."""
+        return scaling_of(self.alpha_of(name), self.rank_of(name), self.use_rslora)
+
+    @classmethod
+    def from_dict(cls, given: Mapping[str, Any]) -> LoRAConfig:
+        """PEFT's config as a dict. Refused: another method than LoRA, and any field, of whatever version, that asks for more than this.
+
+        Raises:
+            ValueError, TypeError: no LoRA config, or a wrong field. UnsupportedError: it asks for what these layers do not compute.
+        """
+        given = dict(_mapping("config", given))
+        kind = given.pop("peft_type", None)
+        if kind != "LORA":
+            raise ValueError(f"peft_type: wanted 'LORA', got {kind!r}")
+        missing = [name for name in ("r", "lora_alpha", "target_modules") if given.get(name) is None]
+        if missing:
+            raise ValueError(f"config: wanted r, lora_alpha and target_modules, got none for {', '.join(missing)}")
+        init, bias = given.pop("init_lora_weights", True), given.pop("bias", "none")
+        if init not in PLAIN_INITS:
+            raise UnsupportedError(
+                f"init_lora_weights: wanted one of {PLAIN_INITS}, got {init!r}, under which PEFT changes the base weights"
+            )
+        if bias != "none":
+            raise UnsupportedError(f"bias: wanted 'none', got {bias!r}, under which PEFT trains biases of the base")
+        known = {f.name for f in fields(cls)}
+        other = sorted(name for name in given.keys() - known - PROVENANCE if not _absent(given[name]))
+        if other:
+            raise UnsupportedError(f"config: wanted plain LoRA, got {', '.join(f'{name}={given[name]!r}' for name in other)}")
+        return cls(**{name: given[name] for name in known if given.get(name) is not None})
+
+    @classmethod
+    def from_folder(cls, folder: str | os.PathLike) -> LoRAConfig:
+        """The config of an adapter's folder; raises like `from_dict`, and FileNotFoundError where there is none."""
+        return cls.from_dict(read_config(folder))
+
+
+def read_config(folder: str | os.PathLike) -> dict[str, Any]:
+    """``adapter_config.json`` of a folder as a dict; ValueError where it is no JSON object of at most 16 MiB."""
+    path = os.path.join(folder, CONFIG_FILE)
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"folder: wanted a directory with {CONFIG_FILE}, got {os.fspath(folder)!r} without")
+    with open(path, "rb") as file:
+        text = file.read(CONFIG_LIMIT + 1)
+    if len(text) > CONFIG_LIMIT:
+        raise ValueError(f"{path}: wanted at most {CONFIG_LIMIT} bytes, got more")
+    try:
+        return dict(_mapping(CONFIG_FILE, json.loads(text)))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path}: wanted a JSON object, got none: {error}") from None
+
+
+def names_mean(targets: str | Collection[str] | None, name: str) -> bool:
+    """Whether names, or a regular expression for the whole name, mean the module of that name."""
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(name == target or name.endswith(f".{target}") for target in targets or ())
+
+
+def pattern_means(pattern: str, name: str) -> bool:
+    """Whether a key of rank_pattern or alpha_pattern means the module of that name."""
+    return _compiled(pattern).match(name) is not None
+
+
+@functools.lru_cache(1 << 14)  # re's own cache of 512 is outgrown by a pattern for each layer
+def _compiled(pattern: str) -> re.Pattern:
+    return re.compile(rf"(.*\.)?({pattern})$")
+
+
+def all_linear(targets) -> bool:
+    """Whether target_modules is "all-linear", in whatever case."""
+    return isinstance(targets, str) and targets.lower() == ALL_LINEAR
+
+
+def _names(label: str, given) -> str | tuple[str, ...]:
+    if isinstance(given, str):
+        _check_expression(label, given)
+        return given
+    if not isinstance(given, Collection) or isinstance(given, (bytes, Mapping)) or not all(isinstance(name, str) for name in given):
+        raise TypeError(f"{label}: wanted a list of names or a string, got {given!r}")
+    return tuple(sorted(given) if isinstance(given, (set, frozenset)) else given)
+
+
+def _mapping(label: str, given) -> Mapping:
+    if not isinstance(given, Mapping) or not all(isinstance(key, str) for key in given):
+        raise TypeError(f"{label}: wanted a mapping from names, got {type(given).__name__}")
+    return given
+
+
+def _labelled(label: str, patterns: Mapping) -> dict:
+    for key in patterns:
+        _check_expression(label, key)
+    return {f"{label}[{key!r}]": value for key, value in patterns.items()}
+
+
+def _check_expression(label: str, text: str) -> None:
+    try:
+        pattern_means(text, "")
+    except re.error as error:
+        raise ValueError(f"{label}: wanted a regular expression, got {text!r}: {error}") from None
+
+
+def _check_number(name: str, value) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: wanted a number, got {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: wanted a finite number, got {value}")
+
+
+def _absent(value) -> bool:
+    """None, False or empty: a field that asks for nothing. Not 0, which is layer 0 in ``layers_to_transform``."""
+    return value is None or value is False or (isinstance(value, (str, list, dict)) and not value)
