@@ -13,6 +13,7 @@ PAGES = [  # the page, its blocks, and the package of an extra that it is about
     ("merging.md", 4, "torch"),
     ("analysis.md", 5, "torch"),
     ("adapter_files.md", 6, "peft"),
+    ("from_unsloth.md", 1, "peft"),
 ]
 
 
