@@ -6,6 +6,8 @@ peak    on a GPU: the most memory in use at any time during forward and backward
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 import torch
 
 from . import variants, workloads
@@ -42,20 +44,25 @@ def run(session: Session) -> int:
 
 
 def saved_bytes(formula: Formula, o: Operands) -> int:
-    """Bytes of the tensors saved for backward, each storage once and the operands not at all."""
-    operands = {t.untyped_storage().data_ptr() for t in (o.x, o.weight, o.lora_A, o.lora_B)}
+    """Bytes that a formula saves for backward, the operands not counted."""
+    return saved_by(lambda: formula(o), (o.x, o.weight, o.lora_A, o.lora_B))
+
+
+def saved_by(call: Callable[[], torch.Tensor], besides: Iterable[torch.Tensor]) -> int:
+    """Bytes of the tensors that autograd saves during a call, each storage once and those of ``besides`` not at all."""
+    known = {t.untyped_storage().data_ptr() for t in besides}
     storages: dict[int, int] = {}
     kept = []
 
     def pack(t: torch.Tensor) -> torch.Tensor:
         storage = t.untyped_storage()
-        if storage.data_ptr() not in operands:
+        if storage.data_ptr() not in known:
             storages[storage.data_ptr()] = storage.nbytes()
         kept.append(t)  # so that no storage is freed and its address taken by another within the pass
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        formula(o)
+        call()
     return sum(storages.values())
 
 

@@ -1,7 +1,8 @@
 """Tables of the documents, made from the measured rows: ``python -m bench.report [--check]``.
 
 Between ``<!-- bench:NAME -->`` and ``<!-- /bench:NAME -->`` stands what `render` makes of bench/results/NAME.jsonl; no number there
-is typed by hand. NAME may carry a suffix after the section, as in ``single-h200``. The README gets the short form.
+is typed by hand. NAME may carry a suffix after the section, as in ``single-h200``. The README gets the short form. Where a section has a
+plot, it is made with the tables, as NAME.svg beside the document.
 """
 
 from __future__ import annotations
@@ -10,11 +11,11 @@ import argparse
 import re
 from pathlib import Path
 
-from . import multi_tables, report_tables
+from . import multi_tables, peft_tables, report_tables
 from .conditions import ROOT, machine, read_rows
 
-COMMANDS = report_tables.COMMANDS | multi_tables.COMMANDS
-RENDERERS = report_tables.RENDERERS | multi_tables.RENDERERS
+COMMANDS = report_tables.COMMANDS | multi_tables.COMMANDS | peft_tables.COMMANDS
+RENDERERS = report_tables.RENDERERS | multi_tables.RENDERERS | peft_tables.RENDERERS
 _MARK = re.compile(r"<!-- (/?)bench:([\w-]+) -->")
 
 
@@ -63,6 +64,21 @@ def rewritten(text: str, results: Path, brief: bool, name: str) -> str:
     return "".join([*pieces, text[at:]])
 
 
+def written(results: Path, readme: Path, docs: Path) -> dict[Path, str]:
+    """What each file is to hold: the documents that are there, and the plots of what was measured."""
+    texts = {}
+    for path, brief in ((readme, True), (docs, False)):
+        if path.exists():
+            texts[path] = rewritten(path.read_text(), results, brief, path.name)
+        else:
+            print(f"{path}: not there")
+    for stem, plot in peft_tables.PLOTS.items():
+        rows = read_rows(results / f"{stem}.jsonl")
+        if rows and docs.exists():
+            texts[docs.parent / f"{stem}.svg"] = plot(rows)
+    return texts
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__.split("\n")[0])
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results", help="folder of the JSON lines")
@@ -71,13 +87,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a file would change")
     args = parser.parse_args(argv)
     changed = []
-    for path, brief in ((args.readme, True), (args.docs, False)):
-        if not path.exists():
-            print(f"{path}: not there")
-            continue
-        text = path.read_text()
-        new = rewritten(text, args.results, brief, path.name)
-        if new != text:
+    for path, new in written(args.results, args.readme, args.docs).items():
+        if not path.exists() or path.read_text() != new:
             changed.append(path)
             if not args.check:
                 path.write_text(new)

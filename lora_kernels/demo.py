@@ -17,6 +17,8 @@ import statistics
 import sys
 import time
 from collections import Counter
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "examples: demo                       a minute or two on two CPU cores; the kernels run where there is a GPU\n"
         "          demo --quick               the mechanics alone, in seconds; its accuracies mean nothing\n"
         "          demo --rank 4 --seed 1     another rank, another split of the headlines\n"
+        "          demo --peft                through PEFT, stock and fused side by side; needs lora_kernels[demo,peft]\n"
         "exit:     0 all checks hold, 1 one does not, 2 the demo cannot run here (packages, device)"
     )
     count, add = _number(int, 1, math.inf, "a whole number from 1"), parser.add_argument
@@ -72,6 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes the GPU if there is one (default: %(default)s)")
     add("--seed", type=int, default=0, metavar="N", help="of the split, the initial values and the order (default: %(default)s)")
     add("--threads", type=count, metavar="N", help="CPU threads (default: torch's choice)")
+    add("--peft", action="store_true", help="the same training of a PEFT model instead, as PEFT computes it and after fuse(model)")
     add("--quick", action="store_true", help="one epoch on 48 headlines; checks merge and unmerge, not that LoRA helps")
 
 
@@ -134,6 +138,18 @@ def accuracy(logits: torch.Tensor, data: Headlines) -> float:
     return (logits.argmax(1).cpu() == data.labels).double().mean().item()
 
 
+def train_lora(model: Classifier, adapters, training: Headlines, args, epochs: int, batch_size: int, label: str) -> None:
+    """Train the model's head and these parameters."""
+
+    def epoch(generator):
+        for batch in training.batches(batch_size, generator):
+            yield model(batch), batch.labels
+
+    model.train()
+    groups = [dict(params=list(model.head.parameters()), lr=HEAD_LR), dict(params=adapters, lr=args.lr)]
+    train(groups, epoch, epochs, -(-len(training) // batch_size), args.seed, label)
+
+
 def fine_tune(alone: nn.Linear, model: Classifier, adapters, training: Headlines, test: Headlines, args, epochs: int, batch_size: int):
     """Train ``alone`` on the frozen encoder's embeddings, then ``model``; the accuracies ``(alone, model)`` before, and after."""
     model.eval()
@@ -145,19 +161,13 @@ def fine_tune(alone: nn.Linear, model: Classifier, adapters, training: Headlines
         for chosen in torch.randperm(len(training), generator=generator).to(labels.device).split(batch_size):
             yield alone(embedded[chosen]), labels[chosen]
 
-    def lora_epoch(generator):
-        for batch in training.batches(batch_size, generator):
-            yield model(batch), batch.labels
-
     def measure():
         model.eval()
         return accuracy(alone(embedded_test), test), accuracy(outputs(model, test), test)
 
     before = measure()
     train([dict(params=list(alone.parameters()), lr=HEAD_LR)], head_epoch, epochs, steps, args.seed, "head alone ")
-    model.train()
-    groups = [dict(params=list(model.head.parameters()), lr=HEAD_LR), dict(params=adapters, lr=args.lr)]
-    train(groups, lora_epoch, epochs, steps, args.seed, "head + LoRA")
+    train_lora(model, adapters, training, args, epochs, batch_size, "head + LoRA")
     return before, measure()
 
 
@@ -211,6 +221,8 @@ def step_of(model: Classifier, dropout: float):
     for layer in model.modules():
         if isinstance(layer, (FusedLoRALinear, PeftFormula)):
             layer.lora_dropout = dropout
+        elif isinstance(by_name := getattr(layer, "lora_dropout", None), nn.ModuleDict):  # PEFT's
+            by_name.update({name: nn.Dropout(dropout) if dropout else nn.Identity() for name in by_name})
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
     model.train()
 
@@ -255,15 +267,14 @@ def step_bytes(model: nn.Module, step, batch: Batch) -> int:
     return sum(storage.nbytes() for address, storage in kept.items() if address not in parameters)
 
 
-def compare(model: Classifier, data: Headlines, dropout: float, turns: int, batch_size: int) -> None:
-    """Print a training step of the model beside one with PEFT's formula, without and with dropout."""
-    formula = with_peft_formula(model)
+def compare(models: dict[str, Classifier], data: Headlines, dropout: float, turns: int, batch_size: int) -> None:
+    """Print a training step of our model and PEFT's, in this order and by these names, without and with dropout."""
     batches = list(itertools.islice(data.batches(batch_size), turns))
-    print(row(f"training step, {batch_size} headlines", "FusedLoRALinear", "PEFT's formula") + f"{'PEFT / fused':>{COLUMN}}")
+    print(row(f"training step, {batch_size} headlines", *models) + f"{'PEFT / fused':>{COLUMN}}")
     for p in (0.0, dropout):
-        steps = [step_of(model, p), step_of(formula, p)]
+        steps = [step_of(model, p) for model in models.values()]
         times = step_times(steps, batches)
-        sizes = [step_bytes(owner, step, batches[0]) / 2**20 for owner, step in zip((model, formula), steps, strict=True)]
+        sizes = [step_bytes(owner, step, batches[0]) / 2**20 for owner, step in zip(models.values(), steps, strict=True)]
         weighed = "peak memory" if batches[0].ids.is_cuda else "kept for backward"
         for label, (ours, theirs), unit in (("time", times, "ms"), (weighed, sizes, "MiB")):
             cells = row(f"{label}, dropout {p:g}", f"{ours:.1f} {unit}", f"{theirs:.1f} {unit}")
@@ -284,44 +295,79 @@ def failures(head: float, lora: float, agree: float, exact: int, layers: int, qu
     return [sentence for sentence, holds in checks.items() if not holds]
 
 
-def run(args: argparse.Namespace) -> int:
-    """The demo; returns the exit code."""
-    try:
+@dataclass
+class Setting:
+    """What the flags, the machine and the packages make of a run."""
+
+    encoder: Any
+    training: Headlines
+    test: Headlines
+    topics: list[str]
+    device: torch.device
+    epochs: int
+    batch_size: int
+    dropout: float
+    lines: list[str]
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> Setting:
+        """Raises `CannotRun` where a package or the device is missing."""
         check_packages()
         if args.device == "cuda" and not torch.cuda.is_available():
             raise CannotRun("device: wanted cuda, got a torch that sees no GPU; take --device cpu")
         device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
         titles, (encoder, tokenizer) = read_titles(), load_encoder(device)
+        if args.threads:
+            torch.set_num_threads(args.threads)
+        dropout = args.dropout if args.dropout is not None else DROPOUT if device.type == "cuda" else 0.0
+        rows, held_out = split(titles, TEST, args.seed)
+        epochs, batch_size = args.epochs, args.batch_size
+        if args.quick:
+            rows, held_out, epochs, batch_size = rows[:48], held_out[:32], 1, min(batch_size, 16)
+        topics = sorted({topic for _, topic in titles})
+        training, test = (Headlines(part, topics, tokenizer, device) for part in (rows, held_out))
+        where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+        lines = [
+            f"device  {where}, float32, torch {torch.__version__}",
+            f"data    {len(titles):,} BBC News titles on {', '.join(topics)};",
+            f"        {len(titles) - len(drop_duplicates(titles))} duplicates dropped, then {len(rows):,} drawn to train on and "
+            f"{len(held_out)} to test on",
+        ]
+        return cls(encoder, training, test, topics, device, epochs, batch_size, dropout, lines)
+
+
+def run(args: argparse.Namespace) -> int:
+    """The demo; returns the exit code."""
+    started = time.perf_counter()
+    try:
+        if args.peft:
+            from . import demo_peft
+
+            failed = demo_peft.run(args)
+        else:
+            failed = run_own(args)
     except CannotRun as error:
         print(f"demo: {error}", file=sys.stderr)
         return 2
-    started = time.perf_counter()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    epochs = 1 if args.quick else args.epochs
-    dropout = args.dropout if args.dropout is not None else DROPOUT if device.type == "cuda" else 0.0
-    rows, held_out = split(titles, TEST, args.seed)
-    batch_size = args.batch_size
-    if args.quick:
-        rows, held_out, batch_size = rows[:48], held_out[:32], min(batch_size, 16)
-    topics = sorted({topic for _, topic in titles})
-    training, test = (Headlines(part, topics, tokenizer, device) for part in (rows, held_out))
+    print("".join(f"FAILED {sentence}\n" for sentence in failed) + f"{time.perf_counter() - started:.0f} s in all")
+    return int(bool(failed))
 
+
+def run_own(args: argparse.Namespace) -> list[str]:
+    """The demo of `FusedLoRALinear`; returns what failed."""
+    s = Setting.of(args)
+    encoder, training, test, epochs, batch_size = s.encoder, s.training, s.test, s.epochs, s.batch_size
     torch.manual_seed(args.seed)
     size = sum(p.numel() for p in encoder.parameters())
-    layers = adapt(encoder, args.rank, dropout)
+    layers = adapt(encoder, args.rank, s.dropout)
     originals = {name: layer.weight.clone() for name, layer in layers.items()}
     adapters = [p for layer in layers.values() for p in (layer.lora_A, layer.lora_B)]
-    alone = nn.Linear(encoder.config.hidden_size, len(topics), device=device)
+    alone = nn.Linear(encoder.config.hidden_size, len(s.topics), device=s.device)
     model = Classifier(encoder, copy.deepcopy(alone))
 
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"device  {where}, float32, torch {torch.__version__}")
+    print("\n".join(s.lines))
     print(f"model   MiniLM, {size / 1e6:.1f} M parameters; {len(layers)} linears ({', '.join(TARGETS)}) became FusedLoRALinear")
-    print(f"        with r = {args.rank}, scaling 2, dropout {dropout:g}; their weights are shared, not copied, and frozen")
-    print(f"data    {len(titles):,} BBC News titles on {', '.join(topics)};")
-    duplicates = len(titles) - len(drop_duplicates(titles))
-    print(f"        {duplicates} duplicates dropped, then {len(training):,} drawn to train on and {len(test)} to test on")
+    print(f"        with r = {args.rank}, scaling 2, dropout {s.dropout:g}; their weights are shared, not copied, and frozen")
     taken, first, reasons = arms(model, layers, next(training.batches(batch_size)))
     print(f"arm     {', '.join(f'{arm!r} in {n} of {len(layers)} layers' for arm, n in taken.items())}; explain() on {first}:")
     print("\n".join(f"        {line}" for line in reasons.splitlines()), flush=True)
@@ -334,9 +380,8 @@ def run(args: argparse.Namespace) -> int:
     print(row(f"accuracy after {epochs} epoch{'s'[: epochs > 1]}", f"{head:.3f}", f"{lora:.3f}"))
     print(row("trained parameters", *(f"{n:,}" for n in trained)))
     print(row("share of all parameters", *(f"{n / sum(p.numel() for p in model.parameters()):.2%}" for n in trained)) + "\n")
-    compare(model, training, dropout or DROPOUT, 1 if args.quick else 12, batch_size)
+    models = {"FusedLoRALinear": model, "PEFT's formula": with_peft_formula(model)}
+    compare(models, training, s.dropout or DROPOUT, 1 if args.quick else 12, batch_size)
     print(f"\nmerged: {agree:.1%} of {len(test)} predictions the same, logits within {gap:.1e} of the unmerged model's")
     print(f"unmerged: {exact} of {len(layers)} weights given back bit for bit")
-    failed = failures(head, lora, agree, exact, len(layers), args.quick)
-    print("".join(f"FAILED {sentence}\n" for sentence in failed) + f"{time.perf_counter() - started:.0f} s in all")
-    return int(bool(failed))
+    return failures(head, lora, agree, exact, len(layers), args.quick)

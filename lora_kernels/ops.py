@@ -54,7 +54,7 @@ def _unseen(t: torch.Tensor, impl: str, config: str) -> bool:
     A registered operator costs some 20 us of host time on a CPU (docs/measured.md).
     """
     return (
-        not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()  # asked first: a compiler that traces what follows warns of its caches
         and dispatch.plainly_chain(t.device, impl, config)
         and torch._C._len_torch_dispatch_stack() == 0  # torch has no public name for it
     )

@@ -154,9 +154,12 @@ def errors(ours: torch.Tensor, truth: torch.Tensor) -> tuple[float, float]:
     return (gap.max().item(), gap.square().mean().sqrt().item()) if gap.numel() else (0.0, 0.0)
 
 
-def budget_used(ours: torch.Tensor, same_dtype: torch.Tensor, truth: torch.Tensor) -> float:
-    """The error over the allowed error, the larger of maximum and root mean square; at most 1 passes."""
-    band = torch.finfo(ours.dtype).eps
+def budget_used(ours: torch.Tensor, same_dtype: torch.Tensor, truth: torch.Tensor, rounded: torch.dtype | None = None) -> float:
+    """The error over the allowed error, the larger of maximum and root mean square; at most 1 passes.
+
+    ``rounded``: the dtype of the two roundings, where it is not that of ``ours`` (float32 gradients of a 16-bit product).
+    """
+    band = torch.finfo(rounded or ours.dtype).eps
     size = (truth.abs().max().item(), truth.square().mean().sqrt().item()) if truth.numel() else (0.0, 0.0)
     used = 0.0
     for error, allowed, scale in zip(errors(ours, truth), errors(same_dtype, truth), size, strict=True):

@@ -18,6 +18,8 @@ NEEDS = {
     "test_files_refusals.py": "peft",
     "test_huggingface.py": "peft",
     "test_inspect.py": "peft",
+    "test_trainer.py": "peft",
+    "test_bench_peft.py": "peft",
     "test_plot.py": "matplotlib",
 }
 collect_ignore = [file for file, package in NEEDS.items() if importlib.util.find_spec(package) is None]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from lora_kernels import FusedLoRALinear, demo, demo_data
+from lora_kernels import FusedLoRALinear, demo, demo_data, demo_peft
 
 
 def parse(*flags: str) -> argparse.Namespace:
@@ -36,6 +36,15 @@ def test_quick_run(capsys):
     assert demo.run(parse("--quick", "--device", "cpu")) == 0
     shown = capsys.readouterr().out
     for wanted in ("'torch' in 36 of 36 layers", "accuracy after 1 epoch ", "PEFT / fused", "36 of 36 weights given back bit for bit"):
+        assert wanted in shown
+    assert "FAILED" not in shown
+
+
+def test_quick_run_through_peft(capsys):
+    need("transformers", "peft", demo_data.MODEL_PACKAGE, demo_data.CORPUS_PACKAGE)
+    assert demo.run(parse("--peft", "--quick", "--device", "cpu")) == 0
+    shown = capsys.readouterr().out
+    for wanted in ("36 LoRA layers fused, 0 left", "accuracy after 1 epoch ", "the same topic for 32 of 32", "PEFT / fused"):
         assert wanted in shown
     assert "FAILED" not in shown
 
@@ -113,6 +122,13 @@ def test_missing_packages_end_with_one_clear_error(monkeypatch, capsys, missing)
     assert 'pip install "lora_kernels[demo]"' in shown.err and all(name in shown.err for name in missing)
 
 
+def test_peft_missing_ends_with_one_clear_error(monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "peft" else SimpleNamespace())
+    assert demo.run(parse("--peft", "--quick")) == 2
+    shown = capsys.readouterr()
+    assert shown.out == "" and len(shown.err.splitlines()) == 1 and 'pip install "lora_kernels[demo,peft]"' in shown.err
+
+
 def test_a_missing_gpu_is_named(monkeypatch, capsys):
     monkeypatch.setattr(demo, "check_packages", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -173,6 +189,12 @@ def test_failures_name_what_does_not_hold():
     (lora,) = demo.failures(0.9, 0.9, 1.0, 36, 36, quick=False)
     assert lora.startswith("head + LoRA: wanted a better accuracy")
     assert [s.split(":")[0] for s in demo.failures(0.9, 0.8, 0.994, 35, 36, quick=False)] == ["head + LoRA", "merge", "unmerge"]
+
+
+def test_peft_failures_name_a_lower_accuracy():
+    assert demo_peft.failures(0.90, 0.91, 500) == demo_peft.failures(0.91, 0.90, 500) == []
+    (sentence,) = demo_peft.failures(0.87, 0.90, 500)
+    assert sentence == "accuracy: wanted PEFT's 0.900 within its standard error of 0.013, got 0.870"
 
 
 def test_merge_and_unmerge_notices_a_wrong_layer(monkeypatch):

@@ -15,7 +15,7 @@ FLOORS = (
     ("launch", "compile_only", "chain"),
     ("ops", "autograd", "dispatch", "merging"),
     ("nn", "multi", "parity", "dora", "lora_config"),
-    ("cli", "__main__", "demo", "demo_data", "integrations", "apply", "files", "analysis", "inspect_adapter"),
+    ("cli", "__main__", "demo", "demo_data", "demo_peft", "integrations", "apply", "files", "analysis", "inspect_adapter"),
 )
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}
 FILES = sorted(path for path in PACKAGE.rglob("*.py"))

@@ -1,10 +1,13 @@
 """The operators as torch sees them: opcheck, fakes, torch.compile, export, FLOPs."""
 
+import functools
+import warnings
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from lora_kernels import FusedLoRALinear, lora_linear, ops, parity
+from lora_kernels import FusedLoRALinear, dispatch, lora_linear, ops, parity
 from lora_kernels.parity import Case
 
 M, N, K, R = 6, 10, 12, 4
@@ -50,6 +53,37 @@ def test_opcheck_backward(impl, needs):
         torch.library.opcheck(ops.backward_op, (dy, *args, None, None, [], [], 0.5, 0.3, *needs, torch.float32, impl, ""))
 
 
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("ranked", [True, False])
+def test_opcheck_with_segments(impl, p, ranked):
+    """Both operators with a plan: each gradient alone and all, adapters of equal and of mixed rank, a scale on the device or none."""
+    case = Case(M, N, K, R, adapters=3, mixed_ranks=ranked)
+    t, many = parity.inputs(case, DEVICE), parity.many(case, DEVICE)
+    plan = (many["scale"] if ranked else None, many["ranks"], many["segments"].tensors(), many["segments"].geometry())
+    seed = torch.tensor(3, device=DEVICE) if p else None
+    x, W, A, B, u = t["x"], t["weight"], t["lora_A"], t["lora_B"], torch.randn(M, R, device=DEVICE)
+    torch.library.opcheck(ops.forward_op, (x, W, A, B, t["bias"], seed, *plan, 0.5, p, True, impl, ""))
+    for needs in ((True, True, True, True), (True, False, False, False), (False, True, False, False), (False, False, True, False)):
+        dx, da, db, _ = needs
+        saved = (x if da else None, W if dx else None, A if dx else None, B if dx or da else None, u if db else None, seed)
+        torch.library.opcheck(ops.backward_op, (t["dY"], *saved, *plan, 0.5, p, *needs, torch.float32, impl, ""))
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_opcheck_with_a_scale_on_the_device(impl):
+    (x, W, A, B, b), dY = operands()
+    scale, u = torch.tensor([0.5], device=DEVICE), torch.randn(M, R, device=DEVICE)
+    torch.library.opcheck(ops.forward_op, (x, W, A, B, b, None, scale, None, [], [], 1.0, 0.0, True, impl, ""))
+    needs = (True, True, True, True)
+    torch.library.opcheck(ops.backward_op, (dY, x, W, A, B, u, None, scale, None, [], [], 1.0, 0.0, *needs, torch.float32, impl, ""))
+
+
+def test_no_operator_is_left_unchecked():
+    names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("lora_kernels::")}
+    assert names == {"lora_kernels::forward", "lora_kernels::backward"}, "a new operator wants its opcheck in this file"
+
+
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_compile_fullgraph(backend, p):
@@ -85,6 +119,19 @@ def test_compile_of_a_module_has_no_graph_break_and_no_recompile_per_length():
     for length in (5, 6, 7, 100, 333):
         assert compiled(torch.randn(length, K)).shape == (length, K)
     assert counter.frame_count == 1
+
+
+def test_compile_warns_of_nothing(monkeypatch):
+    """Where library calls would do (on a CPU), the compiler still sees an operator, and none of the caches of the choice."""
+    monkeypatch.setattr(dispatch, "interpreting", functools.cache(lambda: False))
+    args, _ = operands()
+    graphs = []
+    compiled = torch.compile(lora_linear, fullgraph=True, backend=lambda graph, inputs: graphs.append(graph) or graph)
+    torch._dynamo.utils.warn_once_cache.clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.testing.assert_close(compiled(*args), lora_linear(*args))
+    assert any("lora_kernels" in str(node.target) for node in graphs[0].graph.nodes)
 
 
 def test_fake_tensors_of_another_device():
