@@ -11,7 +11,14 @@ if not torch.cuda.is_available():
 
 
 # What an optional extra brings, and the tests that come with it.
-NEEDS = {"test_peft.py": "peft", "test_files.py": "peft", "test_huggingface.py": "peft", "test_plot.py": "matplotlib"}
+NEEDS = {
+    "test_peft.py": "peft",
+    "test_peft_states.py": "peft",
+    "test_peft_mixed.py": "peft",
+    "test_files.py": "peft",
+    "test_huggingface.py": "peft",
+    "test_plot.py": "matplotlib",
+}
 collect_ignore = [file for file, package in NEEDS.items() if importlib.util.find_spec(package) is None]
 
 
