@@ -51,6 +51,17 @@ def layers(model) -> list[lora.Linear]:
     return [m for m in model.modules() if isinstance(m, lora.Linear)]
 
 
+def train_all(model) -> None:
+    """Gradients for every adapter, not for the active ones alone."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+
+
+def adapters_to(model, dtype) -> None:
+    for layer in layers(model):
+        layer.lora_A.to(dtype), layer.lora_B.to(dtype)
+
+
 class Masked(nn.Module):
     """Dropout with the mask that a fused call on an input of this shape makes of this seed; of these samples of it."""
 

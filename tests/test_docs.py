@@ -1,5 +1,6 @@
 """The documents' python blocks run, in order, and what they assert holds."""
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -9,7 +10,10 @@ DOCS = Path(__file__).parent.parent / "docs"
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("name, blocks", [("many_adapters.md", 6)])
+BLOCKS = {"many_adapters.md": 6, **({"peft.md": 3} if importlib.util.find_spec("peft") else {})}
+
+
+@pytest.mark.parametrize("name, blocks", BLOCKS.items())
 def test_python_blocks(name, blocks):
     text, namespace = (DOCS / name).read_text(), {"__name__": name}
     found = list(BLOCK.finditer(text))

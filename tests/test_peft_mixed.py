@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from peft.tuners.lora import LoraLayer
-from peft_models import Masked, Net, X, agree, both, config, counted, layers, pair, results
+from peft_models import Masked, Net, X, adapters_to, agree, both, config, counted, layers, pair, results, train_all
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -22,18 +22,14 @@ NAMES = ["b", "__base__", "default"]
 def three(dtype=torch.float32, upcast=True, **b):
     """default of rank 4, b, and c on the first layer only, all trained."""
     torch.manual_seed(0)
-    stock = get_peft_model(Net(dtype), config(), autocast_adapter_dtype=upcast)
-    stock.add_adapter("b", config(**{"r": 7, "lora_alpha": 5, **b}), autocast_adapter_dtype=upcast)
-    stock.add_adapter("c", config(target_modules=["first"], r=2, use_rslora=True), autocast_adapter_dtype=upcast)
+    stock = get_peft_model(Net(dtype), config())
+    stock.add_adapter("b", config(**{"r": 7, "lora_alpha": 5, **b}))
+    stock.add_adapter("c", config(target_modules=["first"], r=2, use_rslora=True))
+    adapters_to(stock, torch.float32 if upcast else dtype)
     train_all(stock)
     fused = copy.deepcopy(stock)
     assert len(fuse(fused).fused) == 2
     return stock, fused
-
-
-def train_all(model):
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_("lora_" in name)
 
 
 @contextlib.contextmanager
