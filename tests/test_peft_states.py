@@ -33,6 +33,8 @@ def variants():
         yield {"use_bdlora": peft.tuners.lora.BdLoraConfig(["first"], ["second"], nblocks=2)}, "BdLoraLinearVariant"
     if "velora_config" in FIELDS:
         yield {"velora_config": peft.tuners.lora.VeloraConfig(num_groups=2)}, "VeloraLinearVariant"
+    if hasattr(peft.tuners.lora.variants, "MiCALinearVariant"):
+        yield {"init_lora_weights": "mica"}, "MiCALinearVariant"
 
 
 @pytest.mark.parametrize("changed, reason", [*variants(), ({"lora_bias": True}, "a bias of its own")], ids=lambda value: str(value)[:40])

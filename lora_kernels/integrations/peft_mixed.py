@@ -8,6 +8,7 @@ Only the adapters that the batch names are stacked, at each call: E adapters of 
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from torch.nn import functional as F
@@ -27,7 +28,7 @@ def mixed(x: torch.Tensor, base: Base, adapters: list[Adapter], ids: tuple[int, 
     if any(isinstance(scale, torch.Tensor) for scale in scales):
         scale = torch.stack([torch.as_tensor(scale, dtype=torch.float32, device=x.device).reshape(()) for scale in scales])
     else:
-        scale = _host(_table, tuple(scales), torch.float32, x.device)
+        scale = _from_host(_table, x.device, tuple(scales), torch.float32)
     return lora_linear(
         x,
         base.weight,
@@ -37,8 +38,8 @@ def mixed(x: torch.Tensor, base: Base, adapters: list[Adapter], ids: tuple[int, 
         scale=scale,
         dropout_p=adapters[0].p,
         training=adapters[0].training,
-        segments=_host(_plan, ids, len(adapters), x[0, ..., 0].numel(), x.device),
-        ranks=_host(_table, ranks, torch.int32, x.device) if min(ranks) < max(ranks) else None,
+        segments=_from_host(_plan, x.device, ids, len(adapters), math.prod(x.shape[1:-1])),
+        ranks=_from_host(_table, x.device, ranks, torch.int32) if min(ranks) < max(ranks) else None,
     )
 
 
@@ -59,23 +60,25 @@ def _stacks(adapters: list[Adapter], rank: int) -> tuple[torch.Tensor, torch.Ten
     return torch.stack(downs), torch.stack(ups)
 
 
-def _host(make, *key):
-    """``make(*key)``, kept from one layer to the next: it depends on the key alone, and costs copies to the device."""
-    if torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
-        return make(*key)  # what a graph holds is of no use outside it
-    return _kept(make, torch.is_inference_mode_enabled(), *key)
+def _from_host(make, device: torch.device, *key):
+    """``make(device, *key)``, kept from one layer to the next: it depends on these alone, and costs copies to the device."""
+    if torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        return make(device, *key)  # what a graph holds is of no use outside it
+    stream = torch.cuda.current_stream(device).stream_id if device.type == "cuda" else 0
+    return _kept(make, torch.is_inference_mode_enabled(), stream, device, *key)
 
 
 @functools.lru_cache(maxsize=KEPT)
-def _kept(make, inference: bool, *key):  # a tensor of inference mode may not be saved for backward
+def _kept(make, inference: bool, stream: int, *key):
+    """Apart for each stream, which orders the copies; and for inference mode, whose tensors may not be saved for backward."""
     return make(*key)
 
 
-def _plan(ids: tuple[int, ...], adapters: int, tokens: int, device: torch.device) -> Segments:
+def _plan(device: torch.device, ids: tuple[int, ...], adapters: int, tokens: int) -> Segments:
     """The plan of samples of ``tokens`` tokens each."""
     each = torch.tensor(ids, dtype=torch.int32).to(device)
     return Segments.from_ids(each.repeat_interleave(tokens, output_size=len(ids) * tokens), adapters, validate=False)
 
 
-def _table(values: tuple, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def _table(device: torch.device, values: tuple, dtype: torch.dtype) -> torch.Tensor:
     return torch.tensor(values, dtype=dtype).to(device)

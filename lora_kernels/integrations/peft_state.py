@@ -75,7 +75,7 @@ def base_of(layer: lora.Linear, x: torch.Tensor | None) -> Base | str:
             return f"x is a {type(x).__name__}"
         if x.device != weight.device or x.numel() == 0:
             return "x is empty, or on another device"
-        if torch.is_autocast_enabled(x.device.type):
+        if torch.is_autocast_enabled(x.device.type) and dtype is not torch.float64:
             dtype = torch.get_autocast_dtype(x.device.type)
         elif x.dtype != dtype:
             return f"x is {x.dtype} beside a base of {dtype}"
