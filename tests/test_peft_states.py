@@ -12,6 +12,7 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners import lora
+from peft.tuners.lora import variants as peft_variants
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from peft_models import Net, X, agree, both, config, counted, layers, pair, train_all
 from torch import nn
@@ -33,7 +34,7 @@ def variants():
         yield {"use_bdlora": peft.tuners.lora.BdLoraConfig(["first"], ["second"], nblocks=2)}, "BdLoraLinearVariant"
     if "velora_config" in FIELDS:
         yield {"velora_config": peft.tuners.lora.VeloraConfig(num_groups=2)}, "VeloraLinearVariant"
-    if hasattr(peft.tuners.lora.variants, "MiCALinearVariant"):
+    if hasattr(peft_variants, "MiCALinearVariant"):
         yield {"init_lora_weights": "mica"}, "MiCALinearVariant"
 
 
@@ -147,6 +148,8 @@ def test_target_parameters_are_not_captured():
     assert kinds == {"ParamWrapper"} and fuse(model).fused == []
     assert "ParamWrapper" in str(fuse(model))
     assert dispatch_fused(nn.Linear(2, 2), "default", parameter_name="weight") is None
+    before_0_19 = dict(fan_in_fan_out=False, init_lora_weights="loftq")  # PEFT's own dispatcher knows the bits
+    assert dispatch_fused(nn.Linear(2, 2), "default", **before_0_19) is None
 
 
 @pytest.mark.parametrize("init", ["gaussian", "olora", "pissa", "orthogonal"])
