@@ -67,7 +67,10 @@ def _forward(x, weight, lora_A, lora_B, bias, seed, adapters, scale, dropout_p, 
     else:
         run, chosen = arm or dispatch.forward_arm(x2, weight, lora_A, lora_B, adapters, dropout_p, impl, config)
         y, u = run(x2, weight, lora_A, lora_B, bias, seed, adapters, scale, dropout_p, save_u, chosen)
-    return y if x is x2 else y.view(*x.shape[:-1], weight.shape[0]), u
+    if x is x2:
+        return y, u
+    # no view for autograd, which refuses in-place operations (ReLU's, a residual's) on views that a Function returns
+    return torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], weight.shape[0]]), u
 
 
 def _empty_forward(x, weight, lora_A, bias):

@@ -13,6 +13,8 @@ if not torch.cuda.is_available():
 # What an optional extra brings, and the tests that come with it.
 NEEDS = {
     "test_peft.py": "peft",
+    "test_peft_states.py": "peft",
+    "test_peft_mixed.py": "peft",
     "test_peft_formulas.py": "peft",
     "test_files.py": "peft",
     "test_files_refusals.py": "peft",

@@ -14,6 +14,7 @@ PAGES = [  # the page, its blocks, and the package of an extra that it is about
     ("analysis.md", 5, "torch"),
     ("adapter_files.md", 6, "peft"),
     ("from_unsloth.md", 1, "peft"),
+    ("peft.md", 3, "peft"),
 ]
 
 

@@ -1,0 +1,153 @@
+"""What `lora_linear` takes of a PEFT layer as it stands, or the sentence that says why PEFT's own forward computes it.
+
+Everything is read at each call, from attributes that cost little: nothing is cached, so merging, hot-swapping and rescaling need no notice.
+(``_modules`` is read directly: nn.Module's own lookup of ``layer.lora_A`` costs half a microsecond, and there are six a call.)
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from peft.tuners import lora
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..problem import FLOATS, MAX_RANK
+
+PLAIN = (torch.Tensor, nn.Parameter)
+DROPOUTS = (nn.Dropout, nn.Identity)
+
+
+class Base(NamedTuple):
+    """``weight [N, K]``, by strides where it is stored transposed; ``bias``; and ``dtype``, of the product for this x."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    dtype: torch.dtype
+
+
+class Adapter(NamedTuple):
+    """``A [r, K]`` and ``B [N, r]``, scale and dropout of one adapter."""
+
+    A: torch.Tensor
+    B: torch.Tensor
+    scale: float | torch.Tensor
+    p: float
+    training: bool
+
+    @property
+    def drops(self) -> bool:
+        return self.training and self.p > 0
+
+
+def active(layer: lora.Linear) -> list[str]:
+    """The active adapters that this layer has."""
+    here = layer._modules["lora_A"]._modules
+    return [name for name in layer.active_adapters if name in here]
+
+
+def why_not_fused(layer: lora.Linear, x: torch.Tensor | None = None) -> str | None:
+    """Why PEFT's own forward computes this layer as it stands (for this x), or None where the kernels do."""
+    base = base_of(layer, x)
+    if isinstance(base, str):
+        return base
+    adapters = adapters_of(layer, active(layer), base)
+    if isinstance(adapters, str):
+        return adapters
+    return why_not_together(adapters)
+
+
+def base_of(layer: lora.Linear, x: torch.Tensor | None) -> Base | str:
+    module = layer._modules["base_layer"]
+    if type(module) is not nn.Linear and type(module) is not Conv1D:
+        return f"its base layer is a {type(module).__name__}, not exactly an nn.Linear"
+    weight, bias = module.weight, module.bias
+    if type(weight) not in PLAIN:
+        return f"its base layer's weight is a {type(weight).__name__}"
+    if weight.requires_grad:
+        return "its base weight is trained"
+    if _hooked(module):
+        return "its base layer has hooks, which a fused call would pass by"
+    dtype = weight.dtype
+    if x is not None:
+        if type(x) not in PLAIN:
+            return f"x is a {type(x).__name__}"
+        if x.device != weight.device or x.numel() == 0:
+            return "x is empty, or on another device"
+        if torch.is_autocast_enabled(x.device.type) and dtype is not torch.float64:
+            dtype = torch.get_autocast_dtype(x.device.type)
+        elif x.dtype != dtype:
+            return f"x is {x.dtype} beside a base of {dtype}"
+    if dtype not in FLOATS:
+        return f"its base weight is {dtype}"
+    return Base(weight.t() if type(module) is Conv1D else weight, bias, dtype)
+
+
+def adapters_of(layer: lora.Linear, names: list[str], base: Base) -> list[Adapter] | str:
+    """The adapters of these names, in this order; names that the layer does not have are an error."""
+    found = []
+    for name in names:
+        adapter = _adapter(layer, name, base)
+        if isinstance(adapter, str):
+            return adapter
+        found.append(adapter)
+    return found
+
+
+def why_not_together(adapters: list[Adapter]) -> str | None:
+    """Why several adapters cannot act on the same tokens in one call."""
+    if len(adapters) < 2:
+        return None
+    if any(adapter.drops for adapter in adapters):
+        return "several adapters are active at once, with dropout: each has a mask of its own"
+    rank = sum(adapter.A.shape[0] for adapter in adapters)
+    if rank > MAX_RANK:
+        return f"several adapters are active at once, of rank {rank} together; the kernels take 1 to {MAX_RANK}"
+    return None
+
+
+def _adapter(layer: lora.Linear, name: str, base: Base) -> Adapter | str:
+    if name in layer.lora_variant:
+        return f"adapter {name!r} is a {type(layer.lora_variant[name]).__name__}"
+    parts = layer._modules
+    down, up, dropout = (parts[part]._modules[name] for part in ("lora_A", "lora_B", "lora_dropout"))
+    scale = layer.scaling[name]
+    if type(down) is not nn.Linear or type(up) is not nn.Linear:
+        return f"its lora_A is a {type(down).__name__} and its lora_B a {type(up).__name__}, not exactly nn.Linear"
+    if down.bias is not None or up.bias is not None:
+        return f"adapter {name!r} has a bias of its own"
+    A, B = down.weight, up.weight
+    if type(A) not in PLAIN or type(B) not in PLAIN:
+        return f"its lora_A's weight is a {type(A).__name__}, its lora_B's a {type(B).__name__}"
+    if _hooked(down) or _hooked(up) or _hooked(dropout):
+        return f"adapter {name!r} has hooks, which a fused call would pass by"
+    if type(dropout) not in DROPOUTS:
+        return f"adapter {name!r} has a dropout of type {type(dropout).__name__}"
+    if A.shape[0] > MAX_RANK:
+        return f"adapter {name!r} has rank {A.shape[0]}; the kernels take 1 to {MAX_RANK}"
+    if A.device != base.weight.device or B.device != base.weight.device:
+        return f"adapter {name!r} is on {A.device} and {B.device}, its base on {base.weight.device}"
+    p = dropout.p if type(dropout) is nn.Dropout else 0.0
+    if p >= 1.0:
+        return f"adapter {name!r} has a dropout of {p}"
+    if isinstance(scale, torch.Tensor):  # hot-swapping a compiled model keeps it so
+        if scale.requires_grad or scale.numel() != 1:
+            return f"adapter {name!r} has a scale that is trained, or not one number"
+        scale = scale.to(A.device, torch.float32)
+    else:
+        scale = float(scale)
+    if A.dtype is not B.dtype or (A.dtype is not base.dtype and A.dtype is not torch.float32):
+        A, B = A.float(), B.float()
+    return Adapter(A, B, scale, p, dropout.training)
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Whether calling the module does more than its class's forward: torch's hooks, or a forward of its own as accelerate gives it."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )

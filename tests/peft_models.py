@@ -1,0 +1,115 @@
+"""Small models with PEFT's LoRA, stock and fused, and the comparison of the two against float64."""
+
+import contextlib
+import copy
+import math
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners import lora
+from torch import nn
+
+import lora_kernels.integrations.peft as ours
+import lora_kernels.integrations.peft_mixed as ours_mixed
+from lora_kernels import philox
+from lora_kernels.integrations.peft import fuse
+from lora_kernels.parity import budget_used
+
+X = torch.randn(3, 5, 24, generator=torch.Generator().manual_seed(1))
+
+
+class Net(nn.Module):
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        self.first, self.second = nn.Linear(24, 32, dtype=dtype), nn.Linear(32, 16, bias=False, dtype=dtype)
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x)))
+
+
+def config(**changed) -> LoraConfig:
+    return LoraConfig(**{"target_modules": ["first", "second"], "r": 4, "lora_alpha": 8, "init_lora_weights": False, **changed})
+
+
+def pair(dtype=torch.float32, net=Net, **changed):
+    """The same model with PEFT's layers, and fused; and fuse's report."""
+    torch.manual_seed(0)
+    stock = get_peft_model(net(dtype), config(**changed))
+    fused = copy.deepcopy(stock)
+    return stock, fused, fuse(fused)
+
+
+def both(stock, fused, change) -> None:
+    """The same change to both models, from the same random numbers."""
+    for model in (stock, fused):
+        torch.manual_seed(3)
+        change(model)
+
+
+def layers(model) -> list[lora.Linear]:
+    return [m for m in model.modules() if isinstance(m, lora.Linear)]
+
+
+def train_all(model) -> None:
+    """Gradients for every adapter, not for the active ones alone."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+
+
+def adapters_to(model, dtype) -> None:
+    for layer in layers(model):
+        layer.lora_A.to(dtype), layer.lora_B.to(dtype)
+
+
+class Masked(nn.Module):
+    """Dropout with the mask that a fused call on an input of this shape makes of this seed; of these samples of it."""
+
+    def __init__(self, p, seed, shape, samples=slice(None)):
+        super().__init__()
+        self.p, self.keep = p, philox.keep_mask(seed, math.prod(shape[:-1]), shape[-1], p).reshape(shape)[samples]
+
+    def forward(self, x):
+        return torch.where(self.keep, x * philox.inv_keep(self.p), 0.0)
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """The calls of lora_linear that fused layers made: their keyword arguments."""
+    made, real = [], ours.lora_linear
+
+    def count(*args, **kwargs):
+        made.append(kwargs)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(ours, "lora_linear", count)
+    monkeypatch.setattr(ours_mixed, "lora_linear", count)
+    return made
+
+
+def results(model, x, within=contextlib.nullcontext, **kwargs) -> dict[str, torch.Tensor]:
+    """y, dX and every parameter's gradient, of a loss that weighs each element differently."""
+    model.zero_grad()
+    x = x.clone().requires_grad_()
+    with within():
+        y = model(x, **kwargs)
+    weights = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).reshape(y.shape)
+    (y.double() * weights).sum().backward()
+    grads = {f"d {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"y": y.detach(), "dx": x.grad, **grads}
+
+
+def agree(stock, fused, x=X, within=contextlib.nullcontext, **kwargs) -> None:
+    """y and all gradients within the budget of docs/numerics.md: truth is the stock model in float64, torch's error the stock model's.
+
+    In 16 bits the stock model runs under autocast: float32 adapters enter the product rounded to x's dtype, there as here.
+    """
+    truth = results(copy.deepcopy(stock).double(), x.double(), **kwargs)
+    sixteen = x.dtype in (torch.float16, torch.bfloat16)
+    same = results(stock, x, (lambda: torch.autocast("cpu", x.dtype)) if sixteen else within, **kwargs)
+    got = results(fused, x, within, **kwargs)
+    assert got.keys() == same.keys() == truth.keys() and len(got) > 2
+    for name, value in got.items():
+        assert value.dtype == same[name].dtype and value.shape == same[name].shape, name
+        used = budget_used(value, same[name], truth[name])
+        assert used <= 1, f"{name} uses {used:.2f} of its budget"
