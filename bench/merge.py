@@ -70,7 +70,7 @@ def steps(point: Point, device: torch.device) -> dict[str, Step]:
 
             launch.merge(weight, base, A, B, scale)
         else:
-            merging._by_rows(weight, base, A, B, scale, None)
+            merging.by_library(weight, base, A, B, scale, None)
 
     return {
         "copy": Step(lambda: weight.copy_(base)),
