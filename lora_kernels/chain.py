@@ -29,9 +29,10 @@ def base_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     """``x @ weight.T + bias`` by the fastest library at hand.
 
     torch's float32 matmul on a CPU is MKL, which leaves AVX-512 unused on other makers' processors; oneDNN, which torch
-    also carries, does not (docs/measured.md). Torch's own linear serves everything else.
+    also carries, does not (docs/measured.md). Torch's own linear serves everything else, and everything inside
+    ``torch.backends.mkldnn.flags(enabled=False)``: oneDNN's float32 sums round more than MKL's (docs/numerics.md).
     """
-    if x.dtype == torch.float32 and not x.is_cuda and _onednn() and min(x.shape[0], *weight.shape) >= 16:
+    if x.dtype == torch.float32 and not x.is_cuda and _onednn() and torch.backends.mkldnn.enabled and min(x.shape[0], *weight.shape) >= 16:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 

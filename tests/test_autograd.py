@@ -265,5 +265,7 @@ def test_onednn_is_the_same_product(dtype, monkeypatch):
     truth = F.linear(x.double(), w.double(), b.double())
     assert parity.budget_used(chain.base_linear(x, w, b), F.linear(x, w, b), truth) <= 1
     assert parity.budget_used(chain.base_linear(x, w.t().contiguous().t(), b), F.linear(x, w, b), truth) <= 1
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert torch.equal(chain.base_linear(x, w, b), F.linear(x, w, b)), "torch's own product, where it is asked for"
     monkeypatch.setattr(chain, "_onednn", lambda: False)
     assert torch.equal(chain.base_linear(x, w, b), F.linear(x, w, b))
