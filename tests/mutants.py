@@ -23,7 +23,9 @@ class Mutant:
 
 LOAD, DROP, TILES = "kernels/load.py", "kernels/dropout.py", "kernels/tiles.py"
 SHRINK, EXPAND, WGRAD, LAUNCH = "kernels/shrink.py", "kernels/expand.py", "kernels/wgrad.py", "launch.py"
-CHAIN, PLAN = "chain.py", "segments.py"
+CHAIN, PLAN, MERGING = "chain.py", "segments.py", "merging.py"
+MERGED_FROM = "write_merged(self.weight.detach(), base,"
+TF32 = "GPU only: the interpreter multiplies in float32 either way"
 SPEED = "equivalent: the same result, more slowly"
 ORDER = "GPU only: the interpreter runs programs one after the other, in order"
 UNSEEN = "equivalent in value: what is read out of range is not stored; visible to compute-sanitizer alone"
@@ -235,4 +237,27 @@ MANY = [
     Mutant("present: from the second place on", PLAN, "torch.cumsum(new, 1) - 1", "torch.cumsum(new, 1)"),
 ]  # fmt: skip
 
-MUTANTS = [*ONE_ADAPTER, *(replace(m, tests="split") for m in SPLIT), *(replace(m, tests="segments") for m in MANY)]
+MERGE = [
+    Mutant("merge: the product in 16 bits", EXPAND, "tl.float32 if EXACT else y[0].dtype.element_ty", "y[0].dtype.element_ty"),
+    Mutant("merge: TF32 where torch has it", LAUNCH, '"ieee" if exact else precision(x.dtype)', "precision(x.dtype)", note=TF32),
+    Mutant("merge: without the scale", LAUNCH, "u = lora_B.float() * scale", "u = lora_B.float()"),
+    Mutant("merge: the scale after a rounding", LAUNCH, "u = lora_B.float() * scale", "u = (lora_B * scale).float()"),
+    Mutant("merge: onto the weight, not the base", LAUNCH, "u=u, base=base, out=weight", "u=u, base=weight, out=weight"),
+    Mutant("merge: into a copy", LAUNCH, "y = x.new_empty(M, N) if out is None else out", "y = x.new_empty(M, N)"),
+    Mutant("merge: a weight contiguous by rows", LAUNCH, "v_args, bias, _matrix(y),", "v_args, bias, (y, N, 1),"),
+    Mutant("merge: library, without the scale", MERGING, "torch.addmm(base, lora_B, lora_A, alpha=scale, out=weight)",
+           "torch.addmm(base, lora_B, lora_A, out=weight)"),
+    Mutant("merge: library in 16 bits for float32 adapters", MERGING, "A, B = lora_A.to(wide), lora_B.to(wide)",
+           "A, B = lora_A.to(weight.dtype).to(wide), lora_B.to(weight.dtype).to(wide)"),
+    Mutant("merge: the last rows left out", MERGING, "range(0, weight.shape[0], rows)", "range(0, weight.shape[0] - rows, rows)"),
+    Mutant("merge: what is not finite is kept", MERGING, "if not _finite(weight):", "if False:"),
+    Mutant("merge: the base is not given back", MERGING, "        weight.copy_(before)\n", ""),
+    Mutant("merge: on top of the one before", MERGING, MERGED_FROM, MERGED_FROM.replace("base", "self.weight.detach()")),
+]  # fmt: skip
+
+MUTANTS = [
+    *ONE_ADAPTER,
+    *(replace(m, tests="split") for m in SPLIT),
+    *(replace(m, tests="segments") for m in MANY),
+    *(replace(m, tests="merge") for m in MERGE),
+]

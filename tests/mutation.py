@@ -29,6 +29,7 @@ SELECTIONS = {  # a mutant's tests: their files, and which of them run first
         " or one_tile[129] or test_sizes and (15-1-17 or 33-31-64) or nothing_is_written and not -5] or mask_is_exact or every_tile[3]"
         " or past_32_bits or adapters_in_float32 or lane_equal or long_sums or partial_sums or small_sums or one_even_axis",
     ),
+    "merge": (["test_merging.py"], "one_rounding or in_place or blocks or not_finite or merged"),
     "split": (["test_kernels.py", "test_segments_edges.py"], "splits_of_one_tile or K_split and 0.1 or in_parts or parts_of_a_tile"),
     "segments": (
         ["test_refusals.py", "test_segments.py", "test_segments_edges.py"],
