@@ -19,6 +19,11 @@ from pathlib import Path
 import torch
 
 from . import analysis
+from .files import PREFIX
+from .files import WEIGHTS_FILE as FILE
+from .lora_config import CONFIG_FILE as CONFIG
+from .lora_config import pattern_means
+from .nn import scaling_of
 
 DESCRIPTION = """\
 What a LoRA adapter saved by PEFT does to its base, for each matrix W it adapts; dW = scale * B A.
@@ -39,7 +44,6 @@ What a LoRA adapter saved by PEFT does to its base, for each matrix W it adapts;
 
 Exit code: 0 all read, 1 a matrix holds NaN or Inf, 2 the folder cannot be read.
 """
-CONFIG, FILE = "adapter_config.json", "adapter_model.safetensors"
 CONFIG_BYTES = 1_000_000
 PAIRS = {".lora_A.weight": ".lora_B.weight", ".lora_embedding_A": ".lora_embedding_B"}
 DTYPES = ("F16", "BF16", "F32", "F64")
@@ -104,12 +108,12 @@ class Adapter:
 
     def _matrix(self, key_A: str, key_B: str, shape_A: tuple[int, ...], shape_B: tuple[int, ...]) -> Matrix:
         (suffix,) = (suffix for suffix in PAIRS if key_A.endswith(suffix))
-        name = key_A.removesuffix(suffix).removeprefix("base_model.model.")
+        name = key_A.removesuffix(suffix).removeprefix(PREFIX)
         r, alpha = of_pattern(self.config, "rank", name), of_pattern(self.config, "alpha", name)
         if len(shape_A) < 2 or len(shape_B) < 2 or shape_A[0] != r or math.prod(shape_B[1:]) != r or not all(shape_A + shape_B):
             shapes = f"{list(shape_A)} and {list(shape_B)}"
             raise ValueError(f"{name}: wanted lora_A [{r}, K] and lora_B [N, {r}], the rank that {CONFIG} says, got {shapes}")
-        scale = alpha / (math.sqrt(r) if self.config.get("use_rslora") else r)
+        scale = scaling_of(alpha, r, bool(self.config.get("use_rslora")))
         transposed = bool(self.config.get("fan_in_fan_out")) or "embedding" in suffix
         return Matrix(name, key_A, key_B, (shape_B[0], math.prod(shape_A[1:])), r, scale, transposed)
 
@@ -198,7 +202,7 @@ def of_pattern(config: dict, what: str, name: str):
     """``rank`` or ``alpha`` of a module: of the first pattern that PEFT matches with the end of its name, else the adapter's own."""
     patterns, field = config.get(f"{what}_pattern") or {}, "r" if what == "rank" else "lora_alpha"
     try:
-        key = next((key for key in dict(patterns) if re.match(rf"(.*\.)?({key})$", name)), None)
+        key = next((key for key in dict(patterns) if pattern_means(key, name)), None)
     except (re.error, TypeError) as error:
         raise ValueError(f"{CONFIG}: wanted {what}_pattern as regular expressions, got {patterns}: {error}") from error
     value = config[field] if key is None else patterns[key]

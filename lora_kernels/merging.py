@@ -76,14 +76,16 @@ def _why_not_kernel(weight, row_scale) -> str | None:
 
 
 def by_library(weight, base, lora_A, lora_B, scale: float, row_scale) -> None:
+    """The library's arm of `write_merged`: one product where that rounds once, else blocks of rows widened to float32."""
+    one_dtype = lora_A.dtype == lora_B.dtype == weight.dtype == base.dtype
+    if row_scale is None and one_dtype and weight.dtype in LIBRARY and not _sharded(weight):
+        torch.addmm(base, lora_B, lora_A, alpha=scale, out=weight)
+        return
     wide = torch.promote_types(weight.dtype, torch.float32)
     A, B = lora_A.to(wide), lora_B.to(wide)
     if _sharded(weight):
         merged = torch.addmm(base.to(wide), B, A, alpha=scale)
         weight.copy_(merged if row_scale is None else merged * row_scale[:, None])
-        return
-    if row_scale is None and weight.dtype in LIBRARY and lora_A.dtype == lora_B.dtype == weight.dtype == base.dtype:
-        torch.addmm(base, lora_B, lora_A, alpha=scale, out=weight)
         return
     rows = max(1, _ROWS // max(weight.shape[1], 1))
     for begin in range(0, weight.shape[0], rows):

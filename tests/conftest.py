@@ -33,6 +33,18 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@pytest.fixture
+def as_on_a_users_cpu(monkeypatch):
+    """Without Triton's interpreter, which the other tests ask for; one thread, for the tensors are small."""
+    from lora_kernels import dispatch
+
+    monkeypatch.setattr(dispatch, "interpreting", lambda: False)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)

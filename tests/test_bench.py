@@ -17,18 +17,12 @@ if str(ROOT) not in sys.path:  # bench is not installed with the package
 
 from bench import baselines, check, conditions, cpu, device, parts, report, roof, session, timing, variants, workloads  # noqa: E402
 from bench.workloads import Point  # noqa: E402
-from lora_kernels import chain, dispatch, reference  # noqa: E402
+from lora_kernels import chain, reference  # noqa: E402
 
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    monkeypatch.setattr(dispatch, "interpreting", lambda: False)  # interpreted kernels would be timed too
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("as_on_a_users_cpu")  # interpreted kernels would be timed too
 
 
 @pytest.fixture

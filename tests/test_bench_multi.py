@@ -22,7 +22,6 @@ from bench.multi_check import Arm, Checker  # noqa: E402
 from bench.multi_workloads import MultiPoint  # noqa: E402
 from bench.session import Session  # noqa: E402
 from bench.workloads import Point  # noqa: E402
-from lora_kernels import dispatch  # noqa: E402
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SECTIONS = ("multi", "decode", "mtrain")
@@ -30,13 +29,7 @@ GRIDS = {"multi": workloads.prefill, "decode": workloads.decode, "mtrain": workl
 SMALL = MultiPoint("prefill", "small", 40, 64, 48, 8, dtype=torch.float32, loaded=8, spread=3)
 
 
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    monkeypatch.setattr(dispatch, "interpreting", lambda: False)  # interpreted kernels would be timed too
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("as_on_a_users_cpu")  # interpreted kernels would be timed too
 
 
 def bench(*args: str, out: Path) -> int:

@@ -9,16 +9,8 @@ import pytest
 import torch
 
 from bench import conditions, loss_curves, modules, peft_tables, report, svg
-from lora_kernels import dispatch
 
-
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    monkeypatch.setattr(dispatch, "interpreting", lambda: False)  # interpreted kernels would be timed too
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("as_on_a_users_cpu")  # interpreted kernels would be timed too
 
 
 def test_modules_times_and_weighs_both(tmp_path, capsys):

@@ -13,22 +13,19 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
 from bench.llama import blocks, fused, llama, stock
-from lora_kernels import dispatch, ops, parity
+from lora_kernels import ops, parity
 
 STEPS, LENGTH, BATCH = 6, 64, 4
 DATA = blocks(LENGTH)
 LINEARS = 2 * 7
 
 
+pytestmark = pytest.mark.usefixtures("as_on_a_users_cpu")
+
+
 @pytest.fixture(autouse=True)
-def as_on_a_users_cpu(monkeypatch):
-    """Without Triton's interpreter, which the other tests ask for; one thread, for the tensors are small."""
-    monkeypatch.setattr(dispatch, "interpreting", lambda: False)
+def _quiet():
     logging.set_verbosity_error()
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
