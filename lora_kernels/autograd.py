@@ -44,20 +44,26 @@ class LoRALinearFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
-        x, weight, lora_A, lora_B, u, seed, scales, ranks, *plan = ctx.saved_tensors
-        adapters = Adapters.from_flat(scales, ranks, plan, ctx.geometry)
-        dx, da, db, dbias = ops.backward(dy, x, weight, lora_A, lora_B, u, seed, adapters, *ctx.constants)
-        need_x, need_A, need_B, need_bias = ctx.constants[2]
-        return (
-            dx if need_x else None,
-            None,
-            da if need_A else None,
-            db if need_B else None,
-            dbias if need_bias else None,
-            *(None,) * (ctx.inputs - 5),
-        )
+        return _gradients_once(ctx, dy) if torch.is_grad_enabled() else _gradients(ctx, dy)
+
+
+def _gradients(ctx, dy):
+    x, weight, lora_A, lora_B, u, seed, scales, ranks, *plan = ctx.saved_tensors
+    adapters = Adapters.from_flat(scales, ranks, plan, ctx.geometry)
+    dx, da, db, dbias = ops.backward(dy, x, weight, lora_A, lora_B, u, seed, adapters, *ctx.constants)
+    need_x, need_A, need_B, need_bias = ctx.constants[2]
+    return (
+        dx if need_x else None,
+        None,
+        da if need_A else None,
+        db if need_B else None,
+        dbias if need_bias else None,
+        *(None,) * (ctx.inputs - 5),
+    )
+
+
+_gradients_once = once_differentiable(_gradients)  # what a graph of the gradients (create_graph=True) needs, and nobody else pays for
 
 
 def lora_linear(
@@ -180,7 +186,7 @@ def prepare(x, weight, lora_A, lora_B, bias, scale, dropout_p, seed, segments, r
 
 def autocast(x, weight, bias):
     """x, weight and bias as torch.autocast hands them to F.linear: cast to its dtype where it is enabled."""
-    if not isinstance(x, torch.Tensor) or x.is_meta or not torch.is_autocast_enabled(x.device.type):
+    if not isinstance(x, torch.Tensor) or x.is_meta or not problem.autocasts(x.device):
         return x, weight, bias
     dtype = torch.get_autocast_dtype(x.device.type)
 

@@ -32,9 +32,15 @@ def base_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     also carries, does not (docs/measured.md). Torch's own linear serves everything else, and everything inside
     ``torch.backends.mkldnn.flags(enabled=False)``: oneDNN's float32 sums round more than MKL's (docs/numerics.md).
     """
-    if x.dtype == torch.float32 and not x.is_cuda and _onednn() and torch.backends.mkldnn.enabled and min(x.shape[0], *weight.shape) >= 16:
+    if _by_onednn(x, weight):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
+
+
+def _by_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    if x.dtype != torch.float32 or x.is_cuda or not _onednn():
+        return False
+    return bool(torch.backends.mkldnn.enabled) and min(x.shape[0], *weight.shape) >= 16
 
 
 @functools.cache
@@ -47,7 +53,13 @@ def scaled_mm(a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
     """``scale * (a @ b)``, the scale applied to the accumulator where the library allows it."""
     if scale == 1.0:
         return torch.mm(a, b)
-    return torch.addmm(b[0], a, b, beta=0, alpha=scale)  # with beta = 0 the summand is not read: any that is at hand
+    return torch.addmm(_unread(a.dtype, a.device), a, b, beta=0, alpha=scale)
+
+
+@functools.cache
+def _unread(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A summand for an addmm with beta = 0, which does not read it."""
+    return torch.zeros(1, dtype=dtype, device=device)
 
 
 def grad_mm(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -61,7 +73,7 @@ def grad_mm(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tenso
 
 def kept_bits(seed: torch.Tensor, tokens: int, features: int, p: float, dtype: torch.dtype) -> torch.Tensor:
     """The dropout mask as integers of ``dtype``'s width, all ones where an element is kept: see `drop`."""
-    return philox.keep_mask(seed, tokens, features, p).to(_INTEGERS[dtype.itemsize]).neg_()
+    return philox.keep_lanes(seed, tokens, features, p).to(_INTEGERS[dtype.itemsize]).neg_()
 
 
 def drop(t: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
@@ -102,8 +114,8 @@ def add_product(t: torch.Tensor, rows, a: torch.Tensor, b: torch.Tensor) -> None
         t.index_copy_(0, rows, torch.addmm(t[rows], a, b))
 
 
-def forward(x, weight, lora_A, lora_B, bias, seed, adapters: Adapters, scale: float, p: float):
-    """``y [M, N]`` and ``u [M, r]`` for x ``[M, K]``; p = 0 means no dropout."""
+def forward(x, weight, lora_A, lora_B, bias, seed, adapters: Adapters, scale: float, p: float, save_u=True, config=None):
+    """``y [M, N]`` and ``u [M, r]`` for x ``[M, K]``; p = 0 means no dropout. The signature is an arm's: u costs nothing here."""
     A, B = (lora_A, lora_B) if lora_A.dtype == x.dtype else (lora_A.to(x.dtype), lora_B.to(x.dtype))
     adapter_in = x
     if p:  # the 1 / (1 - p) goes into the product's scale, so that nothing is rounded here
@@ -121,20 +133,21 @@ def forward(x, weight, lora_A, lora_B, bias, seed, adapters: Adapters, scale: fl
     return y, u
 
 
-def backward(dy, x, weight, lora_A, lora_B, u, seed, adapters: Adapters, scale: float, p: float, needs, adapter_dtype):
+def backward(dy, x, weight, lora_A, lora_B, u, seed, adapters: Adapters, scale: float, p: float, needs, adapter_dtype, config=None):
     """``dX [M, K], dA [(E,) r, K], dB [(E,) N, r]``, each None where not needed; operands that no needed gradient uses may be None."""
     need_dx, need_da, need_db = needs
     bits = None
     if p and (need_dx or need_da):
         bits = kept_bits(seed, dy.shape[0], x.shape[1] if need_da else weight.shape[1], p, dy.dtype)  # one mask serves dX and dA
-    A: Any = None if lora_A is None else lora_A.to(dy.dtype)
-    B: Any = None if lora_B is None else lora_B.to(dy.dtype)
+    A, B = lora_A, lora_B
+    if adapter_dtype != dy.dtype:
+        A, B = (None if t is None else t.to(dy.dtype) for t in (A, B))
     keep = philox.inv_keep(p) if p else 1.0
     dx: Any = None
     da: Any = None
     db: Any = None
     if need_dx:
-        dx = base_linear(dy, weight.t(), None)
+        dx = base_linear(dy, weight.t(), None) if _by_onednn(dy, weight) else torch.mm(dy, weight)
     if adapters.segments is None:
         ds: Any = None
         if need_dx or need_da:

@@ -16,7 +16,7 @@ import torch
 
 from . import chain, problem
 from .problem import Problem, UnsupportedError
-from .segments import Adapters
+from .segments import CPU, Adapters
 from .tuning import Arch, Config, lookup, resolve, why_not
 
 FEW_TOKENS = 256
@@ -136,7 +136,7 @@ def _preferred(p: Problem, arch: Arch) -> tuple[str, str]:
 
 def plainly_chain(device: torch.device, impl: str, key: str) -> bool:
     """Whether `choose` would say "torch" whatever the sizes: then the call need not be described first, which costs microseconds."""
-    return impl == "torch" or (impl == "auto" and not key and device.type == "cpu" and not interpreting())
+    return impl == "torch" or (impl == "auto" and not key and device == CPU and not interpreting())
 
 
 def forward_arm(x, weight, lora_A, lora_B, adapters: Adapters, dropout_p: float, impl: str, key: str):
@@ -179,23 +179,17 @@ def backward_arm(dy, x, weight, lora_A, lora_B, u, adapters: Adapters, dropout_p
     return launch.backward, choice.config
 
 
-def chain_forward(x, weight, lora_A, lora_B, bias, seed, adapters, scale, p, save_u, config):
-    return _without_autocast(x.device, chain.forward, x, weight, lora_A, lora_B, bias, seed, adapters, scale, p)
+def _without_autocast(which: str):
+    """The chain's pass of this name for operands that have their dtypes already, whose gradients accumulate in theirs."""
+
+    def run(first, *args):
+        if not problem.autocasts(first.device):
+            return getattr(chain, which)(first, *args)
+        with torch.autocast(first.device.type, enabled=False):
+            return getattr(chain, which)(first, *args)
+
+    return run
 
 
-def chain_backward(dy, x, weight, lora_A, lora_B, u, seed, adapters, scale, p, needs, adapter_dtype, config):
-    return _without_autocast(
-        dy.device, chain.backward, dy, x, weight, lora_A, lora_B, u, seed, adapters, scale, p, needs, adapter_dtype
-    )  # fmt: skip
-
-
-def _without_autocast(device: torch.device, function, *args):
-    """The operands have their dtypes already, and gradients accumulate in theirs."""
-    if not torch.is_autocast_enabled(device.type):
-        return function(*args)
-    with torch.autocast(device.type, enabled=False):
-        return function(*args)
-
-
-CHAIN_FORWARD = chain_forward, None
-CHAIN_BACKWARD = chain_backward, None
+CHAIN_FORWARD = _without_autocast("forward"), None
+CHAIN_BACKWARD = _without_autocast("backward"), None

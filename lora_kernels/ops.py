@@ -10,10 +10,11 @@ from __future__ import annotations
 import math
 
 import torch
+from torch.compiler import is_compiling
 from torch.utils.flop_counter import register_flop_formula
 
-from . import dispatch
-from .problem import forward_flops, rows
+from . import chain, dispatch
+from .problem import autocasts, forward_flops, rows
 from .segments import Adapters
 
 _library = torch.library.Library("lora_kernels", "DEF")
@@ -36,7 +37,7 @@ backward_op = torch.ops.lora_kernels.backward.default
 def forward(x, weight, lora_A, lora_B, bias, seed, adapters: Adapters, scale, dropout_p, save_u, impl, config):
     """``y [..., N]`` and ``u [M, r]``: the forward operator, or its library calls themselves where nobody is to see an operator."""
     if _unseen(x, impl, config):
-        return _forward(x, weight, lora_A, lora_B, bias, seed, adapters, scale, dropout_p, save_u, impl, config, dispatch.CHAIN_FORWARD)
+        return _forward(x, weight, lora_A, lora_B, bias, seed, adapters, scale, dropout_p, save_u, impl, config, (chain.forward, None))
     return forward_op(x, weight, lora_A, lora_B, bias, seed, *adapters.flat(), scale, dropout_p, save_u, impl, config)
 
 
@@ -44,18 +45,19 @@ def backward(dy, x, weight, lora_A, lora_B, u, seed, adapters: Adapters, scale, 
     """``dX, dA, dB, dbias``, what is not needed undefined: the backward operator, or its library calls, likewise."""
     if _unseen(dy, impl, config):
         operands = (dy, x, weight, lora_A, lora_B, u, seed, adapters)
-        return _backward(*operands, scale, dropout_p, needs, adapter_dtype, impl, config, dispatch.CHAIN_BACKWARD)
+        return _backward(*operands, scale, dropout_p, needs, adapter_dtype, impl, config, (chain.backward, None))
     return backward_op(dy, x, weight, lora_A, lora_B, u, seed, *adapters.flat(), scale, dropout_p, *needs, adapter_dtype, impl, config)
 
 
 def _unseen(t: torch.Tensor, impl: str, config: str) -> bool:
-    """Whether a call is library calls anyway, and no compiler nor dispatch mode (fake tensors, FLOP counters, tracers) looks on.
+    """Whether a call is library calls anyway, and no compiler nor mode (autocast, fake tensors, FLOP counters, tracers) looks on.
 
     A registered operator costs some 20 us of host time on a CPU (docs/measured.md).
     """
     return (
-        not torch.compiler.is_compiling()  # asked first: a compiler that traces what follows warns of its caches
+        not is_compiling()  # asked first: a compiler that traces what follows warns of its caches
         and dispatch.plainly_chain(t.device, impl, config)
+        and not autocasts(t.device)
         and torch._C._len_torch_dispatch_stack() == 0  # torch has no public name for it
     )
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .segments import ONE, Adapters, Segments, readable
+from .segments import CPU, ONE, Adapters, Segments, readable
 
 MAX_RANK = 512
 PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -66,6 +66,11 @@ class Problem:
 def forward_flops(M: int, N: int, K: int, R: int) -> int:
     """Floating-point operations of a forward pass, a multiplication and an addition each."""
     return 2 * M * (N * K + R * (N + K))
+
+
+def autocasts(device: torch.device) -> bool:
+    """Whether torch.autocast is enabled for a device."""
+    return torch.is_autocast_enabled("cpu" if device == CPU else device.type)
 
 
 def rows(t: torch.Tensor) -> torch.Tensor:

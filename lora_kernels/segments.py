@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 
+CPU = torch.device("cpu")  # compared with, since a device's own name is a string that is built anew each time
 _TENSORS = ("ids", "order", "starts", "tile_adapter", "tile_first", "present", "counts")
 
 
@@ -235,7 +236,7 @@ def _present(ids: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]
 
 def readable(t: torch.Tensor) -> bool:
     """Whether values can be looked at without waiting for a device: on the CPU, and neither traced nor fake."""
-    return t.device.type == "cpu" and type(t) is torch.Tensor and not torch.compiler.is_compiling()
+    return t.device == CPU and type(t) is torch.Tensor and not torch.compiler.is_compiling()
 
 
 def _validate(ids: torch.Tensor, num_adapters: int) -> None:
