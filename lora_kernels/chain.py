@@ -106,12 +106,18 @@ def runs(plan: Segments, adapters: Adapters, rank: int, scale: float) -> Iterato
         yield Run(e, rows, rank if ranks is None else min(ranks[e], rank), scale * (1.0 if scales is None else scales[e]))
 
 
-def add_product(t: torch.Tensor, rows, a: torch.Tensor, b: torch.Tensor) -> None:
-    """``t[rows] += a @ b``."""
-    if isinstance(rows, slice):
-        t[rows].addmm_(a, b)
+def add_product(t: torch.Tensor, rows: slice | torch.Tensor | None, a, b, bits=None, keep: float = 1.0) -> None:
+    """``t[rows] += D.(a @ b)``; rows None: all of them, bits None: no dropout."""
+    if isinstance(rows, torch.Tensor):
+        gathered = t[rows]
+        add_product(gathered, None, a, b, bits, keep)
+        t.index_copy_(0, rows, gathered)
+        return
+    part = t if rows is None else t[rows]
+    if bits is None:
+        part.addmm_(a, b)
     else:
-        t.index_copy_(0, rows, torch.addmm(t[rows], a, b))
+        part.add_(drop(scaled_mm(a, b, keep), bits))
 
 
 def forward(x, weight, lora_A, lora_B, bias, seed, adapters: Adapters, scale: float, p: float, save_u=True, config=None):
@@ -155,7 +161,7 @@ def backward(dy, x, weight, lora_A, lora_B, u, seed, adapters: Adapters, scale: 
             if adapters.scales is not None:
                 ds.mul_(adapters.scales)
         if need_dx:
-            _add_low_rank(dx, slice(None), ds, A, bits, keep)
+            add_product(dx, None, ds, A, bits, keep)
         if need_da:
             da = _grad_A(ds, x, bits, keep, adapter_dtype)
         if need_db:
@@ -171,20 +177,12 @@ def backward(dy, x, weight, lora_A, lora_B, u, seed, adapters: Adapters, scale: 
         if need_dx or need_da:
             ds = scaled_mm(its_dy, B[e, :, :rank], its_scale)
         if need_dx:
-            _add_low_rank(dx, rows, ds, A[e, :rank], its_bits, keep)
+            add_product(dx, rows, ds, A[e, :rank], its_bits, keep)
         if need_da:
             da[e, :rank] = _grad_A(ds, x[rows], its_bits, keep, adapter_dtype)
         if need_db:
             db[e, :, :rank] = _grad_B(its_dy, u[rows, :rank], adapter_dtype)
     return dx, da, db
-
-
-def _add_low_rank(dx, rows, ds, A, bits, keep: float) -> None:
-    """``dX[rows] += D.(dS A)``."""
-    if bits is None:
-        add_product(dx, rows, ds, A)
-    else:
-        dx[rows] += drop(scaled_mm(ds, A, keep), bits)
 
 
 def _grad_A(ds, x, bits, keep: float, dtype):
