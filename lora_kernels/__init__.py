@@ -15,7 +15,7 @@ from .nn import FusedLoRALinear
 from .problem import UnsupportedError
 from .segments import Segments
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 __all__ = [
     "Choice",
     "FusedLoRALinear",

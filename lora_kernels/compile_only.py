@@ -46,7 +46,7 @@ class Report:
     @property
     def good(self) -> bool:
         """No spills, fits the chip, and a 16-bit kernel uses a matmul instruction (an empty kernel has none)."""
-        return self.spills == 0 and self.shared <= self.shared_limit and bool(self.matmul or self.dtype == "float32")
+        return self.spills == 0 and self.shared <= self.shared_limit and bool(self.matmul or self.dtype not in ("float16", "bfloat16"))
 
     def as_dict(self) -> dict:
         return asdict(self) | {"good": self.good}
@@ -132,6 +132,8 @@ def heuristic_reports(arch: Arch, progress=lambda done, total, what: None) -> li
         calls.append((label, functools.partial(compile_pass, problem, arch, heuristic(problem, arch), label, backward)))
     for R in (16, 96):
         calls.append((f"merge r={R}", functools.partial(compile_merge, R, arch)))
+    for blocks in ((16, 16), (128, 32)):
+        calls.append((f"plan {blocks[0]} {blocks[1]}", functools.partial(compile_plan, *blocks, arch)))
     reports: dict[tuple, Report] = {}
     for done, (label, call) in enumerate(calls):
         progress(done, len(calls), f"{arch.name} {label}")
@@ -145,6 +147,12 @@ def compile_merge(R: int, arch: Arch) -> list[Report]:
     """Compile the merge of a bfloat16 adapter of rank R into a weight."""
     weight, A, B = (torch.empty(*shape, dtype=torch.bfloat16) for shape in ((256, 256), (R, 256), (256, R)))
     return compile_calls(lambda: launch.merge(weight, weight, A, B, 2.0), arch, f"merge r={R}")
+
+
+def compile_plan(row_block: int, gather_block: int, arch: Arch) -> list[Report]:
+    """Compile the plan of a batch with these blocks, from int64 ids."""
+    ids = torch.zeros(512, dtype=torch.int64)
+    return compile_calls(lambda: launch.plan(ids, 64, row_block, gather_block), arch, f"plan {row_block} {gather_block}")
 
 
 def heuristic_problems() -> Iterator[tuple[str, Problem, bool]]:
@@ -199,7 +207,7 @@ def _report(name, compiled, label: str, arch: Arch, options: dict, dtype: str) -
     registers, spills = _amd_resources(text) if arch.kind == "hip" else _nvidia_resources(compiled, arch)
     tma = "cp.async.bulk.tensor" in text
     what = " ".join(
-        filter(None, (name, options.get("U"), "segments" if options["SEGMENTS"] else "", "split" if options.get("SPLIT") else ""))
+        filter(None, (name, options.get("U"), "segments" if options.get("SEGMENTS") else "", "split" if options.get("SPLIT") else ""))
     )
     shared, warps = compiled.metadata.shared, options["num_warps"]
     return Report(what, label, arch.name, dtype, registers, spills, shared, arch.shared_memory, matmul, tma, warps)

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import chain, dispatch
 from .problem import autocasts, forward_flops, rows
-from .segments import Adapters
+from .segments import Adapters, by_library
 
 _library = torch.library.Library("lora_kernels", "DEF")
 _library.define(
@@ -122,6 +122,18 @@ def _backward_kernel(
 for _key in ("CPU", "CUDA"):
     _library.impl("forward", _forward_kernel, _key)
     _library.impl("backward", _backward_kernel, _key)
+
+
+def _plan_on_a_gpu(adapter_ids, num_adapters, row_block, gather_block):
+    if dispatch.triton_missing() is None:
+        from . import launch
+
+        if launch.plans(adapter_ids, num_adapters):
+            return launch.plan(adapter_ids, num_adapters, row_block, gather_block)
+    return by_library(adapter_ids, num_adapters, row_block, gather_block)
+
+
+_library.impl("plan", _plan_on_a_gpu, "CUDA")
 
 
 @torch.library.register_fake("lora_kernels::forward")

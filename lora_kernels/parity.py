@@ -20,7 +20,7 @@ import torch
 from . import philox, problem, reference
 from .autograd import lora_linear
 from .dispatch import arch_of, why_not_here
-from .segments import Segments
+from .segments import Segments, by_library
 from .tuning import Arch, Config, Expand, Shrink, Wgrad
 
 TENSORS = ("y", "dX", "dA", "dB", "dbias")
@@ -266,14 +266,29 @@ def _served(case: Case, arch: Arch) -> bool:
 
 
 def run_all(device: torch.device, progress: Callable[[int, int, str], None] | None = None, quick: bool = False) -> list[Result]:
-    """Every case of `cases`, and the reference's dropout mask against the kernels'."""
+    """Every case of `cases`, the reference's dropout mask against the kernels', and the plan of two launches against the library's."""
     found, results = cases(device, quick), []
     for done, case in enumerate(found):
         if progress:
             progress(done, len(found), case.name)
         results.append(run_case(case, device))
-    results.append(mask_result(device))
-    return results
+    return [*results, mask_result(device), plan_result(device)]
+
+
+def plan_result(device: torch.device, M: int = 301, E: int = 40) -> Result:
+    """`launch.plan` against `segments.by_library`, adapters absent, repeated and out of range among the ids: exact equality."""
+    from . import launch
+
+    ids = (torch.arange(M, device=device) * 7919 % (E + 9)) - 4
+    before = launched_so_far()
+    wrong = 0
+    for blocks in ((16, 32), (128, 16)):
+        found, wanted = launch.plan(ids, E, *blocks), by_library(ids, E, *blocks)
+        used = torch.arange(blocks[0], device=device) < wanted[6][:, None]  # of each row block's list of present adapters
+        found[5], wanted[5] = found[5] * used.flatten(), wanted[5] * used.flatten()
+        wrong += sum(int((a != b).sum()) for a, b in zip(found, wanted, strict=True))
+    launched = launched_so_far() - before
+    return Result("plan, exact", wrong == 0 and launched == 4, float(wrong), f"{wrong} elements differ", launched)
 
 
 def mask_result(device: torch.device, M: int = 37, K: int = 75, p: float = 0.3) -> Result:

@@ -4,8 +4,9 @@
     tiles            the sorted tokens cut into tiles of one adapter each
     present          for each block of neighbouring rows the adapters in it: expand keeps contiguous rows and walks this list
 
-Everything is built by torch operations on the ids' device, without a host sync, at sizes that the number of tokens bounds. So a
-plan built inside a CUDA-graph capture is rebuilt at every replay, from whatever the ids' buffer then holds.
+Everything is built on the ids' device, without a host sync, at sizes that the number of tokens bounds, by the operator
+``lora_kernels::plan``: `by_library` here, and on a GPU two launches for up to 16,384 tokens. So a plan built inside a CUDA-graph
+capture is rebuilt at every replay, from whatever the ids' buffer then holds.
 """
 
 from __future__ import annotations
@@ -18,6 +19,10 @@ import torch
 
 CPU = torch.device("cpu")  # compared with, since a device's own name is a string that is built anew each time
 _TENSORS = ("ids", "order", "starts", "tile_adapter", "tile_first", "present", "counts")
+_library = torch.library.Library("lora_kernels", "FRAGMENT")
+_library.define(
+    "plan(Tensor adapter_ids, int num_adapters, int row_block, int gather_block) -> Tensor[]", tags=[torch.Tag.pt2_compliant_tag]
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,20 +87,13 @@ class Segments:
             raise TypeError(f"adapter_ids: wanted an int32 or int64 tensor, one id a token, got {given}")
         check_int("num_adapters", num_adapters, 1)
         raw = adapter_ids.reshape(-1)
-        if validate:
-            _validate(raw, num_adapters)
         M = raw.shape[0]
         row_block = _block("row_block", row_block, _default_row_block(M))
         gather_block = _block("gather_block", gather_block, _default_gather_block(M, num_adapters))
-        slot = torch.where((raw < 0) | (raw >= num_adapters), num_adapters, raw).to(torch.int32)
-        sorted_slot, order = torch.sort(slot, stable=True)
-        slots = torch.arange(num_adapters + 2, dtype=torch.int32, device=raw.device)
-        starts = torch.searchsorted(sorted_slot, slots, out_int32=True)
-        tile_adapter, tile_first = _tiles(starts, M, num_adapters, gather_block)
-        ids = torch.where(slot == num_adapters, -1, slot)
-        present, counts = _present(ids, row_block)
-        order = order.to(torch.int32)
-        return cls(ids, order, starts, tile_adapter, tile_first, present, counts, num_adapters, row_block, gather_block)
+        *tensors, valid = torch.ops.lora_kernels.plan(raw, num_adapters, row_block, gather_block)
+        if validate:
+            _validate(raw, valid, num_adapters)
+        return cls.of(tensors, (num_adapters, row_block, gather_block))
 
     @classmethod
     def from_lengths(
@@ -207,10 +205,42 @@ def _default_gather_block(tokens: int, adapters: int) -> int:
     return 16 if tokens < 32 * adapters or tokens <= 256 else 32
 
 
+def lengths(tokens: int, num_adapters: int, row_block: int, gather_block: int) -> list[int]:
+    """How long a plan's tensors are, in the order of `Segments.tensors`."""
+    blocks, tiles = -(-tokens // row_block), _most_tiles(tokens, num_adapters, gather_block)
+    return [tokens, tokens, num_adapters + 2, tiles, tiles, blocks * row_block, blocks]
+
+
+def _most_tiles(M: int, E: int, block: int) -> int:
+    """Each slot in use may leave one tile unfilled."""
+    used = min(E + 1, M)
+    return (M + used * (block - 1)) // block
+
+
+@torch.library.impl(_library, "plan", "CompositeExplicitAutograd")
+def by_library(adapter_ids: torch.Tensor, num_adapters: int, row_block: int, gather_block: int) -> list[torch.Tensor]:
+    """The tensors of a plan for ids ``[M]``, and whether all ids were from -1 to num_adapters - 1 (bool ``[]``)."""
+    M = adapter_ids.shape[0]
+    valid = ((adapter_ids >= -1) & (adapter_ids < num_adapters)).all()
+    slot = torch.where((adapter_ids < 0) | (adapter_ids >= num_adapters), num_adapters, adapter_ids).to(torch.int32)
+    sorted_slot, order = torch.sort(slot, stable=True)
+    slots = torch.arange(num_adapters + 2, dtype=torch.int32, device=slot.device)
+    starts = torch.searchsorted(sorted_slot, slots, out_int32=True)
+    tile_adapter, tile_first = _tiles(starts, M, num_adapters, gather_block)
+    ids = torch.where(slot == num_adapters, -1, slot)
+    present, counts = _present(ids, row_block)
+    return [ids, order.to(torch.int32), starts, tile_adapter, tile_first, present, counts, valid]
+
+
+@torch.library.register_fake("lora_kernels::plan")
+def _plan_fake(adapter_ids, num_adapters, row_block, gather_block):
+    sizes = lengths(adapter_ids.shape[0], num_adapters, row_block, gather_block)
+    return [*(adapter_ids.new_empty(size, dtype=torch.int32) for size in sizes), adapter_ids.new_empty((), dtype=torch.bool)]
+
+
 def _tiles(starts: torch.Tensor, M: int, E: int, block: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Each slot's tokens cut into tiles of ``block``: (slot, first position) for each, -1 past the last."""
-    used = min(E + 1, M)
-    bound = (M + used * (block - 1)) // block
+    bound = _most_tiles(M, E, block)
     tiles = (starts[1:] - starts[:-1] + (block - 1)) // block
     ends = torch.cumsum(tiles, 0, dtype=torch.int32)
     index = torch.arange(bound, dtype=torch.int32, device=starts.device)
@@ -239,11 +269,10 @@ def readable(t: torch.Tensor) -> bool:
     return t.device == CPU and type(t) is torch.Tensor and not torch.compiler.is_compiling()
 
 
-def _validate(ids: torch.Tensor, num_adapters: int) -> None:
-    good = ((ids >= -1) & (ids < num_adapters)).all()
+def _validate(ids: torch.Tensor, valid: torch.Tensor, num_adapters: int) -> None:
     if ids.is_cuda:
-        torch._assert_async(good, f"adapter_ids: wanted ids from -1 to {num_adapters - 1}")
-    elif readable(ids) and not good:
+        torch._assert_async(valid, f"adapter_ids: wanted ids from -1 to {num_adapters - 1}")
+    elif readable(ids) and not valid:
         wrong = ids[(ids < -1) | (ids >= num_adapters)]
         raise ValueError(f"adapter_ids: wanted ids from -1 to {num_adapters - 1}, got {wrong[0].item()} ({wrong.numel()} out of range)")
 

@@ -23,7 +23,7 @@ class Mutant:
 
 LOAD, DROP, TILES = "kernels/load.py", "kernels/dropout.py", "kernels/tiles.py"
 SHRINK, EXPAND, WGRAD, LAUNCH = "kernels/shrink.py", "kernels/expand.py", "kernels/wgrad.py", "launch.py"
-CHAIN, PLAN, MERGING = "chain.py", "segments.py", "merging.py"
+CHAIN, PLAN, MERGING, PLANNER = "chain.py", "segments.py", "merging.py", "kernels/plan.py"
 MERGED_FROM = "write_merged(self.weight.detach(), base,"
 TF32 = "GPU only: the interpreter multiplies in float32 either way"
 SPEED = "equivalent: the same result, more slowly"
@@ -54,6 +54,7 @@ ROW_OFFSET = "j0, tl.int64) * t[2]) + (rows.to(tl.int64) * t[1])"
 PER_SPLIT, ORDERED = "tl.cdiv(tl.cdiv(M - first, BLOCK_M), tl.num_programs(2))", "tl.load(order_ptr + tokens, mask=row_mask, other=0)"
 GATHERED_TILES = "seg is None else seg.tile_adapter.shape[0]"
 SHARED = "dict(adapters=adapters, config=config)"
+SLOT = "tl.where((raw >= 0) & (raw < E), raw, E)"
 PHILOX = "tl.philox(seed, token + zero, zero, group + zero, zero, 7)"
 
 ONE_ADAPTER = [
@@ -230,8 +231,8 @@ MANY = [
     Mutant("plan: a tile for the slot before", PLAN, "index, right=True", "index, right=False"),
     Mutant("plan: no start of the base-only tokens' end", PLAN, "torch.arange(num_adapters + 2,", "torch.arange(num_adapters + 1,"),
     Mutant("plan: base-only tokens are an adapter", PLAN, "torch.where(slot == num_adapters, -1, slot)", "slot"),
-    Mutant("plan: ids past the last are kept", PLAN, "(raw < 0) | (raw >= num_adapters)", "raw < 0"),
-    Mutant("plan: id E allowed", PLAN, "(ids < num_adapters)).all()", "(ids <= num_adapters)).all()"),
+    Mutant("plan: ids past the last are kept", PLAN, "(adapter_ids < 0) | (adapter_ids >= num_adapters)", "adapter_ids < 0"),
+    Mutant("plan: id E allowed", PLAN, "(adapter_ids < num_adapters)).all()", "(adapter_ids <= num_adapters)).all()"),
     Mutant("present: base-only tokens, too", PLAN, "new = ordered >= 0", "new = ordered >= -1"),
     Mutant("present: repeats", PLAN, "new[:, 1:] &= ordered[:, 1:] != ordered[:, :-1]", "pass"),
     Mutant("present: from the second place on", PLAN, "torch.cumsum(new, 1) - 1", "torch.cumsum(new, 1)"),
@@ -255,9 +256,35 @@ MERGE = [
     Mutant("merge: on top of the one before", MERGING, MERGED_FROM, MERGED_FROM.replace("base", "self.weight.detach()")),
 ]  # fmt: skip
 
+PLANNED = [
+    Mutant("plan kernel: a negative id is adapter 0", PLANNER, SLOT, "tl.where(raw < E, tl.maximum(raw, 0), E)"),
+    Mutant("plan kernel: ids past the last are kept", PLANNER, SLOT, "tl.where(raw >= 0, raw, E)"),
+    Mutant("plan kernel: ids lie together", PLANNER, "tokens.to(tl.int64) * ids[1]", "tokens"),
+    Mutant("plan kernel: not stable", PLANNER, "tokens, M, E) * M + tokens", "tokens, M, E) * M + M - 1 - tokens"),
+    Mutant("plan kernel: equal keys are smaller", PLANNER, "theirs[None, :] < keys[:, None]", "theirs[None, :] <= keys[:, None]"),
+    Mutant("plan kernel: the first chunk alone", PLANNER, "tl.range(0, M, CHUNK)", "tl.range(0, tl.minimum(M, 1), CHUNK)"),
+    Mutant("present kernel: base-only tokens, too", PLANNER, "(repeats == 0) & (slot < E)", "repeats == 0"),
+    Mutant("present kernel: repeats", PLANNER, "(repeats == 0) & (slot < E)", "slot < E"),
+    Mutant("present kernel: repeats have places", PLANNER, "& its_new[None, :]", ""),
+    Mutant("present kernel: the rest is not written", PLANNER, "mask=local >= count)", "mask=local > count)"),
+    Mutant("present kernel: zeros over the last", PLANNER, "mask=local >= count)", "mask=local >= count - 1)"),
+    Mutant("plan kernel: base-only tokens are an adapter", PLANNER, "tl.where(slot == E, -1, slot)", "slot"),
+    Mutant("plan kernel: -2 is valid", PLANNER, "(raw < -1) | (raw >= E)", "(raw < -2) | (raw >= E)"),
+    Mutant("plan kernel: E is valid", PLANNER, "(raw < -1) | (raw >= E)", "(raw < -1) | (raw > E)"),
+    Mutant("plan kernel: the end of the base-only tokens", PLANNER, "mask=slot < E + 2", "mask=slot < E + 1"),
+    Mutant("plan kernel: tiles of one slot", PLANNER, "past = before + tl.cumsum(its_tiles, 0)", "past = tl.cumsum(its_tiles, 0)"),
+    Mutant("plan kernel: tiles one token apart", PLANNER, "[None, :]) * GATHER_BLOCK", "[None, :])"),
+    Mutant("plan kernel: unfilled tiles left out", PLANNER, "tl.cdiv(end - begin, GATHER_BLOCK)", "(end - begin) // GATHER_BLOCK"),
+    Mutant("plan kernel: no tiles of base-only tokens", PLANNER, "tl.range(0, E + 1, CHUNK)", "tl.range(0, E, CHUNK)"),
+    Mutant("plan kernel: base-only tokens left out", PLANNER, "mask=slot <= E, other=0)", "mask=slot < E, other=0)", 2),
+    Mutant("plan kernel: the last block's wrong ids alone", PLANNER, "wrong |= tl.load", "wrong = tl.load"),
+    Mutant("plan kernel: always valid", PLANNER, "tl.max(wrong, 0) == 0", "tl.max(wrong, 0) >= 0"),
+]  # fmt: skip
+
 MUTANTS = [
     *ONE_ADAPTER,
     *(replace(m, tests="split") for m in SPLIT),
     *(replace(m, tests="segments") for m in MANY),
     *(replace(m, tests="merge") for m in MERGE),
+    *(replace(m, tests="plan") for m in PLANNED),
 ]

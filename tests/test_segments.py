@@ -334,9 +334,9 @@ def test_only_what_is_wanted_is_computed():
 def test_the_low_rank_part_follows_the_tokens():
     """1,000 adapters with 20 tokens: as many gathered tiles as tokens at most, and no program for the rest."""
     case, grids = replace(MANY, M=20, N=16, K=16, adapters=1000, config=None), []
-    t = case_tensors(case)
+    t, s = case_tensors(case), plan([3] * 20, 1000)
     with launch.intercept(lambda kernel, grid, args, options: grids.append((kernel.__name__, grid))):
-        lora_linear(t["x"], t["weight"], t["lora_A"], t["lora_B"], segments=plan([3] * 20, 1000), impl="triton")
+        lora_linear(t["x"], t["weight"], t["lora_A"], t["lora_B"], segments=s, impl="triton")
     assert grids[0][0] == "shrink" and grids[0][1][0] <= 20
 
 

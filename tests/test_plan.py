@@ -1,0 +1,116 @@
+"""The plan of two launches is the library's, entry by entry; and which of the two a GPU takes."""
+
+import pytest
+import torch
+
+from lora_kernels import Segments, dispatch, launch, ops, parity, segments
+from lora_kernels.segments import by_library, lengths
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def ids_of(M: int, E: int, dtype=torch.int64) -> torch.Tensor:
+    return torch.randint(-1, E, (M,), dtype=dtype, device=DEVICE)
+
+
+def both(ids, E, row_block=16, gather_block=16) -> torch.Tensor:
+    """Asserts equality, of ``present`` what counts says is there and then zeros; returns whether the ids are valid."""
+    found, wanted = launch.plan(ids, E, row_block, gather_block), by_library(ids, E, row_block, gather_block)
+    for name, ours, theirs in zip((*segments._TENSORS, "valid"), found, wanted, strict=True):
+        assert ours.shape == theirs.shape and ours.dtype == theirs.dtype, name
+        if name == "present":
+            used = (torch.arange(row_block, device=DEVICE) < wanted[6][:, None]).flatten()
+            ours, theirs = ours.where(used | (ours != 0), -7), theirs.where(used, -7)
+        assert torch.equal(ours, theirs), name
+    return found[-1]
+
+
+@pytest.mark.parametrize("row_block, gather_block", [(16, 16), (64, 16), (128, 32)])
+@pytest.mark.parametrize("M, E", [(1, 1), (16, 1), (31, 40), (33, 6), (128, 127), (129, 128), (129, 300), (300, 3)])
+def test_equals_the_library(M, E, row_block, gather_block):
+    ids = ids_of(M, E)
+    ids[M // 2 :: 9] = -1  # some token has none in every case
+    assert both(ids, E, row_block, gather_block)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_ids_that_lie_apart_and_repeat(dtype):
+    ids = ids_of(2 * 70, 9, dtype).view(70, 2)
+    assert both(ids[:, 1], 9)
+    assert both(ids[:1, 0].expand(70), 9)
+
+
+@pytest.mark.parametrize("adapter", [-1, 0, 4])
+def test_one_adapter_for_all(adapter):
+    assert both(torch.full((75,), adapter, device=DEVICE), 5)
+
+
+@pytest.mark.parametrize("wrong", [-2, 5, 1 << 31, -(1 << 40)])
+@pytest.mark.parametrize("where", [0, 40, 69])
+def test_ids_out_of_range_count_as_none_and_are_told(wrong, where):
+    ids = ids_of(70, 5)
+    assert both(ids, 5)
+    ids[where] = wrong
+    assert not both(ids, 5)
+
+
+def test_a_wrong_id_of_any_block_is_told(monkeypatch):
+    """The blocks' verdicts are read some at a time."""
+    monkeypatch.setattr(launch, "PLAN_CHUNK", 16)
+    ids = ids_of(600, 5)
+    ids[3] = 5
+    assert not both(ids, 5)
+
+
+def test_in_two_launches_whatever_the_sizes():
+    seen = []
+
+    def record(kernel, grid, args, options):
+        seen.append((kernel.__name__, options))
+
+    with launch.intercept(record):
+        for M, E in ((130, 3), (257, 40), (4096, 1024)):
+            launch.plan(torch.zeros(M, dtype=torch.int32, device=DEVICE), E, 128, 32)
+    assert [name for name, _ in seen] == ["plan_tokens", "plan_tiles"] * 3
+    assert seen[:2] == seen[2:4] == seen[4:], "sizes are no constants of the compiled code"
+
+
+def test_what_a_gpu_takes(monkeypatch):
+    """Two launches, or the library: past what 32-bit keys and the square of the tokens allow, for no tokens, and without Triton."""
+
+    def launched(M, E):
+        before = launch.launches
+        tensors = ops._plan_on_a_gpu(torch.zeros(M, dtype=torch.int32, device=DEVICE), E, 16, 16)
+        assert [t.shape[0] for t in tensors[:-1]] == lengths(M, E, 16, 16)
+        return launch.launches - before
+
+    assert launched(20, 4) == 2
+    assert launched(0, 4) == 0
+    monkeypatch.setattr(launch, "PLAN_TOKENS", 20)
+    assert (launched(20, 4), launched(21, 4)) == (2, 0)
+    monkeypatch.setattr(launch, "INT32", 20 * 5 + launch.PLAN_CHUNK + 1)
+    assert (launched(20, 4), launched(20, 5)) == (2, 0)
+    monkeypatch.setattr(dispatch, "triton_missing", lambda: "gone")
+    assert launched(20, 4) == 0
+
+
+def test_the_operator():
+    """torch's checks of its schema, fake and registration; the parity that `check` runs."""
+    ids = ids_of(37, 6)
+    torch.library.opcheck(torch.ops.lora_kernels.plan.default, (ids, 6, 32, 16))
+    assert parity.plan_result(DEVICE).ok
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("M, E", [(1, 1), (64, 64), (777, 13), (8192, 64), (16384, 4096), (16385, 5)])
+def test_on_a_gpu(M, E):
+    ids, before = ids_of(M, E), launch.launches
+    s = Segments.from_ids(ids, E)
+    assert launch.launches - before == (2 if M <= launch.PLAN_TOKENS else 0)
+    wanted = Segments.from_ids(ids.cpu(), E)
+    for name in ("ids", "order", "starts", "tile_adapter", "tile_first", "counts"):
+        assert torch.equal(getattr(s, name).cpu(), getattr(wanted, name)), name
+    used = torch.arange(s.row_block) < wanted.counts[:, None]
+    assert torch.equal(s.present.cpu().view_as(used)[used], wanted.present.view_as(used)[used])
+    again = Segments.from_ids(ids, E)
+    assert all(torch.equal(a, b) for a, b in zip(s.tensors(), again.tensors(), strict=True))
