@@ -16,6 +16,7 @@ _TITLES = {
     "grouped-mm": "torch._grouped_mm",
     "peft-loop": "PEFT's loop",
     "triton:given": "ours, u given",
+    "triton:given+pdl": "ours, u given, launches overlapped",
     "triton:awaited": "ours, u awaited",
     "one-adapter": "ours, one adapter",
 }

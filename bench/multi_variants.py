@@ -15,7 +15,7 @@ from .multi_workloads import MultiPoint, small
 from .precompile import PointJob, standing
 from .workloads import Operands, Point
 
-SOURCES = ("given", "awaited")
+SOURCES: dict[str, dict] = {"given": {"u": "given"}, "given+pdl": {"u": "given", "pdl": True}, "awaited": {"u": "awaited"}}
 
 
 def configs(point: MultiPoint, o: Operands, arch: Arch) -> tuple[dict[str, Config], dict[str, str]]:
@@ -24,16 +24,16 @@ def configs(point: MultiPoint, o: Operands, arch: Arch) -> tuple[dict[str, Confi
     found: dict[str, Config] = {}
     refused: dict[str, str] = {}
     base = heuristic(forward, arch)
-    for u in SOURCES:
+    for name, changes in SOURCES.items():
         # A split of K wants u given.
-        whole = {"split": 1} if u != "given" and getattr(base.expand, "split", 1) > 1 else {}
-        config, reason = variants.fitted(base, {"u": u, "base": "kernel"} | whole, forward, arch)
+        whole = {"split": 1} if changes["u"] != "given" and getattr(base.expand, "split", 1) > 1 else {}
+        config, reason = variants.fitted(base, {"base": "kernel"} | changes | whole, forward, arch)
         if config is not None and not point.forward_alone:
             reason = why_not(config, backward, arch)
         if reason is None:
-            found[f"triton:{u}"] = config
+            found[f"triton:{name}"] = config
         else:
-            refused[f"triton:{u}"] = reason
+            refused[f"triton:{name}"] = reason
     return found, refused
 
 

@@ -100,6 +100,10 @@ def variants(every: bool) -> Iterator[tuple[str, dict]]:
                     flags = [("tma", tma), ("persistent", persistent), ("warp_specialize", specialized)]
                     changes = {"u": u, "base": "kernel", **dict(flags)} | ({"num_warps": 4} if specialized else {})
                     yield "+".join([u, *(flag for flag, on in flags if on)]), changes
+    for tma in (False, True):
+        for persistent in (False, True):
+            flags = [("tma", tma), ("persistent", persistent), ("pdl", True)]
+            yield "+".join(["given", *(flag for flag, on in flags if on)]), {"u": "given", "base": "kernel", **dict(flags)}
     yield "library", {"u": "given", "base": "library", "tma": False, "persistent": False, "warp_specialize": False}
 
 

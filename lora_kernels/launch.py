@@ -21,6 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from . import philox
 from .kernels.expand import expand
 from .kernels.load import load_dense, load_descriptor, load_descriptor_transposed, load_parts
+from .kernels.overlap import in_order, let_next_begin, wait_for_previous
 from .kernels.plan import plan_tiles, plan_tokens
 from .kernels.shrink import shrink
 from .kernels.wgrad import wgrad
@@ -56,6 +57,11 @@ def _run(kernel, grid, args, options) -> None:
     global launches
     launches += 1
     _launch(kernel, grid, args, options)
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels, which knows no programmatic dependent launch."""
+    return triton.knobs.runtime.interpret
 
 
 def on_device(t: torch.Tensor):
@@ -111,9 +117,11 @@ def run_shrink(x, a, *, scale: float, adapters: Adapters = ONE, dropout, config:
         LOAD_X=load_dense, SEGMENTS=seg is not None, DROPOUT=dropout is not None, PRECISION=precision(x.dtype),
         BLOCK_M=c.block_m, BLOCK_K=c.block_k, BLOCK_R=block_r,
         EVEN_K=K % c.block_k == 0, EVEN_R=R % block_r == 0 and adapters.ranks is None,
-        WIDE=_wide((x, max(c.block_m, c.block_k)), (a, c.block_k)), num_warps=c.num_warps, num_stages=c.num_stages,
+        WIDE=_wide((x, max(c.block_m, c.block_k)), (a, c.block_k)), LET_GO=None, num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip
     tiles = triton.cdiv(M, c.block_m) if seg is None else seg.tile_adapter.shape[0]
+    if config.expand.pdl:
+        options["LET_GO"] = in_order if interpreted() else let_next_begin
     _run(shrink, (tiles, triton.cdiv(R, block_r), splits), args, options)
     return z if parts and splits > 1 else z[0] if splits == 1 else z.sum(0).to(dtype)
 
@@ -147,17 +155,23 @@ def run_wgrad(
     return total[0] if seg is None else total
 
 
+def tile_counters(M: int, N: int, config: Config, device: torch.device) -> torch.Tensor | None:
+    """The zeroed counters of tiles whose K is split, or None. Made before shrink, so that nothing stands between two launches (pdl)."""
+    c = config.expand
+    return torch.zeros(triton.cdiv(M, c.block_m) * triton.cdiv(N, c.block_n), dtype=torch.int32, device=device) if c.split > 1 else None
+
+
 def run_expand(
     x, w, v, *,
     transposed: bool, u, a=None, scale=1.0, adapters: Adapters = ONE, bias=None, base=None, out=None, exact=False,
-    drop_x=None, drop_uv=None, config: Config,
+    drop_x=None, drop_uv=None, counters=None, config: Config,
 ):  # fmt: skip
     """``x w + D.(u v) + bias`` as ``[M, N]``, and u.
 
     w: ``[K, N]``, v: ``[(E,) R, N]``, a: ``[(E,) K, R]``, all three the other way round if transposed (as the parameters lie for the
     forward pass). u: ``[M, R]``, or float32 ``[parts, M, R]`` to be added, where it is given; a matrix to write it to, or None, where
     the kernel computes it. base: the base product, where the library made it. out: where the result goes, base itself too. exact: u v in
-    float32 whatever the dtypes. drop_x, drop_uv: None or (seed, p).
+    float32 whatever the dtypes. drop_x, drop_uv: None or (seed, p). counters: `tile_counters`, made here where they are not given.
     """
     c, seg = config.expand, adapters.segments
     if transposed:
@@ -178,7 +192,8 @@ def run_expand(
     if c.split > 1:
         blocks_per_part, splits = _split(K, c.block_k, c.split)
         partial = x.new_empty(splits + 1, M, N, dtype=torch.float32)
-        parts = (partial, partial.stride(0), torch.zeros(tiles, dtype=torch.int32, device=x.device), splits + 1)
+        counters = tile_counters(M, N, config, x.device) if counters is None else counters
+        parts = (partial, partial.stride(0), counters, splits + 1)
         items = tiles * (splits + 1)
     seed, threshold, inv_keep = _dropout(drop_x or drop_uv)
     load_x, x_args = _operand(x, c.block_m, c.block_k, c.tma) if base is None else (load_dense, _matrix(base))
@@ -206,8 +221,10 @@ def run_expand(
         R_BLOCKS=r_blocks, GROUP_M=c.group_m, GATHER_M=c.block_m if seg is None else seg.gather_block,
         EVEN_N=N % c.block_n == 0, EVEN_K=K % c.block_k == 0, EVEN_R=R % block_r == 0 and adapters.ranks is None,
         WIDE=_wide((x, blocks), (w, blocks), (v, blocks), (y, blocks)), PERSISTENT=c.persistent, WARP_SPECIALIZE=c.warp_specialize,
-        num_warps=c.num_warps, num_stages=c.num_stages,
+        WAIT=None, num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip
+    if c.pdl:
+        options |= dict(WAIT=in_order) if interpreted() else dict(WAIT=wait_for_previous, launch_pdl=True)
     programs = min(items, sm_count(x.device)) if c.persistent else items
     _run(expand, (programs,), args, options)
     return y, u
@@ -241,6 +258,7 @@ def forward(x, weight, lora_A, lora_B, bias, seed, adapters: Adapters, scale: fl
     shared: dict[str, Any] = dict(transposed=True, adapters=adapters, config=config)
     with on_device(x):
         if config.expand.u == "given":
+            counters = tile_counters(x.shape[0], weight.shape[0], config, x.device)
             u = run_shrink(
                 x,
                 lora_A.mT,
@@ -254,7 +272,7 @@ def forward(x, weight, lora_A, lora_B, bias, seed, adapters: Adapters, scale: fl
             if config.expand.base == "library":
                 y = F.linear(x, weight, bias)
                 return run_expand(x, weight, lora_B, u=u, base=y, out=y, **shared)
-            return run_expand(x, weight, lora_B, u=u, bias=bias, **shared)
+            return run_expand(x, weight, lora_B, u=u, bias=bias, counters=counters, **shared)
         space = x.new_empty(x.shape[0], lora_A.shape[-2]) if save_u else None
         return run_expand(x, weight, lora_B, u=space, a=lora_A, scale=scale, bias=bias, drop_x=drop, **shared)
 
@@ -268,6 +286,7 @@ def backward(dy, x, weight, lora_A, lora_B, u, seed, adapters: Adapters, scale: 
     ds: torch.Tensor | None = None
     with on_device(dy):
         one_launch = need_dx and config.expand.u != "given"
+        counters = tile_counters(dy.shape[0], weight.shape[1], config, dy.device) if need_dx else None
         if (need_dx or need_da) and not one_launch:
             ds = run_shrink(
                 dy, lora_B, scale=scale, dropout=None, dtype=dy.dtype, parts=not (need_da or config.expand.warp_specialize), **shared
@@ -277,7 +296,7 @@ def backward(dy, x, weight, lora_A, lora_B, u, seed, adapters: Adapters, scale: 
             dx, ds = run_expand(dy, weight, lora_A, transposed=False, u=ds, a=lora_B, scale=scale, drop_uv=drop, **shared)
         elif need_dx:
             base = torch.mm(dy, weight) if config.expand.base == "library" else None
-            dx, _ = run_expand(dy, weight, lora_A, transposed=False, u=ds, base=base, out=base, drop_uv=drop, **shared)
+            dx, _ = run_expand(dy, weight, lora_A, transposed=False, u=ds, base=base, out=base, drop_uv=drop, counters=counters, **shared)
         if need_da:
             da = run_wgrad(x, ds, scale=1.0, dropout=drop, out_transposed=True, dtype=adapter_dtype, **shared)
         if need_db:

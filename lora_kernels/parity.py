@@ -59,7 +59,7 @@ class Case:
         parts += [self.impl] if self.impl != "triton" else []
         if self.config:
             e = self.config.expand
-            parts += [f"u {e.u}"] + [flag for flag in ("tma", "persistent", "warp_specialize") if getattr(e, flag)]
+            parts += [f"u {e.u}"] + [flag for flag in ("tma", "persistent", "warp_specialize", "pdl") if getattr(e, flag)]
             parts += ["library base"] if e.base == "library" else []
             parts += [f"K split {e.split}"] if e.split > 1 else []
         return ", ".join(parts)
@@ -208,7 +208,10 @@ def poisoned_empty() -> Iterator[None]:
 
 
 def configs(arch: Arch, *, small: bool) -> list[Config]:
-    """Every way to run: sources of u, descriptors or pointers, persistent or not, library base, splits. ``small``: tiles of 16."""
+    """Every way to run: sources of u, descriptors or pointers, persistent or not, library base, splits, overlapped launches.
+
+    small: tiles of 16.
+    """
     b = 16 if small else 64
     shrink, wgrad = Shrink(16, b, split=2, num_stages=2), Wgrad(b, 16 if small else 32, split=3, num_stages=2)
     base = Expand(b, b, 16 if small else 32, group_m=2, num_warps=4, num_stages=2)
@@ -218,6 +221,8 @@ def configs(arch: Arch, *, small: bool) -> list[Config]:
     if arch.has_tma:
         choices += [replace(base, u=u, tma=True) for u in ("given", "loop", "awaited")]
         choices += [replace(base, tma=True, persistent=True)]
+    if arch.has_pdl:
+        choices += [replace(base, pdl=True), replace(base, pdl=True, split=3), replace(base, pdl=True, tma=True, persistent=True)]
     if not small and arch.kind == "cuda" and arch.capability[0] in (9, 10):
         choices += [replace(base, block_m=128, block_n=128, block_k=64, num_stages=3, tma=True, warp_specialize=True)]
     return [Config(shrink, e, wgrad) for e in choices]

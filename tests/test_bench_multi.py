@@ -334,8 +334,8 @@ base = MultiPoint("decode", "small", 24, 40, 32, 8, dtype=torch.float32, loaded=
 for point in (base, replace(base, grid="train", popularity="power", spread=5), replace(base, popularity="distinct", M=5, ranks=(3, 8))):
     o = operands(point, cpu)
     configs, refused = multi_variants.configs(point, o, arch)
-    assert set(configs) == {"triton:given", "triton:awaited"} and not refused, refused
-    assert [config.expand.u for config in configs.values()] == ["given", "awaited"]
+    assert set(configs) == {"triton:given", "triton:given+pdl", "triton:awaited"} and not refused, refused
+    assert [config.expand.u for config in configs.values()] == ["given", "given", "awaited"]
     checker, tiny = Checker(cpu), small(point, o.adapters.segments)
     for name, config in configs.items():
         error = checker.wrong(tiny, name, Arm(ours("triton", config), config))
@@ -373,7 +373,7 @@ assert before
 for timed in points:
     o = operands(timed, cpu)
     configs = [None, *multi_variants.configs(timed, o, arch)[0].values()]
-    assert len(configs) == 3
+    assert len(configs) == 4
     for point in (timed, small(timed, o.adapters.segments)):
         o = operands(point, cpu)
         make = inference if point.forward_alone else training

@@ -64,6 +64,7 @@ variants = dict(
     awaited=Expand(**large, u="awaited"),
     awaited_persistent=Expand(**large, u="awaited", persistent=True), library=Expand(base="library"),
     warp_specialize=Expand(**large | dict(num_warps=4), warp_specialize=True),
+    pdl=Expand(**large, pdl=True),
     warp_specialize_persistent=Expand(**large | dict(num_warps=4), warp_specialize=True, persistent=True),
 )
 for name, expand in variants.items():
@@ -94,16 +95,44 @@ def test_variants_that_a_gpu_will_choose_between(arch):
     reports = [json.loads(line) for line in out.stdout.splitlines()]
     labels = {r["label"] for r in reports}
     assert labels >= {"given", "persistent", "loop", "awaited", "awaited_persistent", "library", "awaited_segments", "library_segments"}
+    assert "pdl" in labels
     refused = arch == "sm_90" and not triton_version().startswith("3.6.")
     assert (labels >= {"warp_specialize", "warp_specialize_persistent"}) != refused
     for r in reports:
         assert r["matmul"] == WANTED[arch] and r["shared"] <= r["shared_limit"], r
         if (
             "segments" in r["label"]
-            or (r["label"] in ("given", "loop", "awaited") and r["R"] == 16)
+            or (r["label"] in ("given", "loop", "awaited", "pdl") and r["R"] == 16)
             or (arch == "sm_90" and "warp" in r["label"])
         ):
             assert r["spills"] == 0, r
+
+
+OVERLAP = """
+import torch
+from lora_kernels import compile_only, launch
+from lora_kernels.segments import ONE
+from lora_kernels.tuning import Arch, Config, Expand
+bf16 = dict(dtype=torch.bfloat16)
+x, w, A, B = (torch.empty(*shape, **bf16) for shape in ((16, 512), (256, 512), (16, 512), (256, 16)))
+def show(kernel, grid, args, options):
+    ptx = kernel.run(*args, grid=grid, warmup=True, **options).asm["ptx"]
+    first = lambda text: ptx.find(text) if text in ptx else 1 << 40
+    print(kernel.__name__, options.get("launch_pdl", False), "griddepcontrol.launch_dependents" in ptx,
+          first("cp.async") < first("griddepcontrol.wait") < min(first("ld.global"), 1 << 39))
+with compile_only.target(Arch.parse("sm_90")), launch.intercept(show):
+    for pdl in (False, True):
+        launch.forward(x, w, A, B, None, None, ONE, 1.0, 0.0, True, Config(expand=Expand(16, 32, 64, num_warps=4, pdl=pdl)))
+"""
+
+
+def test_overlapped_launches_wait_before_they_read_u():
+    """shrink lets expand begin, and expand loads tiles of x and w before it waits, but u, its only plain loads, after."""
+    out = run("-c", OVERLAP)
+    assert out.returncode == 0, out.stderr[-2000:]
+    assert out.stdout.split("\n")[:4] == [
+        "shrink False False False", "expand False False False", "shrink False True False", "expand True False True"
+    ]  # fmt: skip
 
 
 def test_compiling_needs_no_interpreter():

@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from bench.timing import Step, graphed
-from lora_kernels import FusedLoRALinear, explain, lora_linear, parity
+from lora_kernels import FusedLoRALinear, UnsupportedError, explain, lora_linear, parity
+from lora_kernels.dispatch import device_arch
 from lora_kernels.parity import Case, run_case
-from lora_kernels.tuning import Config, Expand
+from lora_kernels.tuning import Config, Expand, Wgrad
 
 pytestmark = pytest.mark.cuda
 CUDA = torch.device("cuda")
@@ -39,12 +40,17 @@ def test_float32_adapters_on_bfloat16():
     check(replace(LAYER, adapter_dtype=torch.float32, p=0.1))
 
 
-@pytest.mark.parametrize("u", ["given", "loop", "awaited"])
-def test_a_thousand_repeats_bit_for_bit(u):
-    case = replace(LAYER, M=600, p=0.1 if u == "given" else 0.0, config=Config(expand=Expand(128, 128, 64, u=u, persistent=True)))
+@pytest.mark.parametrize("u, pdl", [("given", False), ("given", True), ("loop", False), ("awaited", False)])
+def test_a_thousand_repeats_bit_for_bit(u, pdl):
+    if pdl and not device_arch(torch.device("cuda", 0)).has_pdl:
+        with pytest.raises(UnsupportedError, match="sm_90 and later"):
+            parity.evaluate(replace(LAYER, config=Config(expand=Expand(pdl=True))), parity.inputs(LAYER, CUDA), "triton")
+        return
+    expand = Expand(128, 128, 64, u=u, persistent=True, pdl=pdl)
+    case = replace(LAYER, M=600, p=0.1 if u == "given" else 0.0, config=Config(expand=expand, wgrad=Wgrad(block_j=32)))
     tensors = parity.inputs(case, CUDA)
     first = parity.evaluate(case, tensors, "triton")
-    for _ in range(1000 if u == "awaited" else 100):
+    for _ in range(1000 if u == "awaited" or pdl else 100):
         for ours, again in zip(first, parity.evaluate(case, tensors, "triton"), strict=True):
             assert torch.equal(ours, again)
 

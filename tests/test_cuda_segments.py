@@ -64,15 +64,17 @@ def test_a_million_tokens():
     torch.testing.assert_close(y[some].float(), few.float(), rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.parametrize("u", ["given", "awaited"])
+@pytest.mark.parametrize("u, pdl", [("given", False), ("given", True), ("awaited", False)])
 @pytest.mark.parametrize("case", [MANY, DECODE], ids=["train", "decode"])
-def test_a_thousand_repeats_bit_for_bit(case, u):
+def test_a_thousand_repeats_bit_for_bit(case, u, pdl):
     arch, E = device_arch(torch.device("cuda", 0)), case.adapters
     tensors = parity.inputs(case, CUDA)
     s = Segments.from_ids(parity.adapter_ids(case).to(CUDA), E)
     problem = describe(tensors["x"], tensors["weight"], tensors["lora_A"], tensors["lora_B"], dropout=False, adapters=Adapters(s))
     config = heuristic(problem, arch)
-    config = replace(config, expand=replace(config.expand, u=u, split=1 if u == "awaited" else config.expand.split))
+    config = replace(
+        config, expand=replace(config.expand, u=u, pdl=pdl and arch.has_pdl, split=1 if u == "awaited" else config.expand.split)
+    )
     args = [tensors[name] for name in ("x", "weight", "lora_A", "lora_B")]
     first = lora_linear(*args, segments=s, config=config)
     for _ in range(1000):

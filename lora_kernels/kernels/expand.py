@@ -144,6 +144,7 @@ def expand_tile(
     EVEN_R: tl.constexpr,
     WIDE: tl.constexpr,
     WARP_SPECIALIZE: tl.constexpr,
+    WAIT: tl.constexpr,
 ):
     """One tile of y, or with SPLIT one part of it. parts: (partial sums, their stride, counters of the tiles, number of parts)."""
     TYPE: tl.constexpr = tl.float32 if EXACT else y[0].dtype.element_ty
@@ -157,8 +158,10 @@ def expand_tile(
     y_ptrs = tile_base(y[0], m0, n0, y[1], y[2]) + tile_offsets(y[1], y[2], BLOCK_M, BLOCK_N, WIDE)
     y_mask = tile_mask(m0, n0, M, N, BLOCK_M, BLOCK_N)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    if U == "given" and not WARP_SPECIALIZE:
+    if U == "given" and not WARP_SPECIALIZE and (WAIT is None or SPLIT):
         if part == 0:
+            if WAIT is not None:
+                WAIT()
             acc = low_rank(
                 acc, u, v, rows, stride_ve, ranks_ptr, seed, threshold, inv_keep, m0, n0, M, N, R, TYPE,
                 LOAD_U, LOAD_V, SEGMENTS, DROP_UV, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R, R_BLOCKS, EVEN_N, EVEN_R, WIDE, True,
@@ -199,7 +202,9 @@ def expand_tile(
             while tl.atomic_add(flag_ptr + pid_m, 0, sem="acquire", scope="gpu") < wanted:
                 pass
             tl.debug_barrier()
-        if U == "awaited" or (U == "given" and WARP_SPECIALIZE):
+        if U == "awaited" or (U == "given" and not SPLIT and (WARP_SPECIALIZE or WAIT is not None)):
+            if WAIT is not None:
+                WAIT()
             acc = low_rank(
                 acc, u, v, rows, stride_ve, ranks_ptr, seed, threshold, inv_keep, m0, n0, M, N, R, TYPE,
                 LOAD_U, LOAD_V, SEGMENTS, DROP_UV, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R, R_BLOCKS, EVEN_N, EVEN_R, WIDE, False,
@@ -283,10 +288,12 @@ def expand(
     WIDE: tl.constexpr,
     PERSISTENT: tl.constexpr,
     WARP_SPECIALIZE: tl.constexpr,
+    WAIT: tl.constexpr,
 ):
     """Grid [programs]: as many as there are work items, or fewer (PERSISTENT), each taking every grid-th item or ticket.
 
-    SPLIT: parts: as in `expand_tile`, blocks_per_part: of K.
+    SPLIT: parts: as in `expand_tile`, blocks_per_part: of K. WAIT: None, or a function that waits for the launch that writes u, for which
+    the base product does not wait.
 
     With segments: rows: (ids, present, counts), gather_x: x by pointers, gather: as in `gathered_tile`, gathered: how many
     such tiles, of GATHER_M tokens.
@@ -329,5 +336,5 @@ def expand(
                 x, w, a, u, v, bias_ptr, y, rows, stride_ve, scales_ptr, ranks_ptr, flag_ptr,
                 parts, part, blocks_per_part, seed, threshold, inv_keep, scale, pid_m, pid_n, M, N, K, R,
                 LOAD_X, LOAD_W, LOAD_U, LOAD_V, U, SEGMENTS, SPLIT, EXACT, SAVE_U, DROP_X, DROP_UV, PRECISION,
-                BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, R_BLOCKS, EVEN_N, EVEN_K, EVEN_R, WIDE, WARP_SPECIALIZE,
+                BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, R_BLOCKS, EVEN_N, EVEN_K, EVEN_R, WIDE, WARP_SPECIALIZE, WAIT,
             )  # fmt: skip

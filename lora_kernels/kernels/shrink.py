@@ -113,8 +113,14 @@ def shrink(
     EVEN_K: tl.constexpr,
     EVEN_R: tl.constexpr,
     WIDE: tl.constexpr,
+    LET_GO: tl.constexpr,
 ):
-    """Grid [row blocks or gathered tiles, rank blocks, splits of K]. z: [splits, M, R] with stride_split between the partial sums."""
+    """Grid [row blocks or gathered tiles, rank blocks, splits of K]. z: [splits, M, R] with stride_split between the partial sums.
+
+    LET_GO: None, or a function that lets the next launch begin.
+    """
+    if LET_GO is not None:
+        LET_GO()
     r0 = tl.program_id(1) * BLOCK_R
     k_start = tl.program_id(2) * blocks_per_split * BLOCK_K  # in blocks, so that the compiler sees its alignment
     k_end = tl.minimum(k_start + blocks_per_split * BLOCK_K, K)

@@ -41,6 +41,10 @@ class Arch:
         return self.kind == "interpreter" or (self.kind == "cuda" and self.capability >= (9, 0))
 
     @property
+    def has_pdl(self) -> bool:
+        return self.has_tma  # both came with sm_90
+
+    @property
     def has_wgmma(self) -> bool:
         return self.kind == "cuda" and self.capability[0] == 9
 

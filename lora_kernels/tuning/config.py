@@ -24,7 +24,8 @@ class Expand:
 
     ``u``: where u comes from, "given" | "loop" | "awaited". ``base``: "kernel" computes x w in the kernel, "library" takes it
     from torch's matmul and adds u v. ``group_m``: row blocks that share columns of w in the L2 cache. ``split``: programs that share the K
-    axis of one tile, beside one for its low-rank product; 1: one program does both.
+    axis of one tile, beside one for its low-rank product; 1: one program does both. ``pdl``: programmatic dependent launch, by which
+    expand's base product begins while shrink still runs.
     """
 
     block_m: int = 128
@@ -39,6 +40,7 @@ class Expand:
     tma: bool = False
     persistent: bool = False
     warp_specialize: bool = False
+    pdl: bool = False
 
 
 @dataclass(frozen=True)

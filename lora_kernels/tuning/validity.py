@@ -58,6 +58,10 @@ def _expand(e: Expand, problem: Problem, arch: Arch) -> str | None:
             return "expand.tma takes 32-bit coordinates and strides of ordinary size"
         if e.base == "library":
             return "expand.base='library' reads neither x nor weight, so expand.tma has nothing to load"
+    if e.pdl and not arch.has_pdl:
+        return f"expand.pdl needs the programmatic dependent launch of sm_90 and later, not {arch.name}"
+    if e.pdl and (e.u != "given" or e.base != "kernel"):
+        return "expand.pdl starts the base product before shrink has ended, so it serves u='given' and base='kernel'"
     if e.warp_specialize:
         if not (arch.kind == "interpreter" or (arch.kind == "cuda" and arch.capability[0] in (9, 10))):
             return f"expand.warp_specialize needs sm_90 or sm_100, not {arch.name}"
