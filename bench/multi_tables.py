@@ -21,7 +21,7 @@ _TITLES = {
 _KEYS = ("grid", "launch", "what", "layer", "K", "N", "M", "popularity", "adapters", "loaded", "order", "r", "ranks")
 
 
-def _title(arm: str) -> str:
+def arm_title(arm: str) -> str:
     return _TITLES.get(arm, title(arm))
 
 
@@ -45,7 +45,7 @@ def many(rows: list[dict], brief: bool) -> str:
         cells.append(ms(by_arm.get("linear"), brief))
         cells += [ratio(by_arm[arm]["over_linear"]) if by_arm.get(arm, {}).get("over_linear") else "" for arm in arms]
         lines.append(cells if brief else [f"{grid}, {launch}", PASSES[what], *cells])
-    header = ["layer", "popularity", "order", "tokens", "adapters", "r", "base alone, ms", *map(_title, arms)]
+    header = ["layer", "popularity", "order", "tokens", "adapters", "r", "base alone, ms", *map(arm_title, arms)]
     what = PASSES[timed[0]["what"]].capitalize() if brief and timed else "Each pass"
     cold = ", L2 cold" if any(row["gpu"] for row in timed) else ""
     parts = [f"{what}: median time as a multiple of the base alone's{cold}, random data."]
@@ -54,7 +54,7 @@ def many(rows: list[dict], brief: bool) -> str:
     if plan:
         parts.append(_plan(plan, brief))
     if not brief:
-        parts += report_tables.lists({"Left out": left_out, "Failed": [row for row in rows if row["error"]]}, _title)
+        parts += report_tables.lists({"Left out": left_out, "Failed": [row for row in rows if row["error"]]}, arm_title)
     return "\n\n".join(parts)
 
 
@@ -88,7 +88,7 @@ def _plan(rows: list[dict], brief: bool) -> str:
 
 
 def reasons(rows: list[dict]) -> list[str]:
-    return report_tables.reasons(rows, _title)
+    return report_tables.reasons(rows, arm_title)
 
 
 def summary(name: str, rows: list[dict]) -> str:
