@@ -37,15 +37,14 @@ def single(rows: list[dict]) -> list[Lines]:
     trained = [row for row in trained if row["r"] == trained[0]["r"]]
     panels = _panels(trained, _trained_as, lambda row: row["M"], report_tables.title)
     decode = [row for row in rows if row["what"] == "forward" and row["grid"] == "decode"]
-    decode = [row for row in decode if all(row[field] == decode[0][field] for field in ("launch", "r"))]
+    decode = [row for row in _of_one_launch(decode) if row["r"] == decode[0]["r"]]
     generated = _panels(decode, _generated_as, lambda row: row["M"], report_tables.title)
     return [*panels, *(replace(panel, scale="decode") for panel in generated)]
 
 
 def decode(rows: list[dict]) -> list[Lines]:
     """By tokens, a panel for each popularity."""
-    rows = [row for row in _timed(rows) if row["grid"] == "popularity"]
-    rows = [row for row in rows if row["launch"] == rows[0]["launch"]]
+    rows = _of_one_launch([row for row in _timed(rows) if row["grid"] == "popularity"])
     return _panels(rows, lambda row: f"{row['popularity']}, {row['loaded']} loaded, {row['launch']}", lambda row: row["M"], arm_title)
 
 
@@ -59,6 +58,12 @@ def mtrain(rows: list[dict]) -> list[Lines]:
 
 def _timed(rows: list[dict]) -> list[dict]:
     return [row for row in rows if row["ms"] and row["over_linear"] is not None]
+
+
+def _of_one_launch(rows: list[dict]) -> list[dict]:
+    """Replays of graphs where there are any."""
+    launches = [row["launch"] for row in rows]
+    return [row for row in rows if row["launch"] == ("graph" if "graph" in launches else launches[0])]
 
 
 def _model(row: dict) -> str:

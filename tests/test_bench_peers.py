@@ -13,7 +13,21 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:  # bench is not installed with the package
     sys.path.insert(0, str(ROOT))
 
-from bench import conditions, peer_modules, report, session, single, single_peers, timing, workloads  # noqa: E402
+from bench import (  # noqa: E402
+    conditions,
+    multi,
+    multi_baselines,
+    multi_check,
+    multi_workloads,
+    peer_modules,
+    report,
+    session,
+    single,
+    single_peers,
+    timing,
+    variants,
+    workloads,
+)
 from bench import merge as merge_section  # noqa: E402
 from bench.workloads import Point  # noqa: E402
 
@@ -197,6 +211,37 @@ def test_a_failed_capture_leaves_the_stream_as_it_was(monkeypatch):
     graphs, failed = single.captured({"waits": timing.Step(fails), "works": timing.Step(lambda: 7)}, clock)
     assert set(graphs) == {"works"} and failed["waits"].startswith("capture: RuntimeError") and graphs["works"].forward() == 7
     assert len(calls) == 4 and fake.current is fake.default
+
+
+def as_on_a_gpu(monkeypatch, small: list[Point], many: list) -> None:
+    """Sections take a GPU's path, with tensors on the CPU, no kernels, and clocks and captures that are the host's."""
+
+    def clock_for(device, launch="queued"):
+        clock = timing.HostClock()
+        clock.launch = launch
+        return clock
+
+    for module in (workloads, multi_workloads):
+        monkeypatch.setattr(module, "operands", lambda point, device, make=module.operands: make(point, CPU))
+    for module in (single, multi):
+        monkeypatch.setattr(module, "clock_for", clock_for)
+    monkeypatch.setattr(single, "graphed", lambda step: step)
+    monkeypatch.setattr(variants, "kernels_run", lambda device: None)
+    monkeypatch.setattr(workloads, "gpu_single", lambda quick: small)
+    monkeypatch.setattr(multi_workloads, "decode", lambda device, quick: many)
+    monkeypatch.setattr(multi, "Checker", lambda device: multi_check.Checker(CPU))
+    monkeypatch.setattr(multi_baselines, "_why_not_grouped", lambda point, device: None)
+
+
+def test_the_path_of_a_gpu_times_every_kind_of_launch(tmp_path, monkeypatch):
+    as_on_a_gpu(monkeypatch, workloads.cpu_single(quick=True), multi_workloads.decode(CPU, True)[:2])
+    gpu = session.Session(torch.device("cuda"), tmp_path, quick=True, conditions=conditions.conditions(CPU))
+    assert single.run(gpu) == 0 and multi.decode(gpu) == 0
+    rows = [row for row in conditions.read_rows(tmp_path / "single.jsonl") if row["ms"]]
+    assert {(row["grid"], row["launch"]) for row in rows} == {("train", "queued"), ("decode", "eager"), ("decode", "graph")}
+    rows = conditions.read_rows(tmp_path / "decode.jsonl")
+    graph, eager = ({row["arm"] for row in rows if row["ms"] and row["launch"] == launch} for launch in ("graph", "eager"))
+    assert eager - graph == {"torch", "auto"} and "linear" in graph
 
 
 def test_an_arm_of_merge_that_fails_is_reported(tmp_path, monkeypatch):

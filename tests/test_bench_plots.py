@@ -89,7 +89,7 @@ def measured(folder: Path, section: str, points: list, arms: dict, **given) -> l
             for arm, over in arms.items():
                 ratio = over(point)
                 ms = {"p20": ratio, "p50": ratio, "p80": ratio}
-                recorder.add(**point.fields(), what=what, arm=arm, launch="queued", ms=ms, rounds=10, over_linear=ratio, **given)
+                recorder.add(**point.fields(), what=what, arm=arm, ms=ms, rounds=10, over_linear=ratio, **{"launch": "queued"} | given)
     return recorder.rows
 
 
@@ -145,6 +145,17 @@ def test_decode_is_by_tokens_and_training_by_adapters(tmp_path):
     assert [E for E, _ in titles["8B q,o, 16 tokens an adapter"]] == [1, 4, 16, 64, 256, 1024]
     assert all(len(points) > 1 for points in titles.values())
     assert panels[0].lines['ours, `"auto"`'][-1] == (1024, pytest.approx(2.024))
+
+
+@pytest.mark.parametrize("section, points", [("single", workloads.gpu_single(False)), ("decode", many.decode(CUDA, False))])
+def test_decode_is_drawn_from_replays_of_graphs(section, points, tmp_path):
+    rows = []
+    for launch, ratio in (("eager", 2.0), ("graph", 1.25)):
+        arms = {"linear": lambda point: 1.0, "auto": lambda point, ratio=ratio: ratio}
+        rows += measured(tmp_path, section, [point for point in points if point.forward_alone], arms, launch=launch)
+    panels = plots.PLOTS[section].panels(rows)
+    assert panels and all(panel.title.endswith(", graph") for panel in panels)
+    assert {round(y, 9) for panel in panels for line in panel.lines.values() for _, y in line} == {1.25}
 
 
 def test_without_times_there_is_no_plot(tmp_path):
