@@ -22,8 +22,8 @@ def run(session: Session) -> int:
     """Writes a row for each point and arm; returns the number of arms that failed."""
     recorder = session.recorder("memory")
     formulas = dict(FORMULAS) | ({"triton": ours("triton")} if variants.kernels_run(session.device) else {})
-    table, errors = [], 0
-    for point in Budget(session.seconds).walk(workloads.memory(session.device, session.quick)):
+    table, errors, budget = [], 0, Budget(session.seconds)
+    for point in budget.walk(workloads.memory(session.device, session.quick)):
         o = workloads.operands(point, session.device)
         cells = []
         for name, formula in formulas.items():
@@ -38,6 +38,7 @@ def run(session: Session) -> int:
             recorder.add(**point.fields(), what="memory", arm=name, saved_bytes=saved, peak_bytes=peak)
             cells.append(_mib(saved) if peak is None else f"{_mib(saved)}/{_mib(peak)}")
         table.append([f"{point.M}x{point.K}->{point.N} r={point.r} p={point.p:g}", *cells])
+    budget.record(recorder)
     title = "memory, MiB: saved/peak" if session.device.type == "cuda" else "memory, MiB: saved"
     print(text_table([title, *formulas], table), flush=True)
     return errors

@@ -28,8 +28,8 @@ def points(quick: bool) -> list[Point]:
 def run(session: Session) -> int:
     """Writes a row for each point and arm, with the rate at which W is read and written once; returns the number of errors."""
     recorder = session.recorder("merge")
-    clock, table, errors = clock_for(session.device), [], 0
-    for point in Budget(session.seconds).walk(points(session.quick)):
+    clock, table, errors, budget = clock_for(session.device), [], 0, Budget(session.seconds)
+    for point in budget.walk(points(session.quick)):
         arms = steps(point, session.device)
         times, failed = interleave(arms, clock, seconds=0.1 if session.quick else 2.0, least=3)
         for name, error in failed.items():
@@ -46,6 +46,7 @@ def run(session: Session) -> int:
         table.append(
             [f"{point.layer} {point.K}->{point.N} r={point.r}", *(times[name]["forward"].p50 if name in times else None for name in arms)]
         )
+    budget.record(recorder)
     print(text_table(["merge, ms", *arms], table), flush=True)
     return errors
 

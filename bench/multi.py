@@ -58,8 +58,7 @@ class Section:
         for point in budget.walk(points):
             (self._plan if point.grid == plan_cost.GRID else self._point)(point)
             say(f"{self.name} {point}: {medians(self.recorder.rows, point)}")
-        for point in budget.left_out:
-            self.recorder.add(**point.fields(), what="left out", detail=f"no time for it in {self.session.seconds:g} s")
+        budget.record(self.recorder)
         failed = [row for row in self.recorder.rows if row["error"]]
         for line in failures(failed):
             print(line)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-
+from . import report_tables
 from .plan_cost import GRID, LAYERS
 from .report_tables import PASSES, ms, points, title
 from .table import geomean, markdown_table, ratio, significant, text_table
@@ -21,6 +20,10 @@ _TITLES = {
     "one-adapter": "ours, one adapter",
 }
 _KEYS = ("grid", "launch", "what", "layer", "K", "N", "M", "popularity", "adapters", "loaded", "order", "r", "ranks")
+
+
+def arm_title(arm: str) -> str:
+    return _TITLES.get(arm, title(arm))
 
 
 def rank_of(row: dict) -> str:
@@ -43,7 +46,7 @@ def many(rows: list[dict], brief: bool) -> str:
         cells.append(ms(by_arm.get("linear"), brief))
         cells += [ratio(by_arm[arm]["over_linear"]) if by_arm.get(arm, {}).get("over_linear") else "" for arm in arms]
         lines.append(cells if brief else [f"{grid}, {launch}", PASSES[what], *cells])
-    header = ["layer", "popularity", "order", "tokens", "adapters", "r", "base alone, ms", *(_TITLES.get(arm, title(arm)) for arm in arms)]
+    header = ["layer", "popularity", "order", "tokens", "adapters", "r", "base alone, ms", *map(arm_title, arms)]
     what = PASSES[timed[0]["what"]].capitalize() if brief and timed else "Each pass"
     cold = ", L2 cold" if any(row["gpu"] for row in timed) else ""
     parts = [f"{what}: median time as a multiple of the base alone's{cold}, random data."]
@@ -51,9 +54,8 @@ def many(rows: list[dict], brief: bool) -> str:
         parts.append(markdown_table(header, lines, left=3) if brief else markdown_table(["grid", "pass", *header], lines, left=5))
     if plan:
         parts.append(_plan(plan, brief))
-    for name, why in () if brief else (("Left out", left_out), ("Failed", [row for row in rows if row["error"]])):
-        if why:
-            parts.append(f"{name}:\n\n" + "\n".join(f"- {line}" for line in reasons(why)))
+    if not brief:
+        parts += report_tables.lists({"Left out": left_out, "Failed": [row for row in rows if row["error"]]}, arm_title)
     return "\n\n".join(parts)
 
 
@@ -87,18 +89,7 @@ def _plan(rows: list[dict], brief: bool) -> str:
 
 
 def reasons(rows: list[dict]) -> list[str]:
-    """One line for each arm and reason, numbers aside; with the first point's numbers."""
-    groups: dict[tuple, list[dict]] = {}
-    for row in rows:
-        reason = (row["detail"] or row["error"]).split("\n")[0][:300]
-        groups.setdefault((row["arm"] or "", row["launch"] or "", re.sub(r"[\d.]+", "#", reason)), []).append(row | {"detail": reason})
-    lines = []
-    for (arm, launch, _), mine in groups.items():
-        number = f"{len(mine)} points" if len(mine) > 1 else "1 point"
-        where = f", {launch}" if launch else ""
-        who = _TITLES.get(arm, title(arm)) if arm else "points"
-        lines.append(f"{who}{where}: {mine[0]['detail']}" + (f" ({number})" if mine[0]["M"] else ""))
-    return lines
+    return report_tables.reasons(rows, arm_title)
 
 
 def summary(name: str, rows: list[dict]) -> str:

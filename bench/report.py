@@ -2,7 +2,7 @@
 
 Between ``<!-- bench:NAME -->`` and ``<!-- /bench:NAME -->`` stands what `render` makes of bench/results/NAME.jsonl; no number there
 is typed by hand. NAME may carry a suffix after the section, as in ``single-h200``. The README gets the short form. Where a section has a
-plot, it is made with the tables, as NAME.svg beside the document.
+plot, it is made with the tables, as NAME.svg beside the full document, which shows it.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ import argparse
 import re
 from pathlib import Path
 
-from . import multi_tables, peft_tables, report_tables
+from . import multi_tables, peft_tables, plots, report_tables
 from .conditions import ROOT, machine, read_rows
 
 COMMANDS = report_tables.COMMANDS | multi_tables.COMMANDS | peft_tables.COMMANDS
 RENDERERS = report_tables.RENDERERS | multi_tables.RENDERERS | peft_tables.RENDERERS
+PLOTS = plots.PLOTS | peft_tables.PLOTS
 _MARK = re.compile(r"<!-- (/?)bench:([\w-]+) -->")
 
 
@@ -27,7 +28,9 @@ def render(stem: str, rows: list[dict], brief: bool) -> str:
     if not rows:
         kept = f", kept as {stem}.jsonl" if suffix else ""
         return f"Not measured yet: `{COMMANDS[section]}` measures it{kept}."
-    return f"{conditions_line(rows)}\n\n{RENDERERS[section](rows, brief)}"
+    plot = plots.PLOTS.get(section)
+    drawn = [f"![{plot.title}]({stem}.svg)"] if plot and not brief and plot.panels(rows) else []
+    return "\n\n".join([conditions_line(rows), *drawn, RENDERERS[section](rows, brief)])
 
 
 def conditions_line(rows: list[dict]) -> str:
@@ -72,10 +75,11 @@ def written(results: Path, readme: Path, docs: Path) -> dict[Path, str]:
             texts[path] = rewritten(path.read_text(), results, brief, path.name)
         else:
             print(f"{path}: not there")
-    for stem, plot in peft_tables.PLOTS.items():
-        rows = read_rows(results / f"{stem}.jsonl")
-        if rows and docs.exists():
-            texts[docs.parent / f"{stem}.svg"] = plot(rows)
+    for stem in dict.fromkeys(mark[2] for mark in _MARK.finditer(docs.read_text() if docs.exists() else "")):
+        plot, rows = PLOTS.get(stem.partition("-")[0]), read_rows(results / f"{stem}.jsonl")
+        drawn = plot(rows) if plot and rows else None
+        if drawn:
+            texts[docs.parent / f"{stem}.svg"] = drawn
     return texts
 
 

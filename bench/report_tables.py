@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+
 from .table import markdown_table, ratio, significant
 
 COMMANDS = {
@@ -62,7 +65,12 @@ def parts(rows: list[dict], brief: bool) -> str:
 
 def single(rows: list[dict], brief: bool) -> str:
     """Times over the frozen linear's; in brief the training of the smaller model at one rank, and the fewest arms."""
-    left_out = sum(row["what"] == "left out" for row in rows)
+    late = sum(row["what"] == "left out" and row["arm"] is None for row in rows)
+    below = {
+        "How peers were checked": [row for row in rows if row["detail"] and row["what"] == "both"],
+        "Left out": [row for row in rows if row["what"] == "left out" and row["arm"]],
+        "Failed": [row for row in rows if row["error"]],
+    }
     rows = [row for row in rows if row["ms"]]
     if brief:
         rows = [row for row in rows if row["what"] == "both" and row["grid"] == "train" and row["r"] == 16]
@@ -77,12 +85,15 @@ def single(rows: list[dict], brief: bool) -> str:
         lines.append(cells if brief else [f"{grid}, {launch}", PASSES[what], *cells])
     header = ["layer", "tokens", "r", "dropout", "frozen linear, ms", *map(title, arms)]
     text = f"{'Forward + backward' if brief else 'Each pass'}: median time as a multiple of the frozen linear's, L2 cold, random data."
-    text += f" Points left out for want of time: {left_out}." if left_out and not brief else ""
-    return f"{text}\n\n" + (markdown_table(header, lines) if brief else markdown_table(["grid", "pass", *header], lines, left=3))
+    if brief:
+        return f"{text}\n\n" + markdown_table(header, lines)
+    text += f" Points left out for want of time: {late}." if late else ""
+    return "\n\n".join([text, markdown_table(["grid", "pass", *header], lines, left=3), *lists(below)])
 
 
 def memory(rows: list[dict], brief: bool) -> str:
     """MiB per layer."""
+    rows = [row for row in rows if row["what"] == "memory"]
     arms = [arm for arm in dict.fromkeys(row["arm"] for row in rows) if not brief or arm in ("peft", "torch", "auto", "triton")]
     lines = []
     for (layer, K, N, M, r, p), by_arm in points(rows, ("layer", "K", "N", "M", "r", "p")):
@@ -103,13 +114,15 @@ def host(rows: list[dict], brief: bool) -> str:
 
 def merge(rows: list[dict], brief: bool) -> str:
     """Milliseconds by layer and rank, and the rate at which W is read and written once."""
+    failed = [row for row in rows if row["error"]]
+    rows = [row for row in rows if row["ms"]]
     arms = list(dict.fromkeys(row["arm"] for row in rows))
     lines = []
     for (layer, K, N, r), by_arm in points(rows, ("layer", "K", "N", "r")):
         cells = [ms(by_arm.get(arm), brief) + (f", {by_arm[arm]['gbs']:.0f} GB/s" if arm in by_arm and not brief else "") for arm in arms]
         lines.append([f"{layer} {K}->{N}", r, *cells])
     text = "Median ms to merge an adapter into a weight; GB/s: W read once and written once."
-    return f"{text}\n\n" + markdown_table(["layer", "r", *arms], lines)
+    return "\n\n".join([text, markdown_table(["layer", "r", *arms], lines), *([] if brief else lists({"Failed": failed}))])
 
 
 def roof(rows: list[dict], brief: bool) -> str:
@@ -143,6 +156,26 @@ def points(rows: list[dict], keys: tuple[str, ...]):
     for row in rows:
         found.setdefault(tuple(row[key] for key in keys), {})[row["arm"]] = row
     return found.items()
+
+
+def lists(rows: dict[str, list[dict]], named: Callable[[str], str] = title) -> list[str]:
+    """Below a table: under each heading that has rows, the arms and what is said of them."""
+    return [f"{heading}:\n\n" + "\n".join(f"- {line}" for line in reasons(why, named)) for heading, why in rows.items() if why]
+
+
+def reasons(rows: list[dict], named: Callable[[str], str] = title) -> list[str]:
+    """One line for each arm and reason, numbers aside; with the first point's numbers."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        reason = (row["detail"] or row["error"]).split("\n")[0][:300]
+        groups.setdefault((row["arm"] or "", row["launch"] or "", re.sub(r"[\d.]+", "#", reason)), []).append(row | {"detail": reason})
+    lines = []
+    for (arm, launch, _), mine in groups.items():
+        number = f"{len(mine)} points" if len(mine) > 1 else "1 point"
+        where = f", {launch}" if launch else ""
+        who = named(arm) if arm else "points"
+        lines.append(f"{who}{where}: {mine[0]['detail']}" + (f" ({number})" if mine[0]["M"] is not None else ""))
+    return lines
 
 
 def ms(row: dict | None, brief: bool) -> str:

@@ -56,6 +56,11 @@ class Budget:
             yield point
             recent.append(time.perf_counter() - start)
 
+    def record(self, recorder: Recorder) -> None:
+        """A row for each point left out."""
+        for point in self.left_out:
+            recorder.add(**point.fields(), what="left out", detail=f"no time for it in {self.seconds:g} s")
+
 
 def say(text: str) -> None:
     """Progress goes to stderr, tables to stdout."""

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 from . import precompile, roof, variants, workloads
 from .baselines import FORMULAS, compiled, inference, training
 from .conditions import Recorder
+from .report_tables import reasons
 from .session import Budget, Session, say
+from .single_peers import Peers
 from .table import geomean, ratio, rounded, significant, text_table
 from .timing import Step, clock_for, graphed, interleave, message
 from .workloads import Operands, Point
+
+
+@dataclass
+class Arms:
+    """What is timed at a point: steps, for kernels their configurations by pass, and for peers how they were checked."""
+
+    steps: dict[str, Step]
+    configs: dict[str, dict] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
 
 
 def run(session: Session) -> int:
@@ -25,23 +38,25 @@ def run(session: Session) -> int:
     arch = variants.kernels_run(session.device)
     if cuda and arch is not None:
         precompile.run(precompile.of_points(points, arch, session.variants), arch, session.seconds / 3)
+    peers = Peers(recorder, session.device)
     for point in budget.walk(points):
         o = workloads.operands(point, session.device)
-        steps, configs = arms(session, point, o, said)
+        timed = arms(session, point, o, peers, said)
         for launch in launches.get(point.grid, ("queued" if cuda else "host",)):
-            _measure(recorder, session, point, o, steps, configs, clocks[launch], ceilings, seconds)
+            _measure(recorder, session, point, o, timed, clocks[launch], ceilings, seconds)
         say(f"single {point}: {medians(recorder.rows, point)}")
-    for point in budget.left_out:
-        recorder.add(**point.fields(), what="left out", detail=f"no time for it in {session.seconds:g} s")
+    budget.record(recorder)
     failed = [row for row in recorder.rows if row["error"]]
     for line in failures(failed):
         print(line)
     print(summary(recorder.rows), flush=True)
+    for line in reasons([row for row in recorder.rows if row["what"] == "left out" and row["arm"]]):
+        print(f"left out: {line}", flush=True)
     return len(failed)
 
 
-def arms(session: Session, point: Point, o: Operands, said: set[str]) -> tuple[dict[str, Step], dict[str, dict]]:
-    """The steps to time at a point, and the configurations of those that run kernels."""
+def arms(session: Session, point: Point, o: Operands, peers: Peers, said: set[str]) -> Arms:
+    """The arms to time at a point."""
     make = inference if point.forward_alone else training
     formulas = dict(FORMULAS) | ({"torch.compile": compiled()} if session.compile else {})
     steps = {name: make(formula, o) for name, formula in formulas.items()}
@@ -54,11 +69,12 @@ def arms(session: Session, point: Point, o: Operands, said: set[str]) -> tuple[d
             if f"{name}{sentence}" not in said:
                 said.add(f"{name}{sentence}")
                 say(f"single leaves out {name} at {point}: {sentence}")
-    return steps, configs
+    theirs, notes = peers.steps(point, o)
+    return Arms(steps | theirs, configs, notes)
 
 
-def _measure(recorder: Recorder, session: Session, point: Point, o: Operands, steps, configs, clock, ceilings, seconds: float) -> None:
-    failed: dict[str, str] = {}
+def _measure(recorder: Recorder, session: Session, point: Point, o: Operands, arms: Arms, clock, ceilings, seconds: float) -> None:
+    steps, failed = arms.steps, {}
     if clock.launch == "graph":
         steps, failed = captured(steps, clock)
     times, errors = interleave(steps, clock, seconds=seconds, least=3 if session.quick else 10)
@@ -67,12 +83,12 @@ def _measure(recorder: Recorder, session: Session, point: Point, o: Operands, st
     floor, peft = times.get("linear", {}), times.get("peft", {})
     for name, passes in times.items():
         for what, t in passes.items():
-            took, config = variants.taken_by_auto(o, what) if name == "auto" else (name.split(":")[0], configs.get(name, {}).get(what))
+            took, config = variants.taken_by_auto(o, what) if name == "auto" else (name.split(":")[0], arms.configs.get(name, {}).get(what))
             recorder.add(
                 **point.fields(), what=what, arm=name, took=took, launch=clock.launch, config=config, ms=t.ms(), rounds=t.rounds,
                 roof_fraction=rounded(ceilings.floor_ms(point, what) / t.p50) if ceilings else None,
                 over_linear=rounded(t.p50 / floor[what].p50) if what in floor else None,
-                speedup_over_peft=rounded(peft[what].p50 / t.p50) if what in peft else None,
+                speedup_over_peft=rounded(peft[what].p50 / t.p50) if what in peft else None, detail=arms.notes.get(name),
             )  # fmt: skip
 
 
@@ -117,8 +133,8 @@ def summary(rows: list[dict]) -> str:
     """
     rows = [row for row in rows if row["over_linear"] is not None]
     arms = [name for name in dict.fromkeys(row["arm"] for row in rows) if name != "linear"]
-    variants_timed = [name for name in arms if ":" in name]
-    names = arms if len(variants_timed) <= 4 else [name for name in arms if ":" not in name]
+    variants_timed = [name for name in arms if name.startswith("triton:")]
+    names = arms if len(variants_timed) <= 4 else [name for name in arms if name not in variants_timed]
     groups: dict[tuple, dict[str, list[dict]]] = {}
     for row in rows:
         key = (row["grid"], row["launch"], row["M"], row["p"], row["what"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,18 +22,18 @@ class Panel:
 def charts(panels: Sequence[Panel], xlabel: str, ylabel: str) -> str:
     """The panels beside each other on one scale."""
     values = [value for panel in panels for curve in panel.curves.values() for value in curve]
-    low, high, step = _scale(min(values), max(values))
+    low, high, step = scale(min(values), max(values))
     parts = [_panel(panel, i * WIDTH, low, high, step, xlabel, ylabel) for i, panel in enumerate(panels)]
     size = f'width="{WIDTH * len(panels)}" height="{HEIGHT}" viewBox="0 0 {WIDTH * len(panels)} {HEIGHT}"'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="11" fill="{INK}">'
     return "\n".join([head, '<rect width="100%" height="100%" fill="white"/>', *parts, "</svg>", ""])
 
 
-def _scale(low: float, high: float) -> tuple[float, float, float]:
+def scale(low: float, high: float) -> tuple[float, float, float]:
     """Ends and step of a scale with four to eight marks at round values."""
     spread = (high - low) or 1.0
     step = next(m * 10.0**e for e in range(-9, 9) for m in (1, 2, 5) if spread / (m * 10.0**e) <= 6)
-    below, above = int(low // step), -int(-high // step)
+    below, above = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)  # 1 // 0.2 is 4
     return below * step, above * step, step
 
 

@@ -180,15 +180,18 @@ def message(error: Exception) -> str:
 
 def graphed(step: Step) -> Step:
     """A step whose forward replays a CUDA graph of ``step.forward``, which keeps its own output alive."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
+    current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    side.wait_stream(current)
     with torch.cuda.stream(side):
         for _ in range(3):
             step.forward()
-    torch.cuda.current_stream().wait_stream(side)
+    current.wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = step.forward()
+    try:
+        with torch.cuda.graph(graph):
+            output = step.forward()
+    finally:
+        torch.cuda.set_stream(current)  # where a capture fails, torch leaves its stream the current one
 
     def replay():
         graph.replay()

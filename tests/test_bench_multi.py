@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:  # bench is not installed with the package
     sys.path.insert(0, str(ROOT))
 
-from bench import baselines, conditions, device, multi, multi_baselines, multi_check, multi_peers, plan_cost, report, roof  # noqa: E402
+from bench import baselines, conditions, device, multi, multi_baselines, multi_check, multi_peers, peer_modules, plan_cost, report, roof  # noqa: E402
 from bench import multi_workloads as workloads  # noqa: E402
 from bench.multi_check import Arm, Checker  # noqa: E402
 from bench.multi_workloads import MultiPoint  # noqa: E402
@@ -298,7 +298,7 @@ def test_peers_are_loaded_and_checked(tmp_path, monkeypatch):
     assert "No module named" in refused["peer:punica"] and "shrink_expand(y, x, A, B, ids, scale)" in refused["peer:mine"]
     for point in POINTS[:5]:
         assert Checker(CPU).wrong(point, "peer:vllm", Arm(multi_peers.formula(found["peer:vllm"]), foreign=True)) is None
-    monkeypatch.setattr(multi_peers, "FOLDER", tmp_path)
+    monkeypatch.setattr(peer_modules, "FOLDER", tmp_path)
     assert bench("decode", out=tmp_path / "out") == 0
     rows = conditions.read_rows(tmp_path / "out" / "decode.jsonl")
     assert any(row["arm"] == "peer:vllm" and row["ms"] for row in rows)

@@ -66,7 +66,7 @@ def test_charts_draw_what_they_are_given():
 
 @pytest.mark.parametrize("low, high", [(0.0, 1.0), (1.87, 2.37), (4.0, 4.0), (1e-3, 9e-3), (-3.0, 250.0)])
 def test_a_scale_holds_its_values_between_round_marks(low, high):
-    below, above, step = svg._scale(low, high)
+    below, above, step = svg.scale(low, high)
     assert below <= low and high <= above and (above - below) / step <= 8
     assert re.fullmatch(r"[125]0*", f"{step * 1e9:.0f}")
 
