@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from . import check, host, memory, merge, multi, roof, single
+from . import check, host, memory, merge, multi, roof, single, tune
 from .session import Session, say
 
 SECTIONS = {
@@ -25,6 +25,7 @@ SECTIONS = {
     "multi": multi.prefill,
     "decode": multi.decode,
     "mtrain": multi.train,
+    "tune": tune.run,
 }
 GRACE = 50  # seconds past its budget after which a section is taken to hang
 
