@@ -129,8 +129,11 @@ def why_not_here(config: Config, p: Problem, arch: Arch) -> str | None:
 
 def _preferred(p: Problem, arch: Arch) -> tuple[str, str]:
     row = lookup(p, arch)
-    if row:
-        return row.arm, f"measured faster: {row.source}"
+    return (row.arm, f"measured faster: {row.source}") if row else unmeasured(p, arch)
+
+
+def unmeasured(p: Problem, arch: Arch) -> tuple[str, str]:
+    """The arm where no row of the table says otherwise, and why."""
     if arch.kind == "interpreter":
         return "torch", "faster than interpreting the kernels"
     if p.adapters:

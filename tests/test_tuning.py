@@ -86,6 +86,7 @@ def test_an_unknown_gpu_is_answered_too():
             "sm_90",
             "r a multiple of 8, got r = 12",
         ),
+        (Config(expand=Expand(128, 256, 64, num_stages=4, warp_specialize=True, tma=True, num_warps=4)), PROBLEM, "sm_90", "278528 bytes"),
         (Config(expand=Expand(num_warps=3)), PROBLEM, "sm_90", "expand.num_warps must be 1, 2, 4, 8 or 16, got 3"),
         (Config(), replace(PROBLEM, dtype=torch.float64), "sm_90", "do not take float64"),
     ],
