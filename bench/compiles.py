@@ -1,12 +1,13 @@
 """Section ``compiles``: how many kernels a run of changing lengths compiles, and on a GPU how long the first call takes on a cold cache.
 
-On a GPU a process with an empty cache folder runs forward and backward passes, and Triton's own hook counts. Without one nothing is
+On a GPU a process with an empty cache folder runs forward and backward passes, and Triton tells of each compilation. Without one nothing is
 executed: the launches for an H100 are counted by what tells kernels apart (`precompile.distinct`), which needs no device.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 
 import torch
 
@@ -21,8 +23,9 @@ from lora_kernels import dispatch
 from lora_kernels.tuning import Arch, resolve
 
 from . import precompile, variants, workloads
+from .baselines import ours, training
 from .conditions import ROOT
-from .session import Session, say
+from .session import Session
 from .table import text_table
 from .timing import message
 from .workloads import LLAMA_8B, Point
@@ -101,27 +104,37 @@ def points(p: float, number: int) -> list[Point]:
     return [Point("compiles", LAYER, M, K, N, 16, p) for M in lengths(number)]
 
 
-def executed(p: float, number: int) -> dict:
-    """Runs both passes at every length on this process's GPU: compilations by Triton's hook, seconds of the first forward and backward."""
+@contextlib.contextmanager
+def counting() -> Iterator[list[str]]:
+    """The names of the kernels that are compiled inside; those that a cache held are not among them."""
     from triton import knobs
 
     compiled: list[str] = []
-    knobs.runtime.jit_post_compile_hook = lambda *, repr, **rest: compiled.append(repr)
-    device, first = torch.device("cuda"), None
-    for point in points(p, number):
-        start = time.perf_counter()
-        train_once(point, device)
-        torch.cuda.synchronize(device)
-        first = first or time.perf_counter() - start
-    say(f"compiles p={p:g}: {len(compiled)} compilations, first call {first:.1f} s")
-    return {"kernels": len(compiled), "seconds": round(first or 0.0, 3), "detail": "compiled"}
+
+    def listen(*, src, cache_hit: bool, **rest) -> None:
+        if not cache_hit:
+            compiled.append(src.name)
+
+    # Not the hook of a launch, knobs.runtime.jit_post_compile_hook: Triton 3.6 cannot tell it of a kernel that takes a function.
+    before, knobs.compilation.listener = knobs.compilation.listener, listen
+    try:
+        yield compiled
+    finally:
+        knobs.compilation.listener = before
 
 
-def train_once(point: Point, device: torch.device) -> None:
-    """Forward and backward by the kernels."""
-    from .baselines import ours, training
-
-    training(ours("triton"), workloads.operands(point, device)).run()
+def executed(p: float, number: int) -> dict:
+    """Runs both passes at every length on this process's GPU: kernels compiled, and seconds of the first forward and backward."""
+    device, first = torch.device("cuda"), 0.0
+    with counting() as compiled:
+        for point in points(p, number):
+            step = training(ours("triton"), workloads.operands(point, device))
+            torch.cuda.synchronize(device)
+            start = time.perf_counter()
+            step.run()
+            torch.cuda.synchronize(device)
+            first = first or time.perf_counter() - start
+    return {"kernels": len(compiled), "seconds": round(first, 3), "detail": "compiled"}
 
 
 def main() -> int:

@@ -29,7 +29,7 @@ SECTIONS = {
     "compiles": compiles.run,
     "sanitize": sanitize.run,
 }
-NOT_IN_ALL = ("sanitize",)  # under its tools the kernels are slower by an order of magnitude or more
+NOT_IN_ALL = ("sanitize",)  # its tools may need more than a section's time
 GRACE = 50  # seconds past its budget after which a section is taken to hang
 
 

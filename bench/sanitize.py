@@ -1,7 +1,7 @@
 """Section ``sanitize``: NVIDIA's compute-sanitizer, memcheck and racecheck, over the quick parity check of every kernel on a GPU.
 
 memcheck sees addresses out of bounds only where each tensor is an allocation of its own, so torch's caching allocator is off. racecheck
-sees shared memory alone. Not part of "all": both tools slow kernels down by an order of magnitude or more, and the budget may not suffice.
+sees shared memory alone. Not part of "all": both tools instrument every kernel, and whether a section's budget suffices is not known.
 """
 
 from __future__ import annotations
