@@ -204,6 +204,7 @@ def main(argv: list[str] | None = None) -> int:
     if not found and not lines:
         say(f"no row: {args.results} holds no tune.jsonl nor single.jsonl of a GPU")
         return 1
+    print("from .config import Config, Expand, Shrink, Wgrad\n")
     print("ROWS: tuple[Row, ...] = (\n" + "".join(f"    {row},\n" for row in found) + ")")
     return 0
 

@@ -112,9 +112,9 @@ def checked(tuning: Tuning, call: Call, i: Inputs, configs: dict[str, Config]) -
     truth = kernel_calls.expected(call, i, torch.float64, rows)
     same = kernel_calls.expected(call, i, i.o.x.dtype, rows)
     right = {}
-    for name, config in configs.items():
+    for done, (name, config) in enumerate(configs.items()):
         if time.perf_counter() > tuning.until:
-            say(f"tune {i.point} {call.kernel} {call.what}: no time for {len(configs) - len(right)} of {len(configs)} candidates")
+            say(f"tune {i.point} {call.kernel} {call.what}: no time for {len(configs) - done} of {len(configs)} candidates")
             break
         used, error = None, None
         try:
