@@ -8,9 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from ..problem import Problem
+from ..problem import Problem, usual_dtype
 from .arch import Arch
 from .config import Config
 from .validity import why_not
@@ -41,10 +39,9 @@ class Row:
     def problem(self, M: int, R: int) -> Problem:
         """A problem of the bucket, its operands as a call's usually lie."""
         dropout = ("x" if self.w_major == "k" else "uv") if self.dropout else ""
-        dtype = torch.bfloat16 if self.itemsize == 2 else torch.float32
         blocks = (2, self.config.expand.block_m, self.config.shrink.block_m) if self.segments else (0, 0, 0)
         many: dict[str, Any] = dict(zip(("adapters", "row_block", "gather_block"), blocks, strict=True))
-        return Problem(M, self.N, self.K, R, dtype, dropout, w_major=self.w_major, **many)
+        return Problem(M, self.N, self.K, R, usual_dtype(self.itemsize), dropout, w_major=self.w_major, **many)
 
     def corners(self) -> list[Problem]:
         """The bucket's problems of the fewest and the most tokens, at the least and the largest rank."""
