@@ -162,6 +162,10 @@ def test_a_row_that_a_call_cannot_take_yields_to_the_heuristic(monkeypatch):
     assert lookup(PROBLEM, sm_90) is row
     for other in (replace(PROBLEM, aligned=False), replace(PROBLEM, R=12), PROBLEM.backward()):
         assert resolve(other, sm_90) == (heuristic(other, sm_90), "heuristic")
+    apart = replace(PROBLEM, aligned=False)
+    monkeypatch.setattr(tables, "ROWS", (replace(row, arm="torch"),))
+    assert lookup(apart, sm_90).arm == "torch" and resolve(apart, sm_90) == (heuristic(apart, sm_90), "heuristic")
+    monkeypatch.setattr(tables, "ROWS", (row,))
     monkeypatch.setattr(dispatch, "arch_of", lambda device: (sm_90, ""))
     for version, config in (("3.6.0", specialised), ("3.7.1", heuristic(PROBLEM, sm_90))):
         monkeypatch.setattr(dispatch, "triton_version", lambda version=version: version)
