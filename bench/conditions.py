@@ -19,13 +19,15 @@ ROOT = Path(__file__).resolve().parents[1]
 FIELDS = "section what arm config M N K r p dtype ms roof_fraction over_linear".split()
 OTHERS = "took launch layer grid rounds speedup_over_peft gbs tflops us peak_bytes saved_bytes name ok ratio detail error quick".split()
 OTHERS += "adapters loaded popularity order ranks adapter_dtype losses".split()
+OTHERS += "capability kernel round over_heuristic seconds kernels lengths tool".split()
 CONDITIONS = "gpu cpu cpu_capability threads driver cuda torch triton python commit code date".split()
 
 
 def conditions(device: torch.device) -> dict:
-    """Where and with what a run happens; ``gpu`` is null on a CPU."""
+    """Where and with what a run happens; ``gpu`` is null on a CPU, which has no ``capability``."""
     cuda = device.type == "cuda"
-    return {
+    capability = {"capability": torch.cuda.get_device_capability(device)} if cuda else {}
+    return capability | {
         "gpu": torch.cuda.get_device_name(device) if cuda else None,
         "cpu": cpu_model(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),

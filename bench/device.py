@@ -1,4 +1,4 @@
-"""One command for a device: ``python -m bench.device [check|roof|single|memory|host|merge|multi|decode|mtrain|all ...] --out DIR``.
+"""One command for a device: ``python -m bench.device [SECTION|all ...] --out DIR``, the sections being those of `SECTIONS`.
 
 A red parity check ends it: a number from kernels that are wrong is not reported. On a CPU the same sections time the library chain.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from . import check, host, memory, merge, multi, roof, single
+from . import check, compiles, host, memory, merge, multi, roof, sanitize, single, tune
 from .session import Session, say
 
 SECTIONS = {
@@ -25,7 +25,11 @@ SECTIONS = {
     "multi": multi.prefill,
     "decode": multi.decode,
     "mtrain": multi.train,
+    "tune": tune.run,
+    "compiles": compiles.run,
+    "sanitize": sanitize.run,
 }
+NOT_IN_ALL = ("sanitize",)  # its tools may need more than a section's time
 GRACE = 50  # seconds past its budget after which a section is taken to hang
 
 
@@ -34,7 +38,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     session = Session(device, args.out, args.seconds, args.quick, args.compile, args.variants)
-    wanted = list(SECTIONS) if "all" in args.sections else [name for name in SECTIONS if name in args.sections]
+    everything = "all" in args.sections
+    wanted = [name for name in SECTIONS if name in args.sections or (everything and name not in NOT_IN_ALL)]
     green = None if "check" in wanted else check.recorded(session)
     status = 0
     for name in wanted:
@@ -66,7 +71,13 @@ def _within(session: Session, name: str, section):
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.device", description=__doc__.split("\n")[0])
-    parser.add_argument("sections", nargs="*", default=["all"], metavar="SECTION", help=f"{', '.join(SECTIONS)} or all (default)")
+    parser.add_argument(
+        "sections",
+        nargs="*",
+        default=["all"],
+        metavar="SECTION",
+        help=f"{', '.join(SECTIONS)} or all (default; without {', '.join(NOT_IN_ALL)})",
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for the JSON lines")
     parser.add_argument("--device", help="cuda where there is one, else cpu")
     parser.add_argument("--seconds", type=float, default=420.0, help="budget of each section; points past it are left out (default 420)")

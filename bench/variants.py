@@ -80,7 +80,7 @@ def kernel_arms(point: Point, o: Operands, arch: Arch, every: bool) -> tuple[dic
         if name == "triton":
             steps[name] = (inference if decode else training)(ours("triton"), o)
         else:
-            steps[name] = inference(ours("triton", f), o) if decode else _step(o, f, b)
+            steps[name] = inference(ours("triton", f), o) if decode else step(o, f, b)
         configs[name] = {"forward": dataclasses.asdict(f)} | ({"backward": dataclasses.asdict(b)} if b else {})
     return steps, configs, refused
 
@@ -120,7 +120,7 @@ def fitted(config: Config, changes: dict, p: Problem, arch: Arch) -> tuple[Confi
     return None, sentence
 
 
-def _step(o: Operands, f: Config, b: Config | None) -> Step:
+def step(o: Operands, f: Config, b: Config | None) -> Step:
     """Forward and backward with a configuration each, which one call of lora_linear does not take."""
     x, A, B = o.x.detach(), o.lora_A.detach(), o.lora_B.detach()
 

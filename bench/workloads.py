@@ -110,6 +110,25 @@ def cpu_single(quick: bool) -> list[Point]:
     return [*train(layers, (512, 128), (16,), dtype=torch.float32), *train(layers, (1, 16), (16,), "decode", (0.0,), torch.float32)]
 
 
+def tune(cuda: bool, quick: bool) -> list[Point]:
+    """Points whose configurations are tuned: training with and without dropout, and few tokens."""
+    if not cuda:
+        layer = {"small": (32, 48)}
+        tokens, few = train(layer, (80,), (8,), dropouts=(0.1,)), train(layer, (2,), (8,), "decode", (0.0,))
+        return [replace(point, dtype=torch.float32) for point in (*tokens, *few)]
+    if quick:
+        return gpu_single(quick)
+    few = (1, 16, 64)
+    return [
+        *train(LLAMA_8B, (8192,), (16,)),
+        *train(LLAMA_8B, few, (16,), "decode", (0.0,)),
+        *train(LLAMA_70B, (8192,), (16,)),
+        *train(LLAMA_8B, (2048,), (16,)),
+        *train(LLAMA_70B, (2048,), (16,)),
+        *train(LLAMA_70B, few, (16,), "decode", (0.0,)),
+    ]
+
+
 def memory(device: torch.device, quick: bool) -> list[Point]:
     if device.type != "cuda":
         layers = {"small": (64, 96)} if quick else {"1024->1024": (1024, 1024), "1024->4096": (1024, 4096)}

@@ -17,7 +17,7 @@ import torch
 from . import chain, problem
 from .problem import Problem, UnsupportedError
 from .segments import CPU, Adapters
-from .tuning import Arch, Config, lookup, resolve, why_not
+from .tuning import Arch, Config, heuristic, lookup, resolve, why_not
 
 FEW_TOKENS = 256
 INTERPRETED_BFLOAT16 = "Triton's interpreter multiplies bfloat16 bit patterns (triton #11584), so bfloat16 needs a GPU"
@@ -91,7 +91,7 @@ def _choose(p: Problem, device: torch.device, impl: str, key: str, interpreted: 
     arch, why_no_arch = arch_of(device)
     config, origin, reason = None, "", why_no_arch
     if arch is not None:
-        config, origin = (Config.from_key(key), "explicit") if key else resolve(p, arch)
+        config, origin = (Config.from_key(key), "explicit") if key else _resolved(p, arch)
         reason = why_not_here(config, p, arch) or ""
     if reason and (impl == "triton" or key):
         raise UnsupportedError(f"impl: 'triton' cannot serve this call: {reason}")
@@ -110,6 +110,14 @@ def _choose(p: Problem, device: torch.device, impl: str, key: str, interpreted: 
     return Choice(arm, config if arm == "triton" else None, why)
 
 
+def _resolved(p: Problem, arch: Arch) -> tuple[Config, str]:
+    """`resolve`, but for a row that the Triton of this machine cannot run the heuristic."""
+    config, origin = resolve(p, arch)
+    if origin == "table" and why_not_here(config, p, arch):
+        return heuristic(p, arch), "heuristic"
+    return config, origin
+
+
 def why_not_here(config: Config, p: Problem, arch: Arch) -> str | None:
     """`why_not`, and what the Triton of this machine cannot do."""
     if arch.kind == "interpreter" and p.dtype == torch.bfloat16:
@@ -121,8 +129,11 @@ def why_not_here(config: Config, p: Problem, arch: Arch) -> str | None:
 
 def _preferred(p: Problem, arch: Arch) -> tuple[str, str]:
     row = lookup(p, arch)
-    if row:
-        return row.arm, f"measured faster: {row.source}"
+    return (row.arm, f"measured faster: {row.source}") if row else unmeasured(p, arch)
+
+
+def unmeasured(p: Problem, arch: Arch) -> tuple[str, str]:
+    """The arm where no row of the table says otherwise, and why."""
     if arch.kind == "interpreter":
         return "torch", "faster than interpreting the kernels"
     if p.adapters:

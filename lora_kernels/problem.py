@@ -63,6 +63,11 @@ class Problem:
         return replace(self, N=self.K, K=self.N, w_major=other, dropout="uv" if self.dropout else "")
 
 
+def usual_dtype(itemsize: int) -> torch.dtype:
+    """The dtype of so many bytes that problems of the table are described by."""
+    return {2: torch.bfloat16, 4: torch.float32}[itemsize]
+
+
 def forward_flops(M: int, N: int, K: int, R: int) -> int:
     """Floating-point operations of a forward pass, a multiplication and an addition each."""
     return 2 * M * (N * K + R * (N + K))

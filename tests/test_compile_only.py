@@ -5,11 +5,12 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 
 from lora_kernels.dispatch import triton_version
-from lora_kernels.tuning import Arch
+from lora_kernels.tuning import Arch, Config, Expand, Shrink, Wgrad, tables
 
 WANTED = {"sm_80": "mma", "sm_86": "mma", "sm_89": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "sm_120": "mma", "gfx942": "mfma"}
 
@@ -133,6 +134,66 @@ def test_overlapped_launches_wait_before_they_read_u():
     assert out.stdout.split("\n")[:4] == [
         "shrink False False False", "expand False False False", "shrink False True False", "expand True False True"
     ]  # fmt: skip
+
+
+ROWS = """
+import json
+from lora_kernels.compile_only import compile_pass
+from lora_kernels.dispatch import why_not_here
+from lora_kernels.tuning import Arch, Config, Expand, Shrink, Wgrad
+from lora_kernels.tuning.tables import ROWS, Row
+
+for number, row in enumerate({rows}):
+    arch = Arch.cuda(*row.capability)
+    forward = row.problem(row.tokens[0], row.rank[1] - 1)
+    if why_not_here(row.config, forward, arch) is None:
+        backward = row.w_major == "n"
+        for report in compile_pass(forward, arch, row.config, f"row {{number}}", backward):
+            print(json.dumps(report.as_dict()))
+    else:
+        print(json.dumps(dict(label=f"row {{number}}", good=False, why=why_not_here(row.config, forward, arch))))
+"""
+
+
+def compiled_rows(rows: str) -> list[dict]:
+    """The compiler's reports on rows of the table, named by an expression."""
+    out = run("-c", ROWS.format(rows=rows))
+    assert out.returncode == 0, out.stderr[-2000:]
+    return [json.loads(line) for line in out.stdout.splitlines()]
+
+
+def unserved(report: dict) -> bool:
+    """Whether another Triton than this machine's is needed: then a call takes the heuristic."""
+    return "compiled by Triton" in report.get("why", "")
+
+
+def test_every_row_of_the_table_compiles_for_its_architecture():
+    """No spills, within the chip's shared memory, on a matmul instruction."""
+    reports = compiled_rows("ROWS")
+    assert {r["label"] for r in reports} == {f"row {number}" for number in range(len(tables.ROWS))}
+    assert [r for r in reports if not r["good"] and not unserved(r)] == []
+
+
+def test_planted_rows_show_that_the_check_can_fail():
+    """A good row of each pass, one that spills, and one that is not valid."""
+    good = tables.Row((9, 0), (1024, 4096), 4096, 1024, (1, 17), False, 2, "triton", Config(Shrink(32, 64)), "bench/results/x.jsonl")
+    backward = replace(good, w_major="n", dropout=True, config=Config(wgrad=Wgrad(64, 32)))
+    spilling = Expand(256, 128, 64, num_warps=8, num_stages=3, tma=True, persistent=True)
+    too_big = Config(expand=Expand(256, 256, 128, num_stages=4))
+    planted = good, backward, replace(backward, config=replace(backward.config, expand=spilling)), replace(good, config=too_big)
+    reports = compiled_rows(repr(planted))
+    by_row = [[r for r in reports if r["label"] == f"row {number}"] for number in range(len(planted))]
+    assert [len(mine) for mine in by_row] == [2, 4, 4, 1]
+    assert all(r["good"] for mine in by_row[:2] for r in mine)
+    assert [(r["kernel"], r["spills"] > 0) for r in by_row[2] if not r["good"]] == [("expand given", True)]
+    assert "bytes of shared memory" in by_row[3][0]["why"] and not unserved(by_row[3][0])
+
+
+def test_a_kernel_past_the_chips_shared_memory_is_not_good():
+    from lora_kernels.compile_only import Report
+
+    report = Report("expand", "", "sm_90", "bfloat16", 128, 0, 232448, 232448, "wgmma", True, 8)
+    assert report.good and not replace(report, shared=232449).good and not replace(report, spills=1).good
 
 
 def test_compiling_needs_no_interpreter():

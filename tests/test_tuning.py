@@ -1,11 +1,13 @@
 """Configurations as values: validity in one sentence, a heuristic that always answers, tables with sources."""
 
 import itertools
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 
+from lora_kernels import dispatch
 from lora_kernels.problem import Problem
 from lora_kernels.tuning import Arch, Config, Expand, Shrink, Wgrad, heuristic, lookup, rank_block, resolve, tables, why_not
 
@@ -89,13 +91,12 @@ def test_an_unknown_gpu_is_answered_too():
         (Config(expand=Expand(pdl=True)), PROBLEM, "sm_89", "programmatic dependent launch of sm_90"),
         (Config(expand=Expand(pdl=True, u="awaited")), PROBLEM, "sm_90", "expand.pdl starts the base product"),
         (Config(expand=Expand(pdl=True, base="library")), PROBLEM, "sm_90", "serves u='given' and base='kernel'"),
+        (Config(expand=Expand(128, 256, 64, num_stages=4, warp_specialize=True, tma=True, num_warps=4)), PROBLEM, "sm_90", "278528 bytes"),
         (Config(expand=Expand(num_warps=3)), PROBLEM, "sm_90", "expand.num_warps must be 1, 2, 4, 8 or 16, got 3"),
         (Config(), replace(PROBLEM, dtype=torch.float64), "sm_90", "do not take float64"),
     ],
 )
 def test_why_not(config, problem, arch, sentence):
-    import re
-
     answer = why_not(config, problem, Arch.parse(arch))
     assert answer and re.search(sentence, answer), answer
 
@@ -118,12 +119,62 @@ def test_arch_names():
             Arch.parse(bad)
 
 
+def complaints(row: tables.Row) -> list[str]:
+    """What is wrong with a row of `tables.ROWS`; what the compiler makes of it is tests/test_compile_only.py's."""
+    arch = Arch.cuda(*row.capability)
+    found = [f"{problem}: {sentence}" for problem in row.corners() if (sentence := why_not(row.config, problem, arch))]
+    found += [f"{problem}: another row goes before it" for problem in row.corners() if lookup(problem, arch) not in (row, None)]
+    found += ["an empty bucket"] if row.tokens[0] >= row.tokens[1] or row.rank[0] >= row.rank[1] else []
+    found += [] if row.arm in ("triton", "torch") else [f"arm {row.arm!r}"]
+    return found + ([] if row.source.startswith("bench/results/") else [f"source {row.source!r}"])
+
+
 def test_every_row_is_valid_and_says_what_it_rests_on():
-    for row in tables.ROWS:
-        arch = Arch.cuda(*row.capability)
-        problem = Problem(row.tokens[0], row.N, row.K, row.rank[0], torch.bfloat16, "x" if row.dropout else "")
-        assert why_not(row.config, problem, arch) is None
-        assert row.source.startswith("bench/results/")
+    assert [complaint for row in tables.ROWS for complaint in complaints(row)] == []
+
+
+ROW = tables.Row((9, 0), (1024, 4096), 4096, 1024, (1, 17), True, 2, "triton", Config(Shrink(32, 64)), "bench/results/x.jsonl: 1.1x")
+
+
+@pytest.mark.parametrize(
+    "row, complaint",
+    [
+        (ROW, None),
+        (replace(ROW, w_major="n", config=Config(wgrad=Wgrad(64, 32))), None),
+        (replace(ROW, w_major="n"), "wgrad with dropout"),
+        (replace(ROW, config=Config(Shrink(64, 64))), "shrink with dropout"),
+        (replace(ROW, config=Config(Shrink(32, 64), Expand(256, 256, 64, num_stages=4))), "bytes of shared memory"),
+        (replace(ROW, rank=(1, 200), config=Config(Shrink(16, 64), Expand(32, 32, 64, u="loop"))), "R=199.*ranks up to 128"),
+        (replace(ROW, tokens=(2048, 2048)), "an empty bucket"),
+        (replace(ROW, N=2048, K=2048), "another row goes before it"),
+        (replace(ROW, arm="cublas"), "arm 'cublas'"),
+        (replace(ROW, source="a guess"), "source 'a guess'"),
+    ],
+)
+def test_a_planted_row(row, complaint, monkeypatch):
+    monkeypatch.setattr(tables, "ROWS", (replace(ROW, N=2048, K=2048, rank=(16, 17)), row))
+    found = complaints(row)
+    assert (not found) if complaint is None else re.search(complaint, found[0]), found
+
+
+def test_a_row_that_a_call_cannot_take_yields_to_the_heuristic(monkeypatch):
+    sm_90, device = Arch.parse("sm_90"), torch.device("cuda")
+    specialised = Config(expand=Expand(num_warps=4, tma=True, warp_specialize=True))
+    row = tables.Row((9, 0), (1, 10000), 4096, 4096, (1, 33), False, 2, "triton", specialised, "bench/results/x.jsonl")
+    monkeypatch.setattr(tables, "ROWS", (row,))
+    assert lookup(PROBLEM, sm_90) is row
+    for other in (replace(PROBLEM, aligned=False), replace(PROBLEM, R=12), PROBLEM.backward()):
+        assert resolve(other, sm_90) == (heuristic(other, sm_90), "heuristic")
+    apart = replace(PROBLEM, aligned=False)
+    monkeypatch.setattr(tables, "ROWS", (replace(row, arm="torch"),))
+    assert lookup(apart, sm_90).arm == "torch" and resolve(apart, sm_90) == (heuristic(apart, sm_90), "heuristic")
+    monkeypatch.setattr(tables, "ROWS", (row,))
+    monkeypatch.setattr(dispatch, "arch_of", lambda device: (sm_90, ""))
+    for version, config in (("3.6.0", specialised), ("3.7.1", heuristic(PROBLEM, sm_90))):
+        monkeypatch.setattr(dispatch, "triton_version", lambda version=version: version)
+        dispatch._choose.cache_clear()
+        assert dispatch.choose(PROBLEM, device, "triton").config == config
+    dispatch._choose.cache_clear()
 
 
 def test_a_row_goes_before_the_heuristic(monkeypatch):

@@ -12,4 +12,6 @@ __all__ = ["MERGE", "Arch", "Config", "Expand", "Shrink", "Wgrad", "heuristic", 
 def resolve(problem, arch) -> tuple[Config, str]:
     """The configuration for a problem on an architecture, and where it comes from: "table" or "heuristic"."""
     row = lookup(problem, arch)
-    return (row.config, "table") if row else (heuristic(problem, arch), "heuristic")
+    if row and why_not(row.config, problem, arch) is None:  # a row for the chain holds for operands that its configuration cannot take
+        return row.config, "table"
+    return heuristic(problem, arch), "heuristic"

@@ -1,12 +1,17 @@
-"""Measured rows, by compute capability and shape bucket. Each row carries the measurement it rests on; no measurement, no row."""
+"""Measured rows, by compute capability and shape bucket. Each row carries the measurement it rests on; no measurement, no row.
+
+``python -m bench.rows`` prints them from what `bench.device tune` and `single` measured; none is typed by hand.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from ..problem import Problem
+from ..problem import Problem, usual_dtype
 from .arch import Arch
 from .config import Config
+from .validity import why_not
 
 
 @dataclass(frozen=True)
@@ -15,6 +20,7 @@ class Row:
 
     ``tokens``: the range [low, high) of M it holds for. ``arm``: "triton" or "torch", whichever was faster. ``source``: the file in
     bench/results/ and the ratio it shows. ``segments``: whether it is for many adapters; then its tiles must be the plan's blocks.
+    ``w_major``: as in `Problem`: "k" for the forward pass of a layer K -> N, "n" for the backward pass of a layer N -> K.
     """
 
     capability: tuple[int, int]
@@ -28,17 +34,25 @@ class Row:
     config: Config
     source: str
     segments: bool = False
+    w_major: str = "k"
+
+    def problem(self, M: int, R: int) -> Problem:
+        """A problem of the bucket, its operands as a call's usually lie."""
+        dropout = ("x" if self.w_major == "k" else "uv") if self.dropout else ""
+        blocks = (2, self.config.expand.block_m, self.config.shrink.block_m) if self.segments else (0, 0, 0)
+        many: dict[str, Any] = dict(zip(("adapters", "row_block", "gather_block"), blocks, strict=True))
+        return Problem(M, self.N, self.K, R, usual_dtype(self.itemsize), dropout, w_major=self.w_major, **many)
+
+    def corners(self) -> list[Problem]:
+        """The bucket's problems of the fewest and the most tokens, at the least and the largest rank."""
+        return [self.problem(M, R) for M in (self.tokens[0], self.tokens[1] - 1) for R in (self.rank[0], self.rank[1] - 1)]
 
 
 ROWS: tuple[Row, ...] = ()
 
 
-def _blocks(config: Config) -> tuple[int, int]:
-    return config.expand.block_m, config.shrink.block_m
-
-
 def lookup(problem: Problem, arch: Arch) -> Row | None:
-    """The first row whose bucket holds the problem, or None."""
+    """The first row whose bucket holds the problem and whose configuration is valid for it (operands may lie otherwise), or None."""
     for row in ROWS:
         if (
             arch.kind == "cuda"
@@ -49,7 +63,8 @@ def lookup(problem: Problem, arch: Arch) -> Row | None:
             and row.dropout == bool(problem.dropout)
             and row.itemsize == problem.itemsize
             and row.segments == bool(problem.adapters)
-            and (row.arm == "torch" or not problem.adapters or _blocks(row.config) == (problem.row_block, problem.gather_block))
+            and row.w_major == problem.w_major
+            and (row.arm == "torch" or why_not(row.config, problem, arch) is None)
         ):
             return row
     return None

@@ -123,6 +123,9 @@ def expand_shared_memory(e: Expand, problem: Problem, arch: Arch) -> int:
     if e.base == "library":
         return 0
     rank = rank_block(problem.R, LOOP_RANK if e.u == "loop" else TILE_RANK)
+    if e.warp_specialize and arch.has_wgmma:
+        # What the compiler makes of it: u and v are buffered with every stage, and half a tile of 128 rows is stored at a time.
+        return (e.num_stages * (e.block_m + e.block_n) * (e.block_k + rank) + 64 * e.block_n) * problem.itemsize
     columns = e.block_m + e.block_n + (rank if e.u == "loop" else 0)
     stages = _tiles_in_flight(e.num_stages, e.block_m, e.num_warps, problem, arch) * columns * e.block_k * problem.itemsize
     beside = (e.block_m + e.block_n) * rank * problem.itemsize if arch.has_wgmma and e.u == "given" and e.block_m >= 64 else 0

@@ -1,0 +1,113 @@
+"""The configurations that `bench.tune` tries for one kernel: small grids, the heuristic's own first, each valid by `why_not`."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
+from lora_kernels.dispatch import why_not_here
+from lora_kernels.problem import Problem
+from lora_kernels.tuning import Arch, Config, Expand, Shrink, Wgrad, heuristic
+
+FEW_TOKENS = 64  # up to so many, expand's tile is the batch's rows, and where u comes from and splits of K are tried
+WAVES = (1, 2, 4)  # a split is chosen so that the programs fill the chip so many times
+EXPAND_TILES = ((128, 256, 64), (256, 128, 64), (128, 128, 64))
+SMALL_TILES = ((128, 128, 32), (128, 64, 32), (64, 128, 32), (64, 64, 32))  # where shared memory is small, or dtypes are wide
+
+
+def candidates(kernel: str, problem: Problem, arch: Arch) -> list[Config]:
+    """Configurations that differ from the heuristic's in ``kernel`` ("shrink", "expand" or "wgrad") alone, the heuristic's own first."""
+    own = heuristic(problem, arch)
+    grids = _TINY if arch.kind == "interpreter" else _GRIDS
+    parts = dict.fromkeys([getattr(own, kernel), *grids[kernel](problem, arch, getattr(own, kernel))])
+    found = [replace(own, **{kernel: part}) for part in parts]
+    return [config for config in found if why_not_here(config, problem, arch) is None]
+
+
+def short(kernel: str, part: dict) -> str:
+    """A part of a configuration in a few letters: "128x256x64 s4 w8 tma"."""
+    sizes = "x".join(str(size) for field, size in part.items() if field.startswith("block_"))
+    words = [sizes, f"s{part['num_stages']}", f"w{part['num_warps']}"]
+    words += [f"split{part['split']}"] if part["split"] > 1 else []
+    if kernel == "expand":
+        words += [f"g{part['group_m']}"] if part["group_m"] != Expand.group_m else []
+        words += [part["u"]] if part["u"] != "given" else []
+        words += ["library"] if part["base"] == "library" else []
+        words += [flag for flag in ("tma", "persistent", "warp_specialize") if part[flag]]
+    return " ".join(words)
+
+
+def _shrinks(problem: Problem, arch: Arch, own: Shrink) -> Iterator[Shrink]:
+    rows = [m for m in (16, 32, 64) if m <= _power(problem.M)]
+    for m, k, (warps, stages) in itertools.product(rows, (64, 128, 256), ((4, 3), (4, 5), (8, 3))):
+        for split in _splits(-(-problem.M // m), problem.K, k, arch):
+            yield Shrink(m, k, split, warps, stages)
+
+
+def _wgrads(problem: Problem, arch: Arch, own: Wgrad) -> Iterator[Wgrad]:
+    longest = max(problem.N, problem.K)
+    for m, j, (warps, stages) in itertools.product((32, 64, 128), (32, 64, 128), ((4, 3), (8, 3))):
+        for split in _splits(-(-longest // j), problem.M, m, arch):
+            yield Wgrad(m, j, split, warps, stages)
+
+
+def _expands(problem: Problem, arch: Arch, own: Expand) -> Iterator[Expand]:
+    if problem.M <= FEW_TOKENS:
+        yield from _few_tokens(problem, arch)
+        return
+    modes = list(_modes(own.tma))
+    wide = problem.itemsize == 2 and arch.shared_memory >= 160 << 10
+    for (m, n, k), stages, mode in itertools.product(EXPAND_TILES if wide else SMALL_TILES, (2, 3, 4, 5), modes):
+        if stages > 2 or not wide:
+            yield replace(own, block_m=m, block_n=n, block_k=k, num_stages=stages, **mode)
+    yield replace(own, block_m=128, block_n=128, num_warps=4)
+    yield replace(own, tma=False)
+    yield replace(own, base="library", tma=False)
+    yield from (replace(own, group_m=g, persistent=persistent) for g in (4, 16) for persistent in (False, True))
+
+
+def _modes(tma: bool) -> Iterator[dict]:
+    """Ways to load and to schedule; by descriptors only where the heuristic takes them too."""
+    for persistent in (False, True):
+        yield dict(tma=tma, persistent=persistent, warp_specialize=False, num_warps=8)
+        if tma:
+            yield dict(tma=True, persistent=persistent, warp_specialize=True, num_warps=4)
+
+
+def _few_tokens(problem: Problem, arch: Arch) -> Iterator[Expand]:
+    rows = _power(problem.M)
+    tiles = itertools.product(dict.fromkeys((rows, max(16, rows // 2))), (16, 32, 64, 128), ((64, 3), (64, 5), (128, 3)))
+    for m, n, (k, stages) in tiles:
+        tile = Expand(m, n, k, num_warps=4, num_stages=stages)
+        yield replace(tile, u="loop")
+        blocks = -(-problem.M // m) * -(-problem.N // n)
+        yield from (replace(tile, split=split) for split in _splits(blocks, problem.K, k, arch) if split <= 16)
+
+
+def _splits(blocks: int, length: int, block: int, arch: Arch) -> Iterable[int]:
+    """Programs that share an axis of ``length``: 1, and what gives so many waves of the chip, each with two blocks or more of it."""
+    most = max(1, min(64, length // (2 * block)))
+    return dict.fromkeys(max(1, min(most, -(-waves * arch.sms // blocks))) for waves in (0, *WAVES))
+
+
+def _power(M: int) -> int:
+    """The tile of M rows: the next power of two, at least 16."""
+    return max(16, 1 << (M - 1).bit_length())
+
+
+def _tiny_shrinks(problem: Problem, arch: Arch, own: Shrink) -> Iterator[Shrink]:
+    yield from (Shrink(16, k, split, 4, 2) for k, split in ((32, 1), (64, 2)))
+
+
+def _tiny_expands(problem: Problem, arch: Arch, own: Expand) -> Iterator[Expand]:
+    tile = Expand(16, 32, 32, num_warps=4, num_stages=2)
+    yield from (replace(tile, u="loop"), replace(tile, split=2)) if problem.M <= 16 else (tile, replace(tile, tma=True, persistent=True))
+
+
+def _tiny_wgrads(problem: Problem, arch: Arch, own: Wgrad) -> Iterator[Wgrad]:
+    yield from (Wgrad(16, 32, split, 4, 2) for split in (1, 2))
+
+
+_GRIDS = {"shrink": _shrinks, "expand": _expands, "wgrad": _wgrads}
+_TINY = {"shrink": _tiny_shrinks, "expand": _tiny_expands, "wgrad": _tiny_wgrads}

@@ -1,0 +1,198 @@
+"""One kernel at a point: its launch by a configuration, what it has to compute, and the least it has to do.
+
+    shrink   U = scale (D.x) A^T      dS = scale dY B
+    expand   Y = x W^T + U B^T        dX = dY W + D.(dS A)
+    wgrad    dA = dS^T (D.x) and dB = dY^T U, which one configuration serves
+
+For few tokens expand is the pass up to Y or dX, for where u comes from decides whether a shrink is launched before it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from lora_kernels import philox
+from lora_kernels.problem import Problem
+from lora_kernels.tuning import Arch, Config
+
+from . import precompile, variants
+from .candidates import FEW_TOKENS
+from .workloads import Operands, Point
+
+SEED = 20
+SAMPLED = 512  # rows of expand's result that are compared; the others must be finite
+
+
+@dataclass(frozen=True)
+class Call:
+    """``kernel``: "shrink", "expand" or "wgrad"; ``what``: the pass it belongs to."""
+
+    kernel: str
+    what: str
+
+    def problem(self, o: Operands) -> Problem:
+        return variants.problems(o)[self.what == "backward"]
+
+    def work(self, point: Point) -> tuple[float, float]:
+        """(operations, least bytes moved)."""
+        M, K, N, r = point.M, point.K, point.N, point.r
+        into, out = (K, N) if self.what == "forward" else (N, K)
+        operations, elements = {
+            "shrink": (2 * M * into * r, M * into + r * into + M * r),
+            "expand": (2 * M * (N * K + out * r), M * into + N * K + M * out + r * out + M * r),
+            "shrink and expand": (2 * M * (N * K + (K + N) * r), M * into + N * K + M * out + r * (K + N)),
+            "wgrad": (2 * M * r * (K + N), M * (K + N) + 2 * M * r + r * (K + N)),
+        }["shrink and expand" if self.kernel == "expand" and few(point) else self.kernel]
+        return operations, elements * point.dtype.itemsize
+
+
+TRAINING = (
+    Call("shrink", "forward"),
+    Call("expand", "forward"),
+    Call("shrink", "backward"),
+    Call("expand", "backward"),
+    Call("wgrad", "backward"),
+)
+DECODE = TRAINING[:2]
+
+
+def few(point: Point) -> bool:
+    return point.M <= FEW_TOKENS
+
+
+def calls(point: Point) -> tuple[Call, ...]:
+    return DECODE if point.forward_alone else TRAINING
+
+
+@dataclass
+class Inputs:
+    """A point's operands without gradients, and what earlier kernels leave: u and ds ``[M, r]``; seed: None without dropout."""
+
+    point: Point
+    o: Operands
+    seed: torch.Tensor | None
+    u: torch.Tensor
+    ds: torch.Tensor
+
+    @property
+    def drop(self):
+        return None if self.seed is None else (self.seed, self.point.p)
+
+
+def inputs(point: Point, o: Operands) -> Inputs:
+    """From operands with values."""
+    o = _detached(o)
+    seed = torch.tensor(SEED, device=o.x.device) if point.p else None
+    given = Inputs(point, o, seed, o.x.new_empty(0), o.x.new_empty(0))
+    given.u, given.ds = _u(given, o.x.dtype), _ds(given, o.x.dtype)
+    return given
+
+
+def standing(point: Point) -> Inputs:
+    """Without storage, for compilation."""
+    o = _detached(precompile.standing(point))
+    seed = torch.zeros((), dtype=torch.int64, device="meta") if point.p else None
+    return Inputs(point, o, seed, o.x.new_empty(point.M, point.r), o.x.new_empty(point.M, point.r))
+
+
+def _detached(o: Operands) -> Operands:
+    return dataclasses.replace(o, x=o.x.detach(), lora_A=o.lora_A.detach(), lora_B=o.lora_B.detach())
+
+
+def launched(call: Call, i: Inputs, config: Config) -> tuple[torch.Tensor, ...]:
+    """Launches the kernel, as `launch.forward` and `launch.backward` do, and returns its results."""
+    from lora_kernels import launch
+
+    o = i.o
+    shared = dict(adapters=o.adapters, config=config)
+    if call.kernel == "wgrad":
+        da = launch.run_wgrad(o.x, i.ds, scale=1.0, dropout=i.drop, out_transposed=True, dtype=o.lora_A.dtype, **shared)
+        return da, launch.run_wgrad(o.dy, i.u, scale=1.0, dropout=None, out_transposed=False, dtype=o.lora_B.dtype, **shared)
+    if call.kernel == "shrink" and call.what == "forward":
+        parts = i.point.forward_alone
+        return (launch.run_shrink(o.x, o.lora_A.mT, scale=o.scale, dropout=i.drop, dtype=o.x.dtype, parts=parts, **shared),)
+    if call.kernel == "shrink":
+        return (launch.run_shrink(o.dy, o.lora_B, scale=o.scale, dropout=None, dtype=o.x.dtype, **shared),)
+    if few(i.point):
+        return (_pass(call, i, config),)
+    library = config.expand.base == "library"
+    if call.what == "forward":
+        y = F.linear(o.x, o.weight) if library else None
+        return (launch.run_expand(o.x, o.weight, o.lora_B, transposed=True, u=i.u, base=y, out=y, **shared)[0],)
+    dx = torch.mm(o.dy, o.weight) if library else None
+    return (launch.run_expand(o.dy, o.weight, o.lora_A, transposed=False, u=i.ds, base=dx, out=dx, drop_uv=i.drop, **shared)[0],)
+
+
+def _pass(call: Call, i: Inputs, config: Config) -> torch.Tensor:
+    """Y, or dX alone."""
+    from lora_kernels import launch
+
+    o, p = i.o, i.point.p
+    if call.what == "forward":
+        keep = not i.point.forward_alone
+        return launch.forward(o.x, o.weight, o.lora_A, o.lora_B, None, i.seed, o.adapters, o.scale, p, keep, config)[0]
+    needs = (True, False, False)
+    operands = (o.dy, o.x, o.weight, o.lora_A, o.lora_B, i.u, i.seed, o.adapters)
+    return launch.backward(*operands, o.scale, p, needs, o.lora_A.dtype, config)[0]
+
+
+def comparable(call: Call, results: tuple[torch.Tensor, ...], i: Inputs, rows: torch.Tensor | None) -> list[torch.Tensor]:
+    """The results as `expected` gives them: partial sums added, expand's rows picked."""
+    whole = [t.sum(0).to(i.o.x.dtype) if t.dim() == 3 else t for t in results]
+    return [t if rows is None else t[rows] for t in whole]
+
+
+def sampled_rows(call: Call, point: Point, device: torch.device) -> torch.Tensor | None:
+    """The rows to compare, all (None) where they are few: every tile of 64 rows or more has some."""
+    if call.kernel != "expand" or point.M <= SAMPLED:
+        return None
+    generator = torch.Generator().manual_seed(point.M)
+    starts = torch.arange(0, point.M, point.M // SAMPLED)
+    return (starts + torch.randint(point.M // SAMPLED, starts.shape, generator=generator)).clamp_max(point.M - 1).to(device)
+
+
+def expected(call: Call, i: Inputs, dtype: torch.dtype, rows: torch.Tensor | None = None) -> list[torch.Tensor]:
+    """The kernel's results by the textbook formula in ``dtype``, each product rounded to it."""
+    o = i.o
+    A, B = o.lora_A.to(dtype), o.lora_B.to(dtype)
+    if call.kernel == "shrink":
+        return [_u(i, dtype) if call.what == "forward" else _ds(i, dtype)]
+    if call.kernel == "wgrad":
+        return [_ds(i, dtype).t() @ _dropped(o.x.to(dtype), i), o.dy.to(dtype).t() @ _u(i, dtype)]
+    at = slice(None) if rows is None else rows
+    if call.what == "forward":
+        return [F.linear(o.x[at].to(dtype), o.weight.to(dtype)) + F.linear(_u(i, dtype)[at], B)]
+    low_rank = _dropped(_ds(i, dtype)[at] @ A, i, at)
+    return [o.dy[at].to(dtype) @ o.weight.to(dtype) + low_rank]
+
+
+def _u(i: Inputs, dtype: torch.dtype) -> torch.Tensor:
+    return F.linear(_dropped(i.o.x.to(dtype), i), i.o.lora_A.to(dtype)) * i.o.scale
+
+
+def _ds(i: Inputs, dtype: torch.dtype) -> torch.Tensor:
+    return (i.o.dy.to(dtype) @ i.o.lora_B.to(dtype)) * i.o.scale
+
+
+def _dropped(t: torch.Tensor, i: Inputs, rows=slice(None)) -> torch.Tensor:
+    """``t [M, K]``, or these rows of it, times the mask of x and 1 / (1 - p)."""
+    if i.seed is None:
+        return t
+    keep = philox.keep_mask(i.seed, i.point.M, i.point.K, i.point.p)[rows]
+    return torch.where(keep, t * philox.inv_keep(i.point.p), t.new_zeros(()))
+
+
+@dataclass(frozen=True)
+class KernelJob:
+    """The launches of one call by one configuration, for `precompile`."""
+
+    point: Point
+    call: Call
+    config: Config
+
+    def launch(self, arch: Arch) -> None:
+        launched(self.call, standing(self.point), self.config)
