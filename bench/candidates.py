@@ -34,7 +34,7 @@ def short(kernel: str, part: dict) -> str:
         words += [f"g{part['group_m']}"] if part["group_m"] != Expand.group_m else []
         words += [part["u"]] if part["u"] != "given" else []
         words += ["library"] if part["base"] == "library" else []
-        words += [flag for flag in ("tma", "persistent", "warp_specialize") if part[flag]]
+        words += [flag for flag in ("tma", "persistent", "warp_specialize", "pdl") if part[flag]]
     return " ".join(words)
 
 
@@ -83,6 +83,9 @@ def _few_tokens(problem: Problem, arch: Arch) -> Iterator[Expand]:
         yield replace(tile, u="loop")
         blocks = -(-problem.M // m) * -(-problem.N // n)
         yield from (replace(tile, split=split) for split in _splits(blocks, problem.K, k, arch) if split <= 16)
+    for n in (32, 64) if arch.has_pdl else ():
+        tile, blocks = Expand(rows, n, 64, num_warps=4, num_stages=5, pdl=True), -(-problem.N // n)
+        yield from (replace(tile, split=split) for split in _splits(blocks, problem.K, 64, arch) if split <= 16)
 
 
 def _splits(blocks: int, length: int, block: int, arch: Arch) -> Iterable[int]:

@@ -106,10 +106,12 @@ def run_shrink(x, a, *, scale: float, adapters: Adapters = ONE, dropout, config:
     R = a.shape[-1]
     block_r = rank_block(R, TILE_RANK if adapters.ranks is not None else 128)
     blocks, splits = _split(K, c.block_k, c.split)
-    z = x.new_empty(splits, M, R, dtype=torch.float32 if splits > 1 else dtype)
+    # Partial sums lie a multiple of 16 rows apart: their stride compiles one kernel then, whatever M and R.
+    rows = M if splits == 1 else 16 * triton.cdiv(M, 16)
+    z = x.new_empty(splits, rows, R, dtype=torch.float32 if splits > 1 else dtype)[:, :M]
     seed, threshold, inv_keep = _dropout(dropout)
     args = (
-        _matrix(x), _matrix(a), (z, R, 1), z.stride(0),
+        _matrix(x), _matrix(a), (z, R, 1), z.stride(0) if splits > 1 else 0,
         adapters.gather(), adapters.number, _stack_stride(a), adapters.scales, adapters.ranks,
         seed, threshold, scale * inv_keep, M, K, R, blocks,
     )  # fmt: skip

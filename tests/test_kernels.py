@@ -284,6 +284,21 @@ print("right")
     assert out.stdout == "right\n", (out.returncode, out.stderr[-2000:])
 
 
+@pytest.mark.parametrize("R", [5, 12, 16])
+def test_the_stride_of_partial_sums_is_of_one_kind(R):
+    """A multiple of 16 whatever tokens and rank, for Triton compiles one kernel where it is and another where it is not."""
+    strides = []
+    with launch.intercept(lambda kernel, grid, args, options: strides.append(args[3])):
+        for split in (1, 3):
+            for M in (1, 17, 32, 160):
+                config = Config(shrink=Shrink(16, 16, split=split))
+                z = launch.run_shrink(
+                    torch.empty(M, 64), torch.empty(64, R), scale=1.0, dropout=None, config=config, dtype=torch.float32, parts=True
+                )
+                assert z.shape[-2:] == (M, R)
+    assert len(strides) == 8 and all(stride % 16 == 0 for stride in strides) and all(strides[4:])
+
+
 def test_sizes_and_scalars_do_not_recompile():
     """Between calls of other lengths, scales, probabilities and seeds only these may differ, and none is a constexpr."""
     recorded = []
