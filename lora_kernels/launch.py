@@ -10,6 +10,7 @@ are stacks, ``[E, r, K]`` and ``[E, N, r]``, and each kernel takes its part of t
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -86,14 +87,22 @@ def _stack_stride(t: torch.Tensor | None) -> int:
 
 def _wide(*tiles: tuple[torch.Tensor, int]) -> bool:
     """Whether an offset inside one tile passes 2^31; the offset of a tile itself is always 64-bit."""
-    return any(sum(abs(s) for s in t.stride()[-2:]) * block >= INT32 for t, block in tiles)
+    for t, block in tiles:
+        if (t.stride(-2) + t.stride(-1)) * block >= INT32:
+            return True
+    return False
+
+
+def cdiv(a: int, b: int) -> int:
+    """``a / b`` rounded up; Triton's own costs microseconds where it is called from Python."""
+    return -(-a // b)
 
 
 def _split(length: int, block: int, wanted: int) -> tuple[int, int]:
     """(blocks a split, splits) of an axis: no more splits than wanted, and none of them empty."""
-    blocks = triton.cdiv(length, block)
-    per_split = triton.cdiv(blocks, wanted)
-    return per_split, triton.cdiv(blocks, per_split)
+    blocks = cdiv(length, block)
+    per_split = cdiv(blocks, wanted)
+    return per_split, cdiv(blocks, per_split)
 
 
 def run_shrink(x, a, *, scale: float, adapters: Adapters = ONE, dropout, config: Config, dtype: torch.dtype, parts: bool = False):
@@ -107,7 +116,7 @@ def run_shrink(x, a, *, scale: float, adapters: Adapters = ONE, dropout, config:
     block_r = rank_block(R, TILE_RANK if adapters.ranks is not None else 128)
     blocks, splits = _split(K, c.block_k, c.split)
     # Partial sums lie a multiple of 16 rows apart: their stride compiles one kernel then, whatever M and R.
-    rows = M if splits == 1 else 16 * triton.cdiv(M, 16)
+    rows = M if splits == 1 else 16 * cdiv(M, 16)
     z = x.new_empty(splits, rows, R, dtype=torch.float32 if splits > 1 else dtype)[:, :M]
     seed, threshold, inv_keep = _dropout(dropout)
     args = (
@@ -121,10 +130,10 @@ def run_shrink(x, a, *, scale: float, adapters: Adapters = ONE, dropout, config:
         EVEN_K=K % c.block_k == 0, EVEN_R=R % block_r == 0 and adapters.ranks is None,
         WIDE=_wide((x, max(c.block_m, c.block_k)), (a, c.block_k)), LET_GO=None, num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip
-    tiles = triton.cdiv(M, c.block_m) if seg is None else seg.tile_adapter.shape[0]
+    tiles = cdiv(M, c.block_m) if seg is None else seg.tile_adapter.shape[0]
     if config.expand.pdl:
         options["LET_GO"] = in_order if interpreted() else let_next_begin
-    _run(shrink, (tiles, triton.cdiv(R, block_r), splits), args, options)
+    _run(shrink, (tiles, cdiv(R, block_r), splits), args, options)
     return z if parts and splits > 1 else z[0] if splits == 1 else z.sum(0).to(dtype)
 
 
@@ -152,7 +161,7 @@ def run_wgrad(
         BLOCK_R=block_r, EVEN_J=J % c.block_j == 0, EVEN_R=R % block_r == 0 and adapters.ranks is None,
         WIDE=_wide((x, max(c.block_m, c.block_j)), (out, c.block_j)), num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip
-    _run(wgrad, (E * triton.cdiv(J, c.block_j), triton.cdiv(R, block_r), splits), args, options)
+    _run(wgrad, (E * cdiv(J, c.block_j), cdiv(R, block_r), splits), args, options)
     total = out[0] if splits == 1 else out.sum(0).to(dtype)
     return total[0] if seg is None else total
 
@@ -160,7 +169,7 @@ def run_wgrad(
 def tile_counters(M: int, N: int, config: Config, device: torch.device) -> torch.Tensor | None:
     """The zeroed counters of tiles whose K is split, or None. Made before shrink, so that nothing stands between two launches (pdl)."""
     c = config.expand
-    return torch.zeros(triton.cdiv(M, c.block_m) * triton.cdiv(N, c.block_n), dtype=torch.int32, device=device) if c.split > 1 else None
+    return torch.zeros(cdiv(M, c.block_m) * cdiv(N, c.block_n), dtype=torch.int32, device=device) if c.split > 1 else None
 
 
 def run_expand(
@@ -180,9 +189,9 @@ def run_expand(
         w, v, a = w.t(), v.mT, None if a is None else a.mT
     (M, K), (R, N) = x.shape, v.shape[-2:]
     block_r = rank_block(R, 32 if exact else LOOP_RANK if c.u == "loop" else TILE_RANK if adapters.ranks is None else MIXED_RANK)
-    r_blocks = triton.cdiv(R, block_r)
+    r_blocks = cdiv(R, block_r)
     y = x.new_empty(M, N) if out is None else out
-    num_m, tiles = triton.cdiv(M, c.block_m), triton.cdiv(M, c.block_m) * triton.cdiv(N, c.block_n)
+    num_m, tiles = cdiv(M, c.block_m), cdiv(M, c.block_m) * cdiv(N, c.block_n)
     gathered = seg.tile_adapter.shape[0] if seg else 0
     items, flags, ticket = tiles, None, None
     if c.u == "awaited":
@@ -232,6 +241,7 @@ def run_expand(
     return y, u
 
 
+@functools.cache
 def sm_count(device: torch.device) -> int:
     """Programs of a persistent grid: one per multiprocessor; few, so that each takes several items, without a GPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
@@ -324,12 +334,12 @@ def plan(ids: torch.Tensor, num_adapters: int, row_block: int, gather_block: int
     sizes = lengths(M, num_adapters, row_block, gather_block)
     tensors = [ids.new_empty(size, dtype=torch.int32) for size in sizes]
     its_ids, order, starts, tile_adapter, tile_first, present, counts = tensors
-    blocks, slot_blocks, tiles = triton.cdiv(M, block), triton.cdiv(num_adapters + 2, block), sizes[3]
+    blocks, slot_blocks, tiles = cdiv(M, block), cdiv(num_adapters + 2, block), sizes[3]
     wrong, valid = ids.new_empty(blocks, dtype=torch.int32), ids.new_empty((), dtype=torch.bool)
     options = dict(BLOCK=block, CHUNK=PLAN_CHUNK, num_warps=8)
     with on_device(ids):
         args: tuple = ((ids, ids.stride(0)), its_ids, order, starts, present, counts, wrong, M, num_adapters)
         _run(plan_tokens, (sizes[6] + blocks + slot_blocks,), args, dict(ROW_BLOCK=row_block, **options))
         args = (starts, wrong, tile_adapter, tile_first, valid, num_adapters, blocks, tiles)
-        _run(plan_tiles, (triton.cdiv(tiles, block),), args, dict(GATHER_BLOCK=gather_block, **options))
+        _run(plan_tiles, (cdiv(tiles, block),), args, dict(GATHER_BLOCK=gather_block, **options))
     return [*tensors, valid]

@@ -14,8 +14,8 @@ from torch.compiler import is_compiling
 from torch.utils.flop_counter import register_flop_formula
 
 from . import chain, dispatch
-from .problem import autocasts, forward_flops, rows
-from .segments import Adapters, by_library
+from .problem import PLAIN, autocasts, forward_flops, rows
+from .segments import CPU, Adapters, by_library
 
 _library = torch.library.Library("lora_kernels", "DEF")
 _library.define(
@@ -35,31 +35,40 @@ backward_op = torch.ops.lora_kernels.backward.default
 
 
 def forward(x, weight, lora_A, lora_B, bias, seed, adapters: Adapters, scale, dropout_p, save_u, impl, config):
-    """``y [..., N]`` and ``u [M, r]``: the forward operator, or its library calls themselves where nobody is to see an operator."""
-    if _unseen(x, impl, config):
-        return _forward(x, weight, lora_A, lora_B, bias, seed, adapters, scale, dropout_p, save_u, impl, config, (chain.forward, None))
+    """``y [M, N]`` and ``u [M, r]``: the forward operator, or the arm itself where nobody is to see an operator."""
+    arm = _unseen((chain.forward, None), x, weight, lora_A, lora_B, impl, config)
+    if arm is not None:
+        return _forward(x, weight, lora_A, lora_B, bias, seed, adapters, scale, dropout_p, save_u, impl, config, *arm)
     return forward_op(x, weight, lora_A, lora_B, bias, seed, *adapters.flat(), scale, dropout_p, save_u, impl, config)
 
 
 def backward(dy, x, weight, lora_A, lora_B, u, seed, adapters: Adapters, scale, dropout_p, needs, adapter_dtype, impl, config):
-    """``dX, dA, dB, dbias``, what is not needed undefined: the backward operator, or its library calls, likewise."""
-    if _unseen(dy, impl, config):
+    """``dX, dA, dB, dbias``, what is not needed undefined: the backward operator, or the arm itself, likewise."""
+    arm = _unseen((chain.backward, None), dy, x, weight, lora_A, impl, config)
+    if arm is not None:
         operands = (dy, x, weight, lora_A, lora_B, u, seed, adapters)
-        return _backward(*operands, scale, dropout_p, needs, adapter_dtype, impl, config, (chain.backward, None))
+        return _backward(*operands, scale, dropout_p, needs, adapter_dtype, impl, config, *arm)
     return backward_op(dy, x, weight, lora_A, lora_B, u, seed, *adapters.flat(), scale, dropout_p, *needs, adapter_dtype, impl, config)
 
 
-def _unseen(t: torch.Tensor, impl: str, config: str) -> bool:
-    """Whether a call is library calls anyway, and no compiler nor mode (autocast, fake tensors, FLOP counters, tracers) looks on.
+def _unseen(chained: tuple, x, second, third, fourth, impl: str, config: str) -> tuple | None:
+    """The arm to run without the operator, ``chained`` or () for the one that dispatch chooses, or None: the operator has to be called.
 
-    A registered operator costs some 20 us of host time on a CPU (docs/measured.md).
+    That is where a compiler or a mode (fake tensors, FLOP counters, tracers) looks on, or a class of tensors has its own say. A registered
+    operator costs some 20 us of host time (docs/measured.md).
     """
-    return (
-        not is_compiling()  # asked first: a compiler that traces what follows warns of its caches
-        and dispatch.plainly_chain(t.device, impl, config)
-        and not autocasts(t.device)
-        and torch._C._len_torch_dispatch_stack() == 0  # torch has no public name for it
-    )
+    if is_compiling():  # asked first: a compiler that traces what follows warns of its caches
+        return None
+    if torch._C._len_torch_dispatch_stack() != 0:  # torch has no public name for it
+        return None
+    if dispatch.plainly_chain(x.device, impl, config):
+        return None if autocasts(x.device) else (chained,)
+    if not (x.is_cuda or x.device == CPU):  # meta tensors, and devices that the operator says it does not know
+        return None
+    for t in (x, second, third, fourth):
+        if t is not None and type(t) not in PLAIN:
+            return None
+    return ()
 
 
 def _forward(x, weight, lora_A, lora_B, bias, seed, adapters, scale, dropout_p, save_u, impl, config, arm=None):

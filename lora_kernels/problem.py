@@ -86,7 +86,9 @@ def rows(t: torch.Tensor) -> torch.Tensor:
 def offsets_pass_int32(*tensors: torch.Tensor | None) -> bool:
     """Whether an element of any tensor lies 2^31 or more elements from its first."""
     for t in tensors:
-        if t is not None and t.numel() and sum((size - 1) * abs(st) for size, st in zip(t.shape, t.stride(), strict=True)) >= 1 << 31:
+        if t is None or t.numel() == 0 or (t.numel() < 1 << 31 and t.is_contiguous()):
+            continue
+        if sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) >= 1 << 31:
             return True
     return False
 

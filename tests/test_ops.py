@@ -81,7 +81,8 @@ def test_opcheck_with_a_scale_on_the_device(impl):
 
 def test_no_operator_is_left_unchecked():
     names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("lora_kernels::")}
-    assert names == {"lora_kernels::forward", "lora_kernels::backward"}, "a new operator wants its opcheck in this file"
+    checked = {"lora_kernels::forward", "lora_kernels::backward", "lora_kernels::plan"}
+    assert names == checked, "a new operator wants its opcheck, in this file or, for the plan, in test_plan.py"
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
@@ -144,6 +145,35 @@ def test_fake_tensors_of_another_device():
         assert y.shape == (2, 7, N) and y.device.type == "cuda" and y.dtype == torch.bfloat16
         with pytest.raises(ValueError, match="weight: wanted x's device cuda:0, got cpu"):
             lora_linear(x, torch.empty(N, K, dtype=torch.bfloat16), A, B)
+
+
+def test_who_sees_the_operator():
+    """A mode and a class of tensors with its own say do; an ordinary call goes to the arm at once, with the same bits."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    class Wrapped(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    (x, W, A, B, b), _ = operands()
+    for impl in ("torch", "triton"):
+        seen: list[str] = []
+        with torch.no_grad():
+            plain = lora_linear(x, W, A, B, b, impl=impl)
+            assert not seen
+            with Seen():
+                assert torch.equal(lora_linear(x, W, A, B, b, impl=impl), plain)
+            assert "lora_kernels.forward.default" in seen
+            seen.clear()
+            assert torch.equal(torch.Tensor(lora_linear(x, W, A.as_subclass(Wrapped), B, b, impl=impl)), plain)
+            assert ("lora_kernels.forward.default" in seen) == (impl == "triton")
 
 
 def test_meta_tensors_infer_shapes():
