@@ -1,8 +1,8 @@
-"""The two registered operators, ``lora_kernels::forward`` and ``lora_kernels::backward``, and the choice of the arm.
+"""The registered operators ``lora_kernels::forward`` and ``lora_kernels::backward``, and the choice of the arm.
 
 One registered boundary per pass: torch.compile, export, fake tensors and FLOP counters see these two, and which arm runs
 inside (the kernels or the chain of library calls) is resolved there, from the sizes of the call, so that no size becomes
-a guard of the caller's graph.
+a guard of the caller's graph. Where nobody looks on, the arm runs without them. A third, the plan of `segments`, has its GPU kernel here.
 """
 
 from __future__ import annotations
