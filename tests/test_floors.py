@@ -93,3 +93,11 @@ except lora_kernels.UnsupportedError as error:
 """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert out.stdout == "refused\n", out.stderr
+
+
+def test_every_mutants_text_stands_in_the_code():
+    """`tests/mutation.py` is run by hand; what its slips replace has to be there when it is."""
+    import mutants
+
+    gone = [m.name for m in mutants.MUTANTS if (PACKAGE / m.file).read_text().count(m.old) != m.count]
+    assert gone == []
