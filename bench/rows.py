@@ -13,7 +13,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lora_kernels.dispatch import unmeasured
-from lora_kernels.tuning import Arch, Config, Expand, Shrink, Wgrad, why_not
+from lora_kernels.problem import MAX_RANK
+from lora_kernels.tuning import Arch, Config, rank_block, why_not
 from lora_kernels.tuning.tables import Row
 
 from .conditions import ROOT, read_rows
@@ -142,7 +143,7 @@ def chosen(bucket: Bucket, M: int, tokens: tuple[int, int], measured: Measured) 
     kernels = tuned or own or next((arms["triton"] for arms in measured.single.values() if "triton" in arms), None)
     if kernels is None or kernels["config"] is None:
         return "no configuration of the kernels was timed"
-    row = bare_row(bucket, tokens, config_of(kernels["config"]))
+    row = bare_row(bucket, tokens, Config.from_dict(kernels["config"]))
     default = unmeasured(row.problem(M, bucket.r), Arch.cuda(*bucket.capability))[0]
     arm, compared = arm_of(measured, kernels, default)
     if arm == default and tuned is None:
@@ -172,14 +173,10 @@ def told(measured: Measured) -> str:
     return f" (tuned: {gain(tuned, own)})" if own and tuned else ""
 
 
-def config_of(config: dict) -> Config:
-    return Config(Shrink(**config["shrink"]), Expand(**config["expand"]), Wgrad(**config["wgrad"]))
-
-
 def bare_row(bucket: Bucket, tokens: tuple[int, int], config: Config) -> Row:
     """A row for the ranks that take the same tile as the bucket's."""
-    power = max(16, 1 << (bucket.r - 1).bit_length())
-    rank = (1 if power == 16 else power // 2 + 1, power + 1)
+    tile = rank_block(bucket.r, MAX_RANK)
+    rank = (1 if tile == 16 else tile // 2 + 1, tile + 1)
     w_major = "k" if bucket.what == "forward" else "n"
     return Row(bucket.capability, tokens, bucket.N, bucket.K, rank, bucket.dropout, bucket.itemsize, "", config, "", w_major=w_major)
 

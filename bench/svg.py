@@ -24,7 +24,12 @@ def charts(panels: Sequence[Panel], xlabel: str, ylabel: str) -> str:
     values = [value for panel in panels for curve in panel.curves.values() for value in curve]
     low, high, step = scale(min(values), max(values))
     parts = [_panel(panel, i * WIDTH, low, high, step, xlabel, ylabel) for i, panel in enumerate(panels)]
-    size = f'width="{WIDTH * len(panels)}" height="{HEIGHT}" viewBox="0 0 {WIDTH * len(panels)} {HEIGHT}"'
+    return document(parts, WIDTH * len(panels), HEIGHT)
+
+
+def document(parts: Sequence[str], width: float, height: float) -> str:
+    """The file that holds these elements, on white."""
+    size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="11" fill="{INK}">'
     return "\n".join([head, '<rect width="100%" height="100%" fill="white"/>', *parts, "</svg>", ""])
 

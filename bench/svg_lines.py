@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from xml.sax.saxutils import escape
 
-from .svg import BOTTOM, HEIGHT, INK, LEFT, RIGHT, RULE, TOP, WIDTH, scale
+from .svg import BOTTOM, HEIGHT, LEFT, RIGHT, RULE, TOP, WIDTH, document, scale
 
 COLUMNS = 3
 LEGEND = 18  # height of a line of it
@@ -63,9 +63,7 @@ def charts(panels: Sequence[Lines], xlabel: str, ylabel: str, columns: int = COL
     styles = {name: _style(i) for i, name in enumerate(names)}
     parts = [_panel(p, (i % columns) * WIDTH, (i // columns) * HEIGHT, axes[p.scale], styles, xlabel, ylabel) for i, p in enumerate(panels)]
     legend, height = _legend(styles, width, rows * HEIGHT)
-    size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="11" fill="{INK}">'
-    return "\n".join([head, '<rect width="100%" height="100%" fill="white"/>', *parts, *legend, "</svg>", ""])
+    return document([*parts, *legend], width, height)
 
 
 def _axes(panels: Sequence[Lines]) -> tuple[Axis, Axis]:

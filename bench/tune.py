@@ -56,8 +56,7 @@ def run(session: Session) -> int:
     tuning = Tuning(session, recorder, clock_for(session.device), roof.load(session), arch, until)
     for point in budget.walk(points):
         tune_point(tuning, point)
-    for point in budget.left_out:
-        recorder.add(**point.fields(), what="left out", detail=f"no time for it in {session.seconds:g} s")
+    budget.record(recorder)
     failed = [row for row in recorder.rows if row["error"]]
     for line in dict.fromkeys(f"FAILED {row['kernel']} {row['what']} {row['name']}: {row['error'][:300]}" for row in failed):
         print(line)

@@ -86,7 +86,7 @@ def target(arch: Arch) -> Iterator[None]:
 
 def compile_calls(run, arch: Arch, label: str) -> list[Report]:
     """Run ``run()``, which calls `launch`, with every launch compiled for ``arch`` instead; a report for each."""
-    if knobs.runtime.interpret:
+    if launch.interpreted():
         raise RuntimeError("compile_only: wanted a process without TRITON_INTERPRET=1, for interpreted kernels cannot be compiled")
     reports: list[Report] = []
 

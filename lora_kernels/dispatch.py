@@ -17,7 +17,7 @@ import torch
 from . import chain, problem
 from .problem import Problem, UnsupportedError
 from .segments import CPU, Adapters
-from .tuning import Arch, Config, heuristic, lookup, resolve, why_not
+from .tuning import Arch, Config, lookup, resolve, why_not
 
 FEW_TOKENS = 256
 INTERPRETED_BFLOAT16 = "Triton's interpreter multiplies bfloat16 bit patterns (triton #11584), so bfloat16 needs a GPU"
@@ -91,7 +91,7 @@ def _choose(p: Problem, device: torch.device, impl: str, key: str, interpreted: 
     arch, why_no_arch = arch_of(device)
     config, origin, reason = None, "", why_no_arch
     if arch is not None:
-        config, origin = (Config.from_key(key), "explicit") if key else _resolved(p, arch)
+        config, origin = (Config.from_key(key), "explicit") if key else resolve(p, arch, why_not_here)
         reason = why_not_here(config, p, arch) or ""
     if reason and (impl == "triton" or key):
         raise UnsupportedError(f"impl: 'triton' cannot serve this call: {reason}")
@@ -108,14 +108,6 @@ def _choose(p: Problem, device: torch.device, impl: str, key: str, interpreted: 
     arm, sentence = _preferred(p, arch)
     why[arm] = sentence
     return Choice(arm, config if arm == "triton" else None, why)
-
-
-def _resolved(p: Problem, arch: Arch) -> tuple[Config, str]:
-    """`resolve`, but for a row that the Triton of this machine cannot run the heuristic."""
-    config, origin = resolve(p, arch)
-    if origin == "table" and why_not_here(config, p, arch):
-        return heuristic(p, arch), "heuristic"
-    return config, origin
 
 
 def why_not_here(config: Config, p: Problem, arch: Arch) -> str | None:

@@ -331,15 +331,14 @@ def plans(ids: torch.Tensor, num_adapters: int) -> bool:
 def plan(ids: torch.Tensor, num_adapters: int, row_block: int, gather_block: int) -> list[torch.Tensor]:
     """What `lora_kernels.segments.by_library` returns, in two launches. ids: int32 or int64 ``[M]``, any stride."""
     M, block = ids.shape[0], 32
-    sizes = lengths(M, num_adapters, row_block, gather_block)
-    tensors = [ids.new_empty(size, dtype=torch.int32) for size in sizes]
+    tensors = [ids.new_empty(length, dtype=torch.int32) for length in lengths(M, num_adapters, row_block, gather_block)]
     its_ids, order, starts, tile_adapter, tile_first, present, counts = tensors
-    blocks, slot_blocks, tiles = cdiv(M, block), cdiv(num_adapters + 2, block), sizes[3]
+    blocks, slot_blocks, tiles = cdiv(M, block), cdiv(num_adapters + 2, block), tile_adapter.shape[0]
     wrong, valid = ids.new_empty(blocks, dtype=torch.int32), ids.new_empty((), dtype=torch.bool)
     options = dict(BLOCK=block, CHUNK=PLAN_CHUNK, num_warps=8)
     with on_device(ids):
         args: tuple = ((ids, ids.stride(0)), its_ids, order, starts, present, counts, wrong, M, num_adapters)
-        _run(plan_tokens, (sizes[6] + blocks + slot_blocks,), args, dict(ROW_BLOCK=row_block, **options))
+        _run(plan_tokens, (counts.shape[0] + blocks + slot_blocks,), args, dict(ROW_BLOCK=row_block, **options))
         args = (starts, wrong, tile_adapter, tile_first, valid, num_adapters, blocks, tiles)
         _run(plan_tiles, (cdiv(tiles, block),), args, dict(GATHER_BLOCK=gather_block, **options))
     return [*tensors, valid]

@@ -36,7 +36,7 @@ backward_op = torch.ops.lora_kernels.backward.default
 
 def forward(x, weight, lora_A, lora_B, bias, seed, adapters: Adapters, scale, dropout_p, save_u, impl, config):
     """``y [M, N]`` and ``u [M, r]``: the forward operator, or the arm itself where nobody is to see an operator."""
-    arm = _unseen((chain.forward, None), x, weight, lora_A, lora_B, impl, config)
+    arm = _unseen((chain.forward, None), impl, config, x, weight, lora_A, lora_B, bias)
     if arm is not None:
         return _forward(x, weight, lora_A, lora_B, bias, seed, adapters, scale, dropout_p, save_u, impl, config, *arm)
     return forward_op(x, weight, lora_A, lora_B, bias, seed, *adapters.flat(), scale, dropout_p, save_u, impl, config)
@@ -44,14 +44,14 @@ def forward(x, weight, lora_A, lora_B, bias, seed, adapters: Adapters, scale, dr
 
 def backward(dy, x, weight, lora_A, lora_B, u, seed, adapters: Adapters, scale, dropout_p, needs, adapter_dtype, impl, config):
     """``dX, dA, dB, dbias``, what is not needed undefined: the backward operator, or the arm itself, likewise."""
-    arm = _unseen((chain.backward, None), dy, x, weight, lora_A, impl, config)
+    operands = (dy, x, weight, lora_A, lora_B, u)
+    arm = _unseen((chain.backward, None), impl, config, *operands)
     if arm is not None:
-        operands = (dy, x, weight, lora_A, lora_B, u, seed, adapters)
-        return _backward(*operands, scale, dropout_p, needs, adapter_dtype, impl, config, *arm)
-    return backward_op(dy, x, weight, lora_A, lora_B, u, seed, *adapters.flat(), scale, dropout_p, *needs, adapter_dtype, impl, config)
+        return _backward(*operands, seed, adapters, scale, dropout_p, needs, adapter_dtype, impl, config, *arm)
+    return backward_op(*operands, seed, *adapters.flat(), scale, dropout_p, *needs, adapter_dtype, impl, config)
 
 
-def _unseen(chained: tuple, x, second, third, fourth, impl: str, config: str) -> tuple | None:
+def _unseen(chained: tuple, impl: str, config: str, x: torch.Tensor, *others: torch.Tensor | None) -> tuple | None:
     """The arm to run without the operator, ``chained`` or () for the one that dispatch chooses, or None: the operator has to be called.
 
     That is where a compiler or a mode (fake tensors, FLOP counters, tracers) looks on, or a class of tensors has its own say. A registered
@@ -65,7 +65,7 @@ def _unseen(chained: tuple, x, second, third, fourth, impl: str, config: str) ->
         return None if autocasts(x.device) else (chained,)
     if not (x.is_cuda or x.device == CPU):  # meta tensors, and devices that the operator says it does not know
         return None
-    for t in (x, second, third, fourth):
+    for t in (x, *others):
         if t is not None and type(t) not in PLAIN:
             return None
     return ()

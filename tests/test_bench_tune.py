@@ -17,13 +17,13 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:  # bench is not installed with the package
     sys.path.insert(0, str(ROOT))
 
-from bench import candidates, compiles, conditions, device, kernel_calls, report, roof, rows, sanitize, tune, workloads  # noqa: E402
+from bench import candidates, compiles, conditions, device, kernel_calls, report, roof, sanitize, tune, workloads  # noqa: E402
 from bench.session import Session  # noqa: E402
 from bench.timing import Times  # noqa: E402
 from bench.workloads import Point  # noqa: E402
 from lora_kernels import reference  # noqa: E402
 from lora_kernels.problem import Problem  # noqa: E402
-from lora_kernels.tuning import Arch, heuristic, why_not  # noqa: E402
+from lora_kernels.tuning import Arch, Config, heuristic, why_not  # noqa: E402
 
 CPU = torch.device("cpu")
 SM_90 = Arch.cuda(9, 0)
@@ -132,7 +132,7 @@ def test_candidates_are_timed_in_two_rounds(session, monkeypatch):
             assert all(row["ms"]["p50"] > 0 and row["over_heuristic"] > 0 and row["what"] == "forward" for row in mine)
     passes = {row["name"]: row for row in found if row["kernel"] == "pass"}
     assert passes["torch"]["config"] is None
-    assert rows.config_of(passes["heuristic"]["config"]) == heuristic(problem, Arch.interpreter())
+    assert Config.from_dict(passes["heuristic"]["config"]) == heuristic(problem, Arch.interpreter())
 
 
 def faked(fast: str):
@@ -154,7 +154,7 @@ def test_the_best_parts_are_joined(session, monkeypatch, capsys):
     found = {(row["name"], row["what"]): row for row in measured(session) if row["kernel"] == "pass"}
     problem = Problem(80, 48, 32, 8, torch.float32, "x")
     for what, each in (("forward", problem), ("backward", problem.backward())):
-        best, own = (rows.config_of(found[name, what]["config"]) for name in ("tuned", "heuristic"))
+        best, own = (Config.from_dict(found[name, what]["config"]) for name in ("tuned", "heuristic"))
         assert own == heuristic(each, Arch.interpreter())
         assert best.shrink.block_m == best.expand.block_m == 16 != own.shrink.block_m
         assert best.wgrad == own.wgrad or what == "backward", "the forward pass has no wgrad to tune"

@@ -9,9 +9,12 @@ from .validity import why_not
 __all__ = ["MERGE", "Arch", "Config", "Expand", "Shrink", "Wgrad", "heuristic", "lookup", "rank_block", "resolve", "why_not"]
 
 
-def resolve(problem, arch) -> tuple[Config, str]:
-    """The configuration for a problem on an architecture, and where it comes from: "table" or "heuristic"."""
+def resolve(problem, arch, refusal=why_not) -> tuple[Config, str]:
+    """The configuration for a problem on an architecture, and where it comes from: "table" or "heuristic".
+
+    refusal: `why_not`, or one that knows more of the machine; a row's configuration that it refuses yields to the heuristic's.
+    """
     row = lookup(problem, arch)
-    if row and why_not(row.config, problem, arch) is None:  # a row for the chain holds for operands that its configuration cannot take
+    if row and refusal(row.config, problem, arch) is None:  # a row for the chain holds for operands that its configuration cannot take
         return row.config, "table"
     return heuristic(problem, arch), "heuristic"

@@ -70,6 +70,11 @@ class Config:
     def from_key(key: str) -> Config:
         return _from_key(key)
 
+    @staticmethod
+    def from_dict(parts: dict) -> Config:
+        """From what `dataclasses.asdict` makes of one."""
+        return Config(Shrink(**parts["shrink"]), Expand(**parts["expand"]), Wgrad(**parts["wgrad"]))
+
 
 @functools.lru_cache(maxsize=1024)
 def _key(config: Config) -> str:
@@ -78,8 +83,7 @@ def _key(config: Config) -> str:
 
 @functools.lru_cache(maxsize=1024)
 def _from_key(key: str) -> Config:
-    parts = json.loads(key)
-    return Config(Shrink(**parts["shrink"]), Expand(**parts["expand"]), Wgrad(**parts["wgrad"]))
+    return Config.from_dict(json.loads(key))
 
 
 def rank_block(rank: int, limit: int = 128) -> int:
