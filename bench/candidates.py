@@ -11,6 +11,7 @@ from lora_kernels.problem import Problem
 from lora_kernels.tuning import Arch, Config, Expand, Shrink, Wgrad, heuristic
 
 FEW_TOKENS = 64  # up to so many, expand's tile is the batch's rows, and where u comes from and splits of K are tried
+OVERLAPS = ("stream", "pdl")  # ways to run dA and dB beside dX
 WAVES = (1, 2, 4)  # a split is chosen so that the programs fill the chip so many times
 EXPAND_TILES = ((128, 256, 64), (256, 128, 64), (128, 128, 64))
 SMALL_TILES = ((128, 128, 32), (128, 64, 32), (64, 128, 32), (64, 64, 32))  # where shared memory is small, or dtypes are wide
@@ -25,6 +26,21 @@ def candidates(kernel: str, problem: Problem, arch: Arch) -> list[Config]:
     return [config for config in found if why_not_here(config, problem, arch) is None]
 
 
+def overlapped(config: Config, how: str, problem: Problem, arch: Arch) -> tuple[Config | None, str | None]:
+    """``config`` with dA and dB beside dX, by a second "stream" or by "pdl"; or None and why that is not valid.
+
+    wgrad, and by "pdl" shrink too, takes no more shared memory than a large tile of dX leaves on a multiprocessor.
+    """
+    shrink, expand = config.shrink, replace(config.expand, u="given", pdl=how == "pdl")
+    if how == "pdl":
+        expand = replace(expand, base="kernel", persistent=False)  # a persistent one takes every register: docs/tuning.md
+        rows = problem.gather_block or (32 if problem.dropout == "x" else 64)
+        shrink = replace(shrink, block_m=rows, block_k=64, split=1, num_stages=2)
+    found = Config(shrink, expand, replace(config.wgrad, num_stages=min(2, config.wgrad.num_stages), beside=how))
+    reason = why_not_here(found, problem, arch)
+    return (found, None) if reason is None else (None, reason)
+
+
 def short(kernel: str, part: dict) -> str:
     """A part of a configuration in a few letters: "128x256x64 s4 w8 tma"."""
     sizes = "x".join(str(size) for field, size in part.items() if field.startswith("block_"))
@@ -34,7 +50,8 @@ def short(kernel: str, part: dict) -> str:
         words += [f"g{part['group_m']}"] if part["group_m"] != Expand.group_m else []
         words += [part["u"]] if part["u"] != "given" else []
         words += ["library"] if part["base"] == "library" else []
-        words += [flag for flag in ("tma", "persistent", "warp_specialize", "pdl") if part[flag]]
+    words += [flag for flag in ("tma", "persistent", "warp_specialize", "pdl") if part.get(flag)]
+    words += [f"beside by {part['beside']}"] if part.get("beside") else []
     return " ".join(words)
 
 

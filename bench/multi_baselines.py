@@ -127,9 +127,15 @@ def why_not(name: str, point: MultiPoint, device: torch.device) -> str | None:
     return None
 
 
+def has_grouped_mm(device: torch.device) -> bool:
+    """On a CPU from torch 2.9 on."""
+    known = torch._C._dispatch_has_computed_kernel_for_dispatch_key
+    return hasattr(torch, "_grouped_mm") and known("aten::_grouped_mm", device.type.upper())
+
+
 def _why_not_grouped(point: MultiPoint, device: torch.device) -> str | None:
-    if not hasattr(torch, "_grouped_mm"):
-        return f"torch {torch.__version__} has no _grouped_mm"
+    if not has_grouped_mm(device):
+        return f"torch {torch.__version__} has no _grouped_mm on {device.type}"
     if sum(counts(point)) < point.M:
         return "it writes nothing for tokens without an adapter"
     if point.loaded > MOST_GROUPS:

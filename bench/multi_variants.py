@@ -10,6 +10,7 @@ from lora_kernels import dispatch
 from lora_kernels.tuning import Arch, Config, heuristic, resolve, why_not
 
 from . import variants
+from .candidates import OVERLAPS, overlapped
 from .multi_baselines import one_adapter_point
 from .multi_workloads import MultiPoint, small
 from .precompile import PointJob, standing
@@ -34,6 +35,13 @@ def configs(point: MultiPoint, o: Operands, arch: Arch) -> tuple[dict[str, Confi
             found[f"triton:{name}"] = config
         else:
             refused[f"triton:{name}"] = reason
+    for how in () if point.forward_alone else OVERLAPS:
+        config, reason = overlapped(base, how, forward, arch)
+        reason = reason or why_not(config, backward, arch)
+        if reason is None:
+            found[f"triton:overlapped by {how}"] = config
+        else:
+            refused[f"triton:overlapped by {how}"] = reason
     return found, refused
 
 

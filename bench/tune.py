@@ -18,7 +18,7 @@ from lora_kernels.tuning import Arch, Config, heuristic
 
 from . import kernel_calls, precompile, roof, variants, workloads
 from .baselines import inference, ours, training
-from .candidates import candidates, short
+from .candidates import OVERLAPS, candidates, overlapped, short
 from .conditions import Recorder
 from .kernel_calls import Call, Inputs, KernelJob
 from .roof import Roof
@@ -29,6 +29,7 @@ from .workloads import Operands, Point
 
 KEPT = 5  # candidates of the last round, beside the heuristic's own
 HEURISTIC = "heuristic"
+REPEATS = 5  # of passes whose launches overlap, before they are timed
 
 
 @dataclass
@@ -165,11 +166,12 @@ def time_passes(tuning: Tuning, point: Point, o: Operands, own: dict[str, Config
     """The chain, the heuristic's kernels and the joined best ones as whole passes, interleaved."""
     make = inference if point.forward_alone else training
     steps = {"torch": make(ours("torch"), o)}
-    configs = {HEURISTIC: own, "tuned": best} if own else {}
+    configs = {HEURISTIC: own} if own else {}
+    configs |= {"tuned": best} if best != own else {}
+    configs |= overlapping(tuning, point, o, best) if own and not point.forward_alone else {}
     for name, by_pass in configs.items():
-        if name == HEURISTIC or best != own:
-            forward = by_pass["forward"]
-            steps[name] = inference(ours("triton", forward), o) if point.forward_alone else variants.step(o, forward, by_pass["backward"])
+        forward = by_pass["forward"]
+        steps[name] = inference(ours("triton", forward), o) if point.forward_alone else variants.step(o, forward, by_pass["backward"])
     least = 1 if tuning.session.quick else 10
     times, errors = interleave(steps, tuning.clock, seconds=0.0 if tuning.session.quick else 0.5, least=least)
     fields = dict(point.fields(), kernel="pass", launch=tuning.clock.launch, round="last")
@@ -184,6 +186,37 @@ def time_passes(tuning: Tuning, point: Point, o: Operands, own: dict[str, Config
                 roof_fraction=rounded(tuning.ceilings.floor_ms(point, what) / t.p50) if tuning.ceilings else None,
                 over_heuristic=rounded(t.p50 / times[HEURISTIC][what].p50) if HEURISTIC in times else None,
             )  # fmt: skip
+
+
+def overlapping(tuning: Tuning, point: Point, o: Operands, best: dict[str, Config]) -> dict[str, dict[str, Config]]:
+    """The best configurations with dA and dB beside dX, where they give, bit for bit, what they give one after the other."""
+    found = {}
+    for how in OVERLAPS:
+        pair = {what: overlapped(best[what], how, p, tuning.arch)[0] for what, p in zip(best, variants.problems(o), strict=True)}
+        forward, backward = pair["forward"], pair["backward"]
+        if forward is None or backward is None:
+            continue
+        name, error = f"overlapped by {how}", None
+        try:
+            wanted = gradients_of(o, forward, replace(backward, wgrad=replace(backward.wgrad, beside="")))
+            for _ in range(REPEATS):
+                same = [torch.equal(a, b) for a, b in zip(gradients_of(o, forward, backward), wanted, strict=True)]
+                error = error or (None if all(same) else "its gradients differ from those of the same configuration without overlap")
+        except Exception as failure:
+            error = message(failure)
+            tuning.clock.settle()
+        if error is None:
+            found[name] = {"forward": forward, "backward": backward}
+        else:
+            tuning.recorder.add(**point.fields(), what="backward", kernel="pass", arm="triton", name=name, ok=False, error=error)
+    return found
+
+
+def gradients_of(o: Operands, forward: Config, backward: Config) -> list[torch.Tensor]:
+    """dX, dA and dB, of one seed."""
+    torch.manual_seed(0)
+    step = variants.step(o, forward, backward)
+    return [t for t in step.backward(step.forward()) if t is not None and t.numel()]
 
 
 def _part(call: Call, config: Config) -> dict:

@@ -15,6 +15,7 @@ from lora_kernels.problem import Problem
 from lora_kernels.tuning import Arch, Config, resolve, why_not
 
 from .baselines import inference, ours, training
+from .candidates import OVERLAPS, overlapped
 from .timing import Step
 from .workloads import Operands, Point
 
@@ -68,6 +69,14 @@ def choices(point: Point, o: Operands, arch: Arch, every: bool) -> tuple[dict[st
         if reason:
             refused[name] = f"backward: {reason}"
         chosen[name] = f, b
+    for how in () if decode else OVERLAPS:
+        name = f"triton:overlapped by {how}"
+        f, reason = overlapped(base[0], how, forward, arch)
+        b, other = overlapped(base[1], how, backward, arch)
+        if f is None or b is None:
+            refused[name] = f"forward: {reason}" if reason else f"backward: {other}"
+        else:
+            chosen[name] = f, b
     return chosen, refused
 
 

@@ -26,6 +26,8 @@ from .tuning import Arch, Config, heuristic
 
 _MATMUL = (("tcgen05.mma", "tcgen05"), ("wgmma.mma_async", "wgmma"), ("mma.sync", "mma"), ("v_mfma", "mfma"), ("v_wmma", "wmma"))
 
+_ACTIVE = "_active" if hasattr(driver, "_active") else "active"  # where .active is a property, it looks for a GPU
+
 
 @dataclass(frozen=True)
 class Report:
@@ -76,12 +78,12 @@ class _StubDriver:
 @contextlib.contextmanager
 def target(arch: Arch) -> Iterator[None]:
     """Inside, Triton compiles for ``arch``, whatever this machine has."""
-    before = driver._active  # not .active, which would look for a GPU
+    before = getattr(driver, _ACTIVE)
     driver.set_active(_StubDriver(arch))
     try:
         yield
     finally:
-        driver._active = before
+        setattr(driver, _ACTIVE, before)
 
 
 def compile_calls(run, arch: Arch, label: str) -> list[Report]:

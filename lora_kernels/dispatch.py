@@ -20,6 +20,7 @@ from .segments import CPU, Adapters
 from .tuning import Arch, Config, lookup, resolve, why_not
 
 FEW_TOKENS = 256
+INTERPRETED_NUMPY = "the interpreter of Triton before 3.7 takes no NumPy from 2.4 on (it makes numbers of arrays); install numpy<2.4"
 INTERPRETED_BFLOAT16 = "Triton's interpreter multiplies bfloat16 bit patterns (triton #11584), so bfloat16 needs a GPU"
 
 
@@ -57,6 +58,16 @@ def triton_missing() -> str | None:
 @functools.cache
 def triton_version() -> str:
     return importlib.metadata.version("triton")
+
+
+@functools.cache
+def numpy_version() -> str:
+    return importlib.metadata.version("numpy")
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """The first two numbers of a version."""
+    return tuple(int(number) for number in version.split(".")[:2])
 
 
 @functools.cache
@@ -114,7 +125,9 @@ def why_not_here(config: Config, p: Problem, arch: Arch) -> str | None:
     """`why_not`, and what the Triton of this machine cannot do."""
     if arch.kind == "interpreter" and p.dtype == torch.bfloat16:
         return INTERPRETED_BFLOAT16
-    if config.expand.warp_specialize and arch.capability[0] == 9 and not triton_version().startswith("3.6."):
+    if arch.kind == "interpreter" and _release(triton_version()) < (3, 7) and _release(numpy_version()) >= (2, 4):
+        return INTERPRETED_NUMPY
+    if config.expand.warp_specialize and arch.capability[0] == 9 and _release(triton_version()) != (3, 6):
         return f"expand.warp_specialize on sm_90 is compiled by Triton 3.6 and not by {triton_version()} (its own pass fails)"
     return why_not(config, p, arch)
 

@@ -10,7 +10,6 @@ are stacks, ``[E, r, K]`` and ``[E, N, r]``, and each kernel takes its part of t
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -22,16 +21,18 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from . import philox
 from .kernels.expand import expand
 from .kernels.load import load_dense, load_descriptor, load_descriptor_transposed, load_parts
-from .kernels.overlap import in_order, let_next_begin, wait_for_previous
+from .kernels.overlap import in_order, let_next_begin, wait_for_previous, wait_then_let_next_begin
 from .kernels.plan import plan_tiles, plan_tokens
 from .kernels.shrink import shrink
 from .kernels.wgrad import wgrad
 from .segments import ONE, Adapters, lengths
+from .streams import beside, fork, on_device, sm_count
 from .tuning import MERGE, Config, rank_block
 from .tuning.validity import LOOP_RANK, MIXED_RANK, TILE_RANK
 
 INT32 = 1 << 31
 PLAN_TOKENS, PLAN_CHUNK = 16384, 128  # the plan's kernel compares every token with every other, so many at a time
+RESIDENT = 228 << 10  # bytes of shared memory of a multiprocessor: an estimate of how many programs begin at once
 SPLIT_ADAPTERS = 64  # so few adapters that their tokens are split over programs, too: partial sums cost a stack of gradients each
 
 
@@ -63,11 +64,6 @@ def _run(kernel, grid, args, options) -> None:
 def interpreted() -> bool:
     """Whether Triton's interpreter runs the kernels, which knows no programmatic dependent launch."""
     return triton.knobs.runtime.interpret
-
-
-def on_device(t: torch.Tensor):
-    """Makes t's GPU the current one for the launches inside."""
-    return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -137,10 +133,22 @@ def run_shrink(x, a, *, scale: float, adapters: Adapters = ONE, dropout, config:
     return z if parts and splits > 1 else z[0] if splits == 1 else z.sum(0).to(dtype)
 
 
-def run_wgrad(
+def run_wgrad(*args, **kwargs) -> torch.Tensor:
+    """`prepare_wgrad`'s result, launched at once."""
+    start, total = prepare_wgrad(*args, **kwargs)
+    start(False)
+    return total()
+
+
+def prepare_wgrad(
     x, g, *, scale: float, adapters: Adapters = ONE, dropout, config: Config, out_transposed: bool, dtype: torch.dtype
-) -> torch.Tensor:
-    """``scale * (D.x)^T g`` as ``[(E,) J, R]``, or ``[(E,) R, J]`` if transposed, in ``dtype``, from float32 sums in a fixed order."""
+) -> tuple[Callable[[bool], None], Callable[[], torch.Tensor]]:
+    """``start(beside)``, which launches, and ``total()``: ``scale * (D.x)^T g`` as ``[(E,) J, R]``, or ``[(E,) R, J]`` if transposed, in
+    ``dtype``, from float32 sums in a fixed order.
+
+    beside: The launch may run while expand still does. Memory for it is taken here, before expand is launched, for afterwards the
+    allocator might hand out what expand yet reads.
+    """
     c, seg, E = config.wgrad, adapters.segments, adapters.number
     (M, J), R = x.shape, g.shape[1]
     block_r = rank_block(R, TILE_RANK if adapters.ranks is not None else 128)
@@ -149,21 +157,35 @@ def run_wgrad(
         splits = max(1, min(splits, SPLIT_ADAPTERS // E))
     shape = (splits, E, R, J) if out_transposed else (splits, E, J, R)
     out = x.new_empty(shape, dtype=torch.float32 if splits > 1 else dtype)
-    seed, threshold, inv_keep = _dropout(dropout)
-    strides = (1, J) if out_transposed else (R, 1)
-    starts, order = (None, None) if seg is None else (seg.starts, seg.order)
-    args = (
-        _matrix(x), _matrix(g), (out, *strides), out.stride(0), starts, order, out.stride(1), adapters.ranks,
-        seed, threshold, scale * inv_keep, M, J, R, blocks,
-    )  # fmt: skip
-    options = dict(
-        SEGMENTS=seg is not None, DROPOUT=dropout is not None, PRECISION=precision(x.dtype), BLOCK_M=c.block_m, BLOCK_J=c.block_j,
-        BLOCK_R=block_r, EVEN_J=J % c.block_j == 0, EVEN_R=R % block_r == 0 and adapters.ranks is None,
-        WIDE=_wide((x, max(c.block_m, c.block_j)), (out, c.block_j)), num_warps=c.num_warps, num_stages=c.num_stages,
-    )  # fmt: skip
-    _run(wgrad, (E * cdiv(J, c.block_j), cdiv(R, block_r), splits), args, options)
-    total = out[0] if splits == 1 else out.sum(0).to(dtype)
-    return total[0] if seg is None else total
+
+    def start(beside: bool) -> None:
+        seed, threshold, inv_keep = _dropout(dropout)
+        strides = (1, J) if out_transposed else (R, 1)
+        starts, order = (None, None) if seg is None else (seg.starts, seg.order)
+        args = (
+            _matrix(x), _matrix(g), (out, *strides), out.stride(0), starts, order, out.stride(1), adapters.ranks,
+            seed, threshold, scale * inv_keep, M, J, R, blocks,
+        )  # fmt: skip
+        options = dict(
+            SEGMENTS=seg is not None, DROPOUT=dropout is not None, PRECISION=precision(x.dtype), BLOCK_M=c.block_m, BLOCK_J=c.block_j,
+            BLOCK_R=block_r, EVEN_J=J % c.block_j == 0, EVEN_R=R % block_r == 0 and adapters.ranks is None,
+            WIDE=_wide((x, max(c.block_m, c.block_j)), (out, c.block_j)), LET_GO=None, WAIT=None,
+            num_warps=c.num_warps, num_stages=c.num_stages,
+        )  # fmt: skip
+        if beside:
+            options |= _overlapped(LET_GO=let_next_begin, WAIT=wait_for_previous)
+        _run(wgrad, (E * cdiv(J, c.block_j), cdiv(R, block_r), splits), args, options)
+
+    def total() -> torch.Tensor:
+        summed = out[0] if splits == 1 else out.sum(0).to(dtype)
+        return summed[0] if seg is None else summed
+
+    return start, total
+
+
+def _overlapped(**plugs) -> dict:
+    """The options of a launch that begins while the one before it runs, with the functions by which it waits."""
+    return dict.fromkeys(plugs, in_order) if interpreted() else plugs | dict(launch_pdl=True)
 
 
 def tile_counters(M: int, N: int, config: Config, device: torch.device) -> torch.Tensor | None:
@@ -216,11 +238,14 @@ def run_expand(
     elif u is not None:
         load_u, u_args = _operand(u, c.block_m, block_r, c.warp_specialize)
     load_v, v_args = _operand(v, block_r, c.block_n, c.warp_specialize)
+    late = None
+    if config.wgrad.beside == "pdl":
+        late = sm_count(x.device) * max(1, RESIDENT // (c.num_stages * (c.block_m + c.block_n) * c.block_k * x.itemsize))
     args = (
         x_args, w_args, None if a is None else _matrix(a), u_args, v_args, bias, _matrix(y),
         adapters.rows(), _matrix(x) if seg and c.u == "awaited" else None, adapters.gather(), gathered, adapters.number,
         _stack_stride(a), _stack_stride(v), None if c.u == "given" else adapters.scales, adapters.ranks,
-        flags, ticket, parts, blocks_per_part, seed, threshold, inv_keep, scale * (inv_keep if drop_x else 1.0), M, N, K, R,
+        flags, ticket, parts, blocks_per_part, late, seed, threshold, inv_keep, scale * (inv_keep if drop_x else 1.0), M, N, K, R,
     )  # fmt: skip
     blocks = max(c.block_m, c.block_n, c.block_k)
     options = dict(
@@ -235,16 +260,10 @@ def run_expand(
         WAIT=None, num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip
     if c.pdl:
-        options |= dict(WAIT=in_order) if interpreted() else dict(WAIT=wait_for_previous, launch_pdl=True)
+        options |= _overlapped(WAIT=wait_for_previous if late is None else wait_then_let_next_begin)
     programs = min(items, sm_count(x.device)) if c.persistent else items
     _run(expand, (programs,), args, options)
     return y, u
-
-
-@functools.cache
-def sm_count(device: torch.device) -> int:
-    """Programs of a persistent grid: one per multiprocessor; few, so that each takes several items, without a GPU."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
 def _operand(t: torch.Tensor, block_i: int, block_j: int, descriptor: bool):
@@ -294,7 +313,7 @@ def backward(dy, x, weight, lora_A, lora_B, u, seed, adapters: Adapters, scale: 
     need_dx, need_da, need_db = needs
     drop = (seed, p) if p else None
     shared: dict[str, Any] = dict(adapters=adapters, config=config)
-    dx = da = db = None
+    dx = None
     ds: torch.Tensor | None = None
     with on_device(dy):
         one_launch = need_dx and config.expand.u != "given"
@@ -305,14 +324,20 @@ def backward(dy, x, weight, lora_A, lora_B, u, seed, adapters: Adapters, scale: 
             )
         if one_launch:
             ds = dy.new_empty(dy.shape[0], lora_B.shape[-1]) if need_da else None
-            dx, ds = run_expand(dy, weight, lora_A, transposed=False, u=ds, a=lora_B, scale=scale, drop_uv=drop, **shared)
+        gradients: dict[str, Any] = dict(scale=1.0, dtype=adapter_dtype, **shared)
+        for_a = prepare_wgrad(x, ds, dropout=drop, out_transposed=True, **gradients) if need_da else None
+        for_b = prepare_wgrad(dy, u, dropout=None, out_transposed=False, **gradients) if need_db else None
+        forked = fork(dy) if need_dx and config.wgrad.beside == "stream" else None
+        if one_launch:
+            dx, _ = run_expand(dy, weight, lora_A, transposed=False, u=ds, a=lora_B, scale=scale, drop_uv=drop, **shared)
         elif need_dx:
             base = torch.mm(dy, weight) if config.expand.base == "library" else None
             dx, _ = run_expand(dy, weight, lora_A, transposed=False, u=ds, base=base, out=base, drop_uv=drop, counters=counters, **shared)
-        if need_da:
-            da = run_wgrad(x, ds, scale=1.0, dropout=drop, out_transposed=True, dtype=adapter_dtype, **shared)
-        if need_db:
-            db = run_wgrad(dy, u, scale=1.0, dropout=None, out_transposed=False, dtype=adapter_dtype, **shared)
+        with beside(forked):
+            for start, _ in filter(None, (for_a, for_b)):
+                start(need_dx and config.wgrad.beside == "pdl")
+        da = for_a[1]() if for_a else None
+        db = for_b[1]() if for_b else None
     return dx, da, db
 
 

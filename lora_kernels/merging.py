@@ -54,8 +54,8 @@ def _sharded(weight) -> bool:
 
 def _finite(weight) -> bool:
     if _sharded(weight):  # merged on all ranks or on none
-        whole: Any = torch.isfinite(weight).all()
-        return bool(whole.full_tensor())
+        others: Any = (~torch.isfinite(weight)).sum()  # torch 2.8 takes a sharded tensor's all() for its any()
+        return not others.full_tensor()
     # NaN shows in both ends; one pass without a tensor of its own, on a CPU 50 times as fast as isfinite
     return not weight.numel() or all(torch.isfinite(end) for end in torch.aminmax(weight))
 

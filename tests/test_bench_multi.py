@@ -46,7 +46,8 @@ def test_sections_write_whole_rows_and_their_report(tmp_path, capsys):
             assert {*conditions.FIELDS, *conditions.CONDITIONS} <= set(row)
             assert all(row[name] for name in ("cpu", "threads", "torch", "python", "code", "date")) and row["gpu"] is None
         timed = [row for row in rows if row["ms"] and row["what"] != "plan"]
-        arms = {"linear", "gather-bmm", "grouped-mm", "peft-loop", "torch", "auto"} | ({"one-adapter"} if section == "mtrain" else set())
+        arms = {"linear", "gather-bmm", "peft-loop", "torch", "auto"} | ({"one-adapter"} if section == "mtrain" else set())
+        arms |= {"grouped-mm"} if multi_baselines.has_grouped_mm(CPU) else set()
         assert {row["arm"] for row in timed} == arms
         assert {row["what"] for row in timed} == ({"forward", "backward", "both"} if section == "mtrain" else {"forward"})
         for row in timed:
@@ -251,13 +252,14 @@ def test_a_wrong_plan_is_caught(tmp_path, monkeypatch):
     assert {row["error"] for row in plans if row["error"]} == {"check: not sorted"}
 
 
-def test_what_cannot_serve_a_point_says_why():
+def test_what_cannot_serve_a_point_says_why(monkeypatch):
     large = MultiPoint("prefill", "8B gate,up", 8192, 4096, 14336, spread=64)
     assert multi_baselines.copied_bytes(large) == 8192 * 16 * (4096 + 14336) * 2
     assert "4.5 GiB, past 4" in multi_baselines.why_not("gather-bmm", large, CPU)
     assert multi_baselines.why_not("gather-bmm", replace(large, N=4096), CPU) is None
     assert multi_baselines.why_not("gather-bmm", replace(large, N=4096, grid="train"), CPU) is None
     assert "past 4" in multi_baselines.why_not("gather-bmm", replace(large, N=4608, grid="train"), CPU)
+    monkeypatch.setattr(multi_baselines, "has_grouped_mm", lambda device: True)
     assert "at most 1023 groups, got 1024" in multi_baselines.why_not("grouped-mm", replace(large, loaded=1024), CPU)
     assert "without an adapter" in multi_baselines.why_not("grouped-mm", replace(large, popularity="none"), CPU)
     assert "multiples of 16 bytes" in multi_baselines.why_not("grouped-mm", replace(large, r=4), CPU)

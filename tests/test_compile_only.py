@@ -136,6 +136,55 @@ def test_overlapped_launches_wait_before_they_read_u():
     ]  # fmt: skip
 
 
+BESIDE = """
+import re, torch
+from bench.candidates import overlapped
+from lora_kernels import compile_only, launch
+from lora_kernels.compile_only import compile_pass
+from lora_kernels.problem import Problem
+from lora_kernels.tuning import Arch, heuristic
+arch, forward = Arch.parse("sm_90"), Problem(8192, 4096, 4096, 16, torch.bfloat16)
+def show(kernel, grid, args, options):
+    ptx = kernel.run(*args, grid=grid, warmup=True, **options).asm["ptx"]
+    words = r"griddepcontrol.(\\w+)|(cp.async.bulk.tensor|cp.async.cg|ld.global|st.global|wgmma.mma)"
+    found = ["".join(match.groups("")) for match in re.finditer(words, ptx)]
+    print(kernel.__name__, *[word for i, word in enumerate(found) if i == 0 or word != found[i - 1]])
+config, reason = overlapped(heuristic(forward.backward(), arch), "pdl", forward.backward(), arch)
+shapes = ((512, 512), (512, 512), (16, 512), (512, 16), (512, 512), (512, 16))
+x, w, A, B, dy, u = (torch.empty(*shape, dtype=torch.bfloat16) for shape in shapes)
+with compile_only.target(arch), launch.intercept(show):
+    launch.backward(dy, x, w, A, B, u, None, launch.ONE, 1.0, 0.0, (True, True, True), torch.bfloat16, config)
+def rounded(n, unit): return -(-n // unit) * unit
+def room(report):
+    return report.shared + 1024, rounded(report.registers, 8) * 32 * report.warps
+for problem, backward in ((forward, False), (forward.backward(), True)):
+    for how in ("pdl", "stream"):
+        config, reason = overlapped(heuristic(problem, arch), how, problem, arch)
+        reports = compile_pass(problem, arch, config, "", backward)
+        shared, registers = map(sum, zip(*(room(r) for r in reports if r.kernel.startswith("expand"))))
+        for r in reports:
+            if r.kernel != "shrink" or how == "pdl":
+                fits = room(r)[0] <= 228 * 1024 - shared and room(r)[1] <= 65536 - registers
+                print("beside" if fits or r.kernel.startswith("expand") else "no room", how, r.kernel, r.spills)
+"""
+
+
+def test_gradients_beside_dX_find_room_and_wait_where_they_must():
+    """A large tile of dX, without dropout, leaves a program of wgrad and of shrink its registers and shared memory on sm_90; expand
+    waits, then lets go, before it reads dS, and late programs at once; wgrad lets go at once and waits when all is stored."""
+    out = run("-c", BESIDE)
+    assert out.returncode == 0, out.stderr[-2000:]
+    lines = out.stdout.splitlines()
+    shrink, expand, *wgrads = [line.split() for line in lines[:4]]
+    assert shrink[:2] == ["shrink", "launch_dependents"] and "wait" not in shrink
+    assert expand[:5] == ["expand", "wait", "launch_dependents", "cp.async.bulk.tensor", "wgmma.mma"], expand
+    again = expand.index("wait", 3)
+    assert expand[again : again + 2] == ["wait", "launch_dependents"] and expand[again + 2] in ("ld.global", "cp.async.cg"), expand
+    for wgrad in wgrads:
+        assert wgrad[:2] == ["wgrad", "launch_dependents"] and wgrad[-2:] == ["st.global", "wait"], wgrad
+    assert len(lines) == 4 + 3 + 7 and not [line for line in lines[4:] if not line.startswith("beside") or line[-2:] != " 0"], lines
+
+
 ROWS = """
 import json
 from lora_kernels.compile_only import compile_pass

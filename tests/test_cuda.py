@@ -10,7 +10,7 @@ from bench.timing import Step, graphed
 from lora_kernels import FusedLoRALinear, UnsupportedError, explain, lora_linear, parity
 from lora_kernels.dispatch import device_arch
 from lora_kernels.parity import Case, run_case
-from lora_kernels.tuning import Config, Expand, Wgrad
+from lora_kernels.tuning import Config, Expand, Shrink, Wgrad
 
 pytestmark = pytest.mark.cuda
 CUDA = torch.device("cuda")
@@ -55,6 +55,29 @@ def test_a_thousand_repeats_bit_for_bit(u, pdl):
             assert torch.equal(ours, again)
 
 
+def overlapped(how: str, p: float, **expand) -> Config:
+    if how == "pdl" and not device_arch(torch.device("cuda", 0)).has_pdl:
+        how = "stream"  # refused by name: test_a_thousand_repeats_bit_for_bit
+    expand = Expand(128, 128, 64, num_stages=3, pdl=how == "pdl", **expand)
+    return Config(Shrink(32, 64, num_stages=2), expand, Wgrad(64, 32 if p else 64, split=3, num_stages=2, beside=how))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("how", ["stream", "pdl"])
+@pytest.mark.parametrize("M, persistent", [(600, False), (8192, False), (8192, True)])
+def test_gradients_beside_dX_a_thousand_times(how, p, M, persistent):
+    """dA reads what shrink wrote and all end before what follows, in one wave of dX's tiles and in many, while memory changes hands."""
+    config = overlapped(how, p, persistent=persistent)
+    case = replace(LAYER, M=M, p=p, config=config)
+    tensors = parity.inputs(case, CUDA)
+    wanted = parity.evaluate(replace(case, config=replace(config, wgrad=replace(config.wgrad, beside=""))), tensors, "triton")
+    for i in range(1000 if M == 600 else 200):
+        found = parity.evaluate(case, tensors, "triton")
+        torch.full((M * 1024 + i,), float("nan"), device=CUDA, dtype=torch.bfloat16)
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True)), i
+    check(case)
+
+
 def test_more_than_2_31_elements():
     """x of 4 GiB and more: rows past the 32-bit boundary must be the right ones."""
     K, N, M = 4096, 64, (1 << 31) // 4096 + 100
@@ -67,15 +90,17 @@ def test_more_than_2_31_elements():
 
 
 @pytest.mark.parametrize("p", [0.0, 0.5])
-@pytest.mark.parametrize("impl", ["triton", "torch"])
+@pytest.mark.parametrize("impl", ["triton", "torch", "stream", "pdl"])
 def test_cuda_graph_capture_and_replay(impl, p):
+    config = overlapped(impl, p) if impl in ("stream", "pdl") else None
+    impl = "triton" if config else impl
     t = parity.inputs(replace(LAYER, M=64), CUDA)
     args = [t[name] for name in ("x", "weight", "lora_A", "lora_B", "bias")]
     for i in (0, 2, 3):
         args[i] = args[i].requires_grad_()
 
     def step():
-        y = lora_linear(*args, dropout_p=p, training=True, impl=impl)
+        y = lora_linear(*args, dropout_p=p, training=True, impl=impl, config=config)
         return [y, *torch.autograd.grad(y, [args[0], args[2], args[3]], t["dY"])]
 
     replay = graphed(Step(step)).forward
@@ -101,8 +126,10 @@ def test_nothing_waits_for_the_device():
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_two_streams_at_once():
-    case = replace(LAYER, config=Config(expand=Expand(128, 128, 64, u="awaited")))
+@pytest.mark.parametrize("how", ["awaited", "stream", "pdl"])
+def test_two_streams_at_once(how):
+    config = Config(expand=Expand(128, 128, 64, u="awaited")) if how == "awaited" else overlapped(how, 0.0)
+    case = replace(LAYER, config=config)
     tensors = parity.inputs(case, CUDA)
     wanted = parity.evaluate(case, tensors, "triton")
     torch.cuda.synchronize()

@@ -92,6 +92,10 @@ def test_an_unknown_gpu_is_answered_too():
         (Config(expand=Expand(pdl=True, u="awaited")), PROBLEM, "sm_90", "expand.pdl starts the base product"),
         (Config(expand=Expand(pdl=True, base="library")), PROBLEM, "sm_90", "serves u='given' and base='kernel'"),
         (Config(expand=Expand(128, 256, 64, num_stages=4, warp_specialize=True, tma=True, num_warps=4)), PROBLEM, "sm_90", "278528 bytes"),
+        (Config(wgrad=Wgrad(beside="graph")), PROBLEM, "sm_90", "wgrad.beside must be '', 'stream' or 'pdl', got 'graph'"),
+        (Config(wgrad=Wgrad(beside="stream"), expand=Expand(u="awaited")), PROBLEM, "sm_90", "needs expand.u='given', got 'awaited'"),
+        (Config(wgrad=Wgrad(beside="stream"), expand=Expand(pdl=True)), PROBLEM, "sm_90", "an event between shrink and expand"),
+        (Config(wgrad=Wgrad(beside="pdl")), PROBLEM, "sm_90", "so it needs expand.pdl=True"),
         (Config(expand=Expand(num_warps=3)), PROBLEM, "sm_90", "expand.num_warps must be 1, 2, 4, 8 or 16, got 3"),
         (Config(), replace(PROBLEM, dtype=torch.float64), "sm_90", "do not take float64"),
     ],
@@ -175,6 +179,20 @@ def test_a_row_that_a_call_cannot_take_yields_to_the_heuristic(monkeypatch):
         dispatch._choose.cache_clear()
         assert dispatch.choose(PROBLEM, device, "triton").config == config
     dispatch._choose.cache_clear()
+
+
+def test_an_interpreter_that_numpy_has_left_behind(monkeypatch):
+    plain, interpreter, sm_90 = replace(PROBLEM, dtype=torch.float32), Arch.interpreter(), Arch.parse("sm_90")
+    for triton, numpy, refused in (
+        ("3.6.0", "2.4.0", True),
+        ("3.6.0", "2.3.5", False),
+        ("3.7.1", "2.5.0", False),
+        ("3.10.0", "2.5", False),
+    ):
+        monkeypatch.setattr(dispatch, "triton_version", lambda version=triton: version)
+        monkeypatch.setattr(dispatch, "numpy_version", lambda version=numpy: version)
+        assert (dispatch.why_not_here(heuristic(plain, interpreter), plain, interpreter) == dispatch.INTERPRETED_NUMPY) is refused
+        assert dispatch.why_not_here(heuristic(PROBLEM, sm_90), PROBLEM, sm_90) is None
 
 
 def test_a_row_goes_before_the_heuristic(monkeypatch):

@@ -119,7 +119,7 @@ PARALLEL = {FusedLoRALinear: ParallelLoRALinear, MultiLoRALinear: ParallelMultiL
 def run(layer: Any, x: torch.Tensor, weight: Any, adapted: bool, **adapter) -> torch.Tensor:
     """The forward pass on local tensors, between x and y as the style's layouts have them; ``adapted``: with the low-rank term."""
     style, mesh = layer.style, layer.weight.device_mesh
-    layout, rank = style.layout, mesh.get_local_rank()
+    layout, rank = style.layout, mesh.get_coordinate()[0]  # torch 2.8 compiles no get_local_rank
     # before x, so that the backward pass sends dX first, for which the layer below waits
     A, B = local_parameter(layer.lora_A), local_parameter(layer.lora_B)
     bias = None if layer.bias is None else local_parameter(layer.bias)

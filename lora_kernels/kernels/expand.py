@@ -233,7 +233,7 @@ def store_tile(acc, bias_ptr, y_ptrs, y_mask, n0, N, BLOCK_N: tl.constexpr):
     tl.store(y_ptrs, acc.to(y_ptrs.dtype.element_ty), mask=y_mask)
 
 
-@triton.jit(do_not_specialize=["M", "threshold", "adapters", "gathered", "blocks_per_part"])
+@triton.jit(do_not_specialize=["M", "threshold", "adapters", "gathered", "blocks_per_part", "late"])
 def expand(
     x,
     w,
@@ -255,6 +255,7 @@ def expand(
     ticket_ptr,
     parts,
     blocks_per_part,
+    late,
     seed_ptr,
     threshold,
     inv_keep,
@@ -293,7 +294,7 @@ def expand(
     """Grid [programs]: as many as there are work items, or fewer (PERSISTENT), each taking every grid-th item or ticket.
 
     SPLIT: parts: as in `expand_tile`, blocks_per_part: of K. WAIT: None, or a function that waits for the launch that writes u, for which
-    the base product does not wait.
+    the base product does not wait. late: None, or the first program that calls it at once, having its room from one that has waited.
 
     With segments: rows: (ids, present, counts), gather_x: x by pointers, gather: as in `gathered_tile`, gathered: how many
     such tiles, of GATHER_M tokens.
@@ -305,6 +306,9 @@ def expand(
         producers = (gathered if SEGMENTS else num_m) * R_BLOCKS
     seed = tl.load(seed_ptr) if DROP_X or DROP_UV else 0
     first = tl.program_id(0)
+    if late is not None:
+        if first >= late:
+            WAIT()
     last = producers + num_m * num_n if PERSISTENT else first + 1
     step = tl.num_programs(0) if PERSISTENT else 1
     for turn in tl.range(first, last, step):

@@ -1,6 +1,7 @@
 """Programmatic dependent launch (sm_90 and later): a kernel's programs start while those of the launch before it still run.
 
-The plugs of shrink, which lets the next launch begin, and of expand, which waits for all before it and for what they wrote.
+The plugs of shrink, which lets the next launch begin; of expand, which waits for all before it and for what they wrote, and may then
+let the gradients of A and B begin; and of these, which read nothing of expand's and end after it.
 """
 
 import triton
@@ -20,6 +21,13 @@ def wait_for_previous():
 
 
 @triton.jit
+def wait_then_let_next_begin():
+    """The next launch begins where the one before this has ended, so it may read what that one wrote."""
+    tl.extra.cuda.gdc_wait()
+    tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
 def in_order():
-    """Both, where launches follow each other anyway: in the interpreter."""
+    """All of them, where launches follow each other anyway: in the interpreter."""
     pass

@@ -38,8 +38,15 @@ def wgrad(
     EVEN_J: tl.constexpr,
     EVEN_R: tl.constexpr,
     WIDE: tl.constexpr,
+    LET_GO: tl.constexpr,
+    WAIT: tl.constexpr,
 ):
-    """Grid [column blocks of every adapter, rank blocks, splits of the tokens]. out: [splits, adapters, J, R] by strides."""
+    """Grid [column blocks of every adapter, rank blocks, splits of the tokens]. out: [splits, adapters, J, R] by strides.
+
+    LET_GO, WAIT: None, or functions: the next launch begins beside this one; this one, begun beside the launch before it, ends after it.
+    """
+    if LET_GO is not None:
+        LET_GO()
     adapter = 0
     j0 = tl.program_id(0) * BLOCK_J
     r0 = tl.program_id(1) * BLOCK_R
@@ -78,3 +85,8 @@ def wgrad(
     base = tile_base(out[0], j0, r0, out[1], out[2]) + tl.cast(split, tl.int64) * stride_split + tl.cast(adapter, tl.int64) * stride_oe
     ptrs = base + tile_offsets(out[1], out[2], BLOCK_J, BLOCK_R, WIDE)
     tl.store(ptrs, (acc * scale).to(out[0].dtype.element_ty), mask=tile_mask(j0, r0, J, R, BLOCK_J, BLOCK_R))
+    if WAIT is not None:
+        # One program is enough for this launch to end after the one before; the last, for one that waits holds the room of another.
+        last = (tl.program_id(0) == tl.num_programs(0) - 1) & (tl.program_id(1) == tl.num_programs(1) - 1)
+        if last & (split == tl.num_programs(2) - 1):
+            WAIT()

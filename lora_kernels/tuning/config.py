@@ -45,13 +45,19 @@ class Expand:
 
 @dataclass(frozen=True)
 class Wgrad:
-    """Tiles of ``out = scale (D.x)^T g``; ``split``: programs that share the token axis of one tile."""
+    """Tiles of ``out = scale (D.x)^T g``.
+
+    ``split``: programs that share the token axis of one tile. ``beside``: how dA and dB come to run while dX still does, in the room that
+    its programs leave: "stream", on a second stream; "pdl", by programmatic dependent launch, as expand itself begins beside shrink;
+    or "", after it.
+    """
 
     block_m: int = 64
     block_j: int = 64
     split: int = 8
     num_warps: int = 4
     num_stages: int = 3
+    beside: str = ""
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ def why_not(config: Config, problem: Problem, arch: Arch) -> str | None:
     return (
         _shapes(config)
         or _expand(config.expand, problem, arch)
+        or _beside(config)
         or _segments(config, problem)
         or _dropout(config, problem, arch)
         or _memory(config, problem, arch)
@@ -76,6 +77,18 @@ def _expand(e: Expand, problem: Problem, arch: Arch) -> str | None:
             return f"expand.warp_specialize takes the rank in one tile and serves ranks up to {TILE_RANK}, got {problem.R}"
         if e.u != "given" or problem.dropout == "uv":
             return "expand.warp_specialize serves u='given' without dropout on the low-rank term"
+    return None
+
+
+def _beside(config: Config) -> str | None:
+    beside, e = config.wgrad.beside, config.expand
+    if beside not in ("", "stream", "pdl"):
+        return f"wgrad.beside must be '', 'stream' or 'pdl', got {beside!r}"
+    if beside and e.u != "given":
+        return f"wgrad.beside={beside!r} begins before expand ends, whose dS dA needs, so it needs expand.u='given', got {e.u!r}"
+    if beside and (beside == "pdl") != e.pdl:
+        wanted = "begins where expand has waited for shrink" if beside == "pdl" else "puts an event between shrink and expand"
+        return f"wgrad.beside={beside!r} {wanted}, so it needs expand.pdl={beside == 'pdl'}"
     return None
 
 

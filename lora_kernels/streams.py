@@ -1,0 +1,46 @@
+"""Where launches go: the device that is current for them, and a second stream beside the first."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+
+import torch
+
+
+def on_device(t: torch.Tensor):
+    """Makes t's GPU the current one for the launches inside."""
+    return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
+
+
+@functools.cache
+def sm_count(device: torch.device) -> int:
+    """Programs of a persistent grid: one per multiprocessor; few, so that each takes several items, without a GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+
+
+def fork(t: torch.Tensor) -> torch.cuda.Event | None:
+    """An event after all that t's GPU has been given so far by the current stream; None without a GPU."""
+    return torch.cuda.current_stream(t.device).record_event() if t.is_cuda else None
+
+
+@contextlib.contextmanager
+def beside(forked: torch.cuda.Event | None):
+    """Inside, launches go to a second stream, after ``forked``; afterwards the current stream waits for them. None: to the current one.
+
+    Memory that they use has to be taken before `fork`, and let go after: the allocator knows nothing of the second stream.
+    """
+    if forked is None:
+        yield
+        return
+    first = torch.cuda.current_stream()
+    second = _second(first.device)
+    second.wait_event(forked)
+    with torch.cuda.stream(second):
+        yield
+    first.wait_stream(second)
+
+
+@functools.cache
+def _second(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
