@@ -17,6 +17,8 @@ _TITLES = {
     "triton:given": "ours, u given",
     "triton:given+pdl": "ours, u given, launches overlapped",
     "triton:awaited": "ours, u awaited",
+    "triton:overlapped by stream": "ours, dA and dB on a second stream",
+    "triton:overlapped by pdl": "ours, all launches overlapped",
     "one-adapter": "ours, one adapter",
 }
 _KEYS = ("grid", "launch", "what", "layer", "K", "N", "M", "popularity", "adapters", "loaded", "order", "r", "ranks")

@@ -134,7 +134,7 @@ def summary(rows: list[dict]) -> str:
     rows = [row for row in rows if row["over_linear"] is not None]
     arms = [name for name in dict.fromkeys(row["arm"] for row in rows) if name != "linear"]
     variants_timed = [name for name in arms if name.startswith("triton:")]
-    names = arms if len(variants_timed) <= 4 else [name for name in arms if name not in variants_timed]
+    names = arms if len(variants_timed) <= 5 else [name for name in arms if name not in variants_timed]
     groups: dict[tuple, dict[str, list[dict]]] = {}
     for row in rows:
         key = (row["grid"], row["launch"], row["M"], row["p"], row["what"])

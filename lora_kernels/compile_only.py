@@ -31,7 +31,10 @@ _ACTIVE = "_active" if hasattr(driver, "_active") else "active"  # where .active
 
 @dataclass(frozen=True)
 class Report:
-    """One compiled kernel: what it is, what it needs, and which matmul instruction it uses ("" for none: plain FMA)."""
+    """One compiled kernel: what it is, what it needs, and which matmul instruction it uses ("" for none: plain FMA).
+
+    spills: reloads of spilled values inside a loop, where they cost; on AMD all spilled registers.
+    """
 
     kernel: str
     label: str
@@ -222,15 +225,22 @@ def _amd_resources(text: str) -> tuple[int, int]:
 
 
 def _nvidia_resources(compiled, arch: Arch) -> tuple[int, int]:
-    """Registers a thread, and how many instructions of the machine code reload a spilled value from local memory."""
+    """Registers a thread, and how many instructions in loops of the machine code reload a spilled value from local memory."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         registers = re.search(r"REG:(\d+)", _cuobjdump("--dump-resource-usage", file.name))
-        reloads = len(re.findall(r"\bLDL\b", _cuobjdump("--dump-sass", file.name)))
+        reloads = reloads_in_loops(_cuobjdump("--dump-sass", file.name))
     if not registers:
         raise RuntimeError("cuobjdump: wanted a line with REG, got none")
     return int(registers.group(1)), reloads
+
+
+def reloads_in_loops(sass: str) -> int:
+    """How many LDL instructions lie between a branch backwards and where it goes."""
+    code = [(int(address, 16), text) for address, text in re.findall(r"/\*([0-9a-f]+)\*/ +([^;/]+);", sass)]
+    loops = [(int(to[1], 16), address) for address, text in code if (to := re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text))]
+    return sum(any(start <= address < end for start, end in loops) for address, text in code if re.search(r"\bLDL\b", text))
 
 
 def _cuobjdump(flag: str, path: str) -> str:

@@ -23,7 +23,7 @@ class Mutant:
 
 LOAD, DROP, TILES = "kernels/load.py", "kernels/dropout.py", "kernels/tiles.py"
 SHRINK, EXPAND, WGRAD, LAUNCH = "kernels/shrink.py", "kernels/expand.py", "kernels/wgrad.py", "launch.py"
-CHAIN, PLAN, MERGING, PLANNER = "chain.py", "segments.py", "merging.py", "kernels/plan.py"
+CHAIN, PLAN, MERGING, PLANNER, STREAMS = "chain.py", "segments.py", "merging.py", "kernels/plan.py", "streams.py"
 MERGED_FROM = "write_merged(self.weight.detach(), base,"
 TF32 = "GPU only: the interpreter multiplies in float32 either way"
 SPEED = "equivalent: the same result, more slowly"
@@ -127,7 +127,7 @@ ONE_ADAPTER = [
     Mutant("launch: loop without 1 / (1 - p)", LAUNCH, "scale * (inv_keep if drop_x else 1.0)", "scale"),
     Mutant("launch: bias twice on library base", LAUNCH, "u=u, base=y, out=y", "u=u, bias=bias, base=y, out=y"),
     Mutant("launch: dropout on dY", LAUNCH, "lora_B, scale=scale, dropout=None", "lora_B, scale=scale, dropout=drop"),
-    Mutant("launch: dA without dropout", LAUNCH, "ds, scale=1.0, dropout=drop", "ds, scale=1.0, dropout=None"),
+    Mutant("launch: dA without dropout", LAUNCH, "(x, ds, dropout=drop", "(x, ds, dropout=None"),
     Mutant("launch: flags not zeroed", LAUNCH, "flags = torch.zeros(", "flags = torch.empty("),
 ]  # fmt: skip
 
@@ -281,10 +281,21 @@ PLANNED = [
     Mutant("plan kernel: always valid", PLANNER, "tl.max(wrong, 0) == 0", "tl.max(wrong, 0) >= 0"),
 ]  # fmt: skip
 
+OVERLAPPED = [
+    Mutant("overlap: beside what nobody launched", LAUNCH, 'need_dx and config.wgrad.beside == "pdl"', 'config.wgrad.beside == "pdl"'),
+    Mutant("overlap: expand lets nothing begin", LAUNCH, "wait_for_previous if late is None else wait_then_let_next_begin", "wait_for_previous"),
+    Mutant("overlap: every program is late", LAUNCH, "late = sm_count(x.device) * max(", "late = 0 * max("),
+    Mutant("overlap: wgrad ends before expand", LAUNCH, "LET_GO=let_next_begin, WAIT=wait_for_previous)", "LET_GO=let_next_begin)"),
+    Mutant("overlap: not forked", STREAMS, "    second.wait_event(forked)\n", ""),
+    Mutant("overlap: not joined", STREAMS, "    first.wait_stream(second)\n", ""),
+    Mutant("overlap: on the first stream", STREAMS, "with torch.cuda.stream(second):", "with torch.cuda.stream(first):"),
+]  # fmt: skip
+
 MUTANTS = [
     *ONE_ADAPTER,
     *(replace(m, tests="split") for m in SPLIT),
     *(replace(m, tests="segments") for m in MANY),
     *(replace(m, tests="merge") for m in MERGE),
     *(replace(m, tests="plan") for m in PLANNED),
+    *(replace(m, tests="overlap") for m in OVERLAPPED),
 ]

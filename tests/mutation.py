@@ -30,6 +30,7 @@ SELECTIONS = {  # a mutant's tests: their files, and which of them run first
         " or past_32_bits or adapters_in_float32 or lane_equal or long_sums or partial_sums or small_sums or one_even_axis",
     ),
     "merge": (["test_merging.py"], "one_rounding or in_place or blocks or not_finite or merged"),
+    "overlap": (["test_overlap.py"], "test"),
     "plan": (["test_plan.py"], "equals or apart or one_adapter or out_of_range or any_block"),
     "split": (["test_kernels.py", "test_segments_edges.py"], "splits_of_one_tile or K_split and 0.1 or in_parts or parts_of_a_tile"),
     "segments": (

@@ -336,8 +336,10 @@ base = MultiPoint("decode", "small", 24, 40, 32, 8, dtype=torch.float32, loaded=
 for point in (base, replace(base, grid="train", popularity="power", spread=5), replace(base, popularity="distinct", M=5, ranks=(3, 8))):
     o = operands(point, cpu)
     configs, refused = multi_variants.configs(point, o, arch)
-    assert set(configs) == {"triton:given", "triton:given+pdl", "triton:awaited"} and not refused, refused
-    assert [config.expand.u for config in configs.values()] == ["given", "given", "awaited"]
+    names = ["given", "given+pdl", "awaited"] + (["overlapped by stream", "overlapped by pdl"] if point.grid == "train" else [])
+    assert list(configs) == [f"triton:{name}" for name in names] and not refused, refused
+    assert [config.expand.u for config in configs.values()][:3] == ["given", "given", "awaited"]
+    assert [config.wgrad.beside for config in configs.values()][3:] == ["stream", "pdl"][: len(names) - 3]
     checker, tiny = Checker(cpu), small(point, o.adapters.segments)
     for name, config in configs.items():
         error = checker.wrong(tiny, name, Arm(ours("triton", config), config))
@@ -375,7 +377,7 @@ assert before
 for timed in points:
     o = operands(timed, cpu)
     configs = [None, *multi_variants.configs(timed, o, arch)[0].values()]
-    assert len(configs) == 4
+    assert len(configs) == (4 if timed.forward_alone else 6)
     for point in (timed, small(timed, o.adapters.segments)):
         o = operands(point, cpu)
         make = inference if point.forward_alone else training

@@ -57,6 +57,17 @@ def written(results: Path, *found: dict, green: bool = True, code: str = "c") ->
     return results
 
 
+def test_the_fastest_pass_becomes_the_row(tmp_path):
+    """The joined parts, or the same with launches that overlap, whichever is faster."""
+    found = tuned_rows("backward", own=1.0, tuned=0.8)
+    config = found[1]["config"] | {"wgrad": found[1]["config"]["wgrad"] | {"beside": "stream"}}
+    for ms, beside in ((0.7, "stream"), (0.85, "")):
+        overlapped = found[-1] | row_of("tune", ms, **{k: v for k, v in found[-1].items() if k not in ("section", "ms", "name", "config")})
+        overlapped |= dict(name="overlapped by stream", config=config)
+        (row,), _ = rows.rows_of(written(tmp_path, *found, overlapped))
+        assert row.config.wgrad.beside == beside, row
+
+
 def test_a_gain_becomes_a_row(tmp_path):
     (row,), reasons = rows.rows_of(written(tmp_path, *tuned_rows()))
     assert not reasons

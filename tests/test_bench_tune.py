@@ -165,6 +165,28 @@ def test_the_best_parts_are_joined(session, monkeypatch, capsys):
     assert "16x32x32 s2 w4" in full and len(report.render("tune", measured(session), brief=True)) < len(full)
 
 
+@pytest.mark.interpreted
+@pytest.mark.parametrize("right", [True, False])
+def test_overlapped_passes_are_timed_where_they_change_no_bit(session, monkeypatch, right):
+    real = tune.gradients_of
+
+    def gradients_of(o, forward, backward):
+        found = real(o, forward, backward)
+        return found if right or backward.wgrad.beside != "pdl" else [t * (1 + 1e-6) for t in found]
+
+    monkeypatch.setattr(workloads, "tune", lambda cuda, quick: [TRAIN])
+    monkeypatch.setattr(tune, "interleave", faked("16x"))
+    monkeypatch.setattr(tune, "gradients_of", gradients_of)
+    assert tune.run(session) == (0 if right else 1)
+    passes = [row for row in measured(session) if row["kernel"] == "pass"]
+    timed = {row["name"]: Config.from_dict(row["config"]) for row in passes if row["ms"] and row["what"] == "backward" and row["config"]}
+    assert {name: config.wgrad.beside for name, config in timed.items() if config.wgrad.beside} == (
+        {"overlapped by stream": "stream"} | ({"overlapped by pdl": "pdl"} if right else {})
+    )
+    errors = [(row["name"], row["error"]) for row in passes if row["error"]]
+    assert right or ("overlapped by pdl" in errors[0][0] and "differ" in errors[0][1] and len(errors) == 1)
+
+
 def rows_ratio(a: float, b: float) -> float:
     return float(f"{a / b:.5g}")
 

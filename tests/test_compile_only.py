@@ -273,3 +273,12 @@ print([sum(len(cache[0]) for cache in kernel.device_caches.values()) for kernel 
     out = run("-c", code)
     assert out.returncode == 0, out.stderr[-2000:]
     assert out.stdout.strip() == "[2, 2, 2]", "one for each of the two uses of a body"
+
+
+def test_a_reload_counts_where_it_repeats():
+    """Before, in and after a loop; a branch to itself, which ends the code, is none."""
+    from lora_kernels.compile_only import reloads_in_loops
+
+    lines = ["LDL R1, [R1]", "MOV R2, R3", "LDL.LU R10, [R1+0x4]", "@!P1 BRA 0x10", "LDL R4, [R1]", "BRA 0x50"]
+    sass = "".join(f"        /*{16 * i:04x}*/    {line} ;   /* 0x000000 */\n" for i, line in enumerate(lines))
+    assert reloads_in_loops(sass) == 1 and reloads_in_loops(sass.replace("BRA 0x10", "BRA 0x40")) == 0

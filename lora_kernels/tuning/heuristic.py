@@ -75,8 +75,8 @@ def _few_tokens(problem: Problem) -> Expand:
     block_m = 16 if problem.M <= 16 else 32 if problem.M <= 32 else 64
     # One launch is right where the rank accumulator is small, and where no mask has to be regenerated beside a large tile.
     loop = problem.R <= 64 and (not problem.dropout or (problem.dropout == "x" and block_m < 64))
-    stages = 3 if problem.itemsize == 4 else 5
-    return Expand(block_m, 32 if loop else 64, 64, num_warps=4, num_stages=stages, u="loop" if loop else "given")
+    block_k = 32 if problem.itemsize == 4 else 64
+    return Expand(block_m, 32 if loop else 64, block_k, num_warps=4, num_stages=5, u="loop" if loop else "given")
 
 
 def _segments(problem: Problem, arch: Arch) -> Expand:
