@@ -283,7 +283,7 @@ PLANNED = [
 
 OVERLAPPED = [
     Mutant("overlap: beside what nobody launched", LAUNCH, 'need_dx and config.wgrad.beside == "pdl"', 'config.wgrad.beside == "pdl"'),
-    Mutant("overlap: expand lets nothing begin", LAUNCH, "wait_for_previous if late is None else wait_then_let_next_begin", "wait_for_previous"),
+    Mutant("overlap: expand lets nothing begin", LAUNCH, "if late is None else wait_then_let_next_begin", "if True else None"),
     Mutant("overlap: every program is late", LAUNCH, "late = sm_count(x.device) * max(", "late = 0 * max("),
     Mutant("overlap: wgrad ends before expand", LAUNCH, "LET_GO=let_next_begin, WAIT=wait_for_previous)", "LET_GO=let_next_begin)"),
     Mutant("overlap: not forked", STREAMS, "    second.wait_event(forked)\n", ""),
