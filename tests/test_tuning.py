@@ -195,6 +195,13 @@ def test_an_interpreter_that_numpy_has_left_behind(monkeypatch):
         assert dispatch.why_not_here(heuristic(PROBLEM, sm_90), PROBLEM, sm_90) is None
 
 
+def test_dependent_launches_need_a_triton_that_compiles_them(monkeypatch):
+    config, sm_90 = Config(expand=Expand(pdl=True)), Arch.parse("sm_90")
+    for version, refused in (("3.4.0", True), ("3.5.0", False), ("3.10.1", False)):
+        monkeypatch.setattr(dispatch, "triton_version", lambda version=version: version)
+        assert ("from 3.5 on and not by 3.4.0" in (dispatch.why_not_here(config, PROBLEM, sm_90) or "")) is refused
+
+
 def test_a_row_goes_before_the_heuristic(monkeypatch):
     config = Config(Shrink(16, 64), Expand(64, 64, 64), Wgrad(32, 32))
     row = tables.Row((9, 0), (1, 10000), 4096, 4096, (1, 33), False, 2, "triton", config, "bench/results/x.jsonl")
