@@ -22,26 +22,23 @@ SOURCES: dict[str, dict] = {"given": {"u": "given"}, "given+pdl": {"u": "given",
 def configs(point: MultiPoint, o: Operands, arch: Arch) -> tuple[dict[str, Config], dict[str, str]]:
     """Configurations by arm, each valid for every pass of the point; and for those that are not, why."""
     forward, backward = variants.problems(o)
-    found: dict[str, Config] = {}
-    refused: dict[str, str] = {}
     base = heuristic(forward, arch)
+    tried: dict[str, tuple[Config | None, str | None]] = {}
     for name, changes in SOURCES.items():
         # A split of K wants u given.
         whole = {"split": 1} if changes["u"] != "given" and getattr(base.expand, "split", 1) > 1 else {}
-        config, reason = variants.fitted(base, {"base": "kernel"} | changes | whole, forward, arch)
+        tried[name] = variants.fitted(base, {"base": "kernel"} | changes | whole, forward, arch)
+    for how in () if point.forward_alone else OVERLAPS:
+        tried[f"overlapped by {how}"] = overlapped(base, how, forward, arch)
+    found: dict[str, Config] = {}
+    refused: dict[str, str] = {}
+    for name, (config, reason) in tried.items():
         if config is not None and not point.forward_alone:
             reason = why_not(config, backward, arch)
         if reason is None:
             found[f"triton:{name}"] = config
         else:
             refused[f"triton:{name}"] = reason
-    for how in () if point.forward_alone else OVERLAPS:
-        config, reason = overlapped(base, how, forward, arch)
-        reason = reason or why_not(config, backward, arch)
-        if reason is None:
-            found[f"triton:overlapped by {how}"] = config
-        else:
-            refused[f"triton:overlapped by {how}"] = reason
     return found, refused
 
 

@@ -35,9 +35,9 @@ class Log(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def backward(config: Config, needs=(True, True, True)) -> tuple[list[str], list[tuple[str, dict]]]:
-    """What a backward pass does, in order, and each launch's options, as on a GPU; nothing is launched."""
-    t, log, launches = parity.inputs(CASE, torch.device("cpu")), Log(), []
+def backward(config: Config, needs=(True, True, True), log: Log | None = None) -> tuple[list[str], list[tuple]]:
+    """What a backward pass does, in order, and each launch's name, options and arguments, as on a GPU; nothing is launched."""
+    t, log, launches = parity.inputs(CASE, torch.device("cpu")), log or Log(), []
 
     def record(kernel, grid, args, options):
         log.events.append(kernel.__name__)
@@ -114,7 +114,7 @@ class FakeStream:
 @pytest.mark.interpreted
 def test_by_a_second_stream(compiled, monkeypatch):
     """It is forked after shrink, with all memory taken, gets the gradients after dX's launch, and is joined before their sums."""
-    t, log = parity.inputs(CASE, torch.device("cpu")), Log()
+    log = Log()
     first, second = FakeStream("first", log.events), FakeStream("second", log.events)
 
     @contextlib.contextmanager
@@ -131,10 +131,7 @@ def test_by_a_second_stream(compiled, monkeypatch):
     monkeypatch.setattr(streams, "_second", lambda device: second)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: first)
     monkeypatch.setattr(torch.cuda, "stream", on)
-    u = torch.zeros(CASE.M, CASE.R)
-    operands = (t["dY"], t["x"], t["weight"], t["lora_A"], t["lora_B"], u, None, ONE, 1.0, 0.0)
-    with launch.intercept(lambda kernel, grid, args, options: log.events.append(kernel.__name__)), log:
-        launch.backward(*operands, (True, True, True), torch.float32, STREAM)
+    backward(STREAM, log=log)
     events = log.events[log.events.index("fork") :]
     assert [event for event in events if event != "memory"] == [
         "fork", "expand", "second waits for the fork", "to second", "wgrad", "wgrad", "from second", "first waits for second", "sum", "sum"
@@ -144,7 +141,9 @@ def test_by_a_second_stream(compiled, monkeypatch):
 
 
 def test_without_a_gpu_there_is_no_second_stream():
-    with streams.beside(streams.fork(torch.zeros(1))):
+    forked = streams.fork(torch.zeros(1))
+    assert forked is None
+    with streams.beside(forked):
         pass
 
 
