@@ -67,7 +67,7 @@ class Section:
 
     def _load_peers(self) -> None:
         modules, refused = multi_peers.load()
-        self.peers = {arm: Arm(multi_peers.formula(module), foreign=True) for arm, module in modules.items()}
+        self.peers = {arm: Arm(multi_peers.formula(module)) for arm, module in modules.items()}
         for arm, reason in refused.items():
             self.recorder.add(what="left out", arm=arm, detail=reason)
 
@@ -108,7 +108,7 @@ class Section:
         for name, make in multi_baselines.FORMULAS.items():
             reason = multi_baselines.why_not(name, point, self.device)
             if reason is None:
-                arms[name] = Arm(make(), foreign=name not in multi_baselines.OURS)
+                arms[name] = Arm(make())
             else:
                 refused[name] = reason
         if self.arch is not None:

@@ -113,7 +113,6 @@ FORMULAS: dict[str, Callable[[], Formula]] = {
     "torch": lambda: ours("torch"),
     "auto": lambda: ours("auto"),
 }
-OURS = ("torch", "auto")
 
 
 def why_not(name: str, point: MultiPoint, device: torch.device) -> str | None:

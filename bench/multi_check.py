@@ -1,7 +1,6 @@
 """An arm's y, and in training its gradients, beside the reference's at a small version of the point: the error over what is allowed.
 
-The allowance is `lora_kernels.parity`'s. An arm that is not ours may sum in any order, one float32 rounding after the other, so it is
-allowed sqrt(n) of them more for the longest sum, of n (Higham and Mary 2019, SIAM J. Sci. Comput. 41, A2815).
+The allowance is `lora_kernels.parity`'s.
 """
 
 from __future__ import annotations
@@ -28,12 +27,11 @@ def _itself(o: MultiOperands) -> Operands:
 
 @dataclass(frozen=True)
 class Arm:
-    """``of`` makes of a point's operands what the formula takes; ``config``: the kernels', where it names one; ``foreign``: not ours."""
+    """``of`` makes of a point's operands what the formula takes; ``config``: the kernels', where it names one."""
 
     formula: Formula
     config: Config | None = None
     of: Callable[[MultiOperands], Operands] = _itself
-    foreign: bool = False
 
 
 class Checker:
@@ -68,20 +66,10 @@ class Checker:
             mine = torch.zeros_like(other) if mine is None else mine
             if mine.shape != other.shape:
                 return f"{what} at {tiny}: wanted shape {list(other.shape)}, got {list(mine.shape)}"
-            used = budget_used(mine, other, truth, max(tiny.M, tiny.K, tiny.N)) if arm.foreign else parity.budget_used(mine, other, truth)
+            used = parity.budget_used(mine, other, truth, terms=tiny.M + tiny.K + tiny.N)
             if not used <= 1.0:
                 return f"{what} at {tiny}: {used:.3g} times the error that is allowed"
         return None
-
-
-def budget_used(mine: torch.Tensor, same_dtype: torch.Tensor, truth: torch.Tensor, n: int) -> float:
-    """As `parity.budget_used`, with the rounding of a sum of n beside it."""
-    band = torch.finfo(mine.dtype).eps + n**0.5 * torch.finfo(torch.float32).eps
-    used = 0.0
-    for own, same, size in zip(*(parity.errors(t, truth) for t in (mine, same_dtype, torch.zeros_like(truth))), strict=True):
-        limit = 2 * same + band * size
-        used = max(used, own / limit if limit else (0.0 if own == 0 else float("inf")))
-    return used
 
 
 def textbook(o: Operands) -> torch.Tensor:

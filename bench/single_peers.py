@@ -14,10 +14,12 @@ from types import ModuleType
 import torch
 import torch.nn.functional as F
 
+from lora_kernels import parity
+
 from . import peer_modules, workloads
 from .baselines import Formula, gradients, training
 from .conditions import Recorder
-from .multi_check import NAMES, budget_used, in_float64, outputs, textbook
+from .multi_check import NAMES, in_float64, outputs, textbook
 from .timing import Step, message
 from .workloads import Operands, Point
 
@@ -109,7 +111,7 @@ def _compare(mine: list, right: Formula, o: Operands, where: str) -> str | None:
         own = torch.zeros_like(other) if own is None else own
         if own.shape != other.shape:
             return f"{what} at {where}: wanted shape {list(other.shape)}, got {list(own.shape)}"
-        used = budget_used(own, other, truth, max(*o.x.shape, *o.weight.shape))
+        used = parity.budget_used(own, other, truth, terms=sum(o.x.shape) + o.weight.shape[0])
         if not used <= 1.0:
             return f"{what} at {where}: {used:.3g} times the error that is allowed"
     return None

@@ -139,8 +139,9 @@ def budget_used(call: Call, i: Inputs, config: Config, rows, same: list[torch.Te
         results = kernel_calls.launched(call, i, config)
     if not all(bool(t.isfinite().all()) for t in results):
         return float("inf")
+    terms = i.point.M + i.point.K + i.point.N
     compared = kernel_calls.comparable(call, results, i, rows)
-    return max(parity.budget_used(ours_, s, t, i.o.x.dtype) for ours_, s, t in zip(compared, same, truth, strict=True))
+    return max(parity.budget_used(ours_, s, t, i.o.x.dtype, terms) for ours_, s, t in zip(compared, same, truth, strict=True))
 
 
 def time_configs(

@@ -174,11 +174,11 @@ def test_formulas_agree_with_the_reference(point):
     checker = Checker(CPU)
     for name, make in multi_baselines.FORMULAS.items():
         if name != "linear" and multi_baselines.why_not(name, point, CPU) is None:
-            assert checker.wrong(point, name, Arm(make(), foreign=name not in multi_baselines.OURS)) is None, name
+            assert checker.wrong(point, name, Arm(make())) is None, name
     if not point.forward_alone:
         assert checker.wrong(point, "one-adapter", Arm(baselines.ours("torch"), of=multi_baselines.one_adapter)) is None
     if point.popularity != "none":
-        assert "times the error" in checker.wrong(point, "linear", Arm(baselines.linear, foreign=True))
+        assert "times the error" in checker.wrong(point, "linear", Arm(baselines.linear))
 
 
 @pytest.mark.parametrize("section", SECTIONS)
@@ -299,7 +299,7 @@ def test_peers_are_loaded_and_checked(tmp_path, monkeypatch):
     assert set(found) == {"peer:vllm"} and set(refused) == {"peer:mine", "peer:punica", "peer:sglang"}
     assert "No module named" in refused["peer:punica"] and "shrink_expand(y, x, A, B, ids, scale)" in refused["peer:mine"]
     for point in POINTS[:5]:
-        assert Checker(CPU).wrong(point, "peer:vllm", Arm(multi_peers.formula(found["peer:vllm"]), foreign=True)) is None
+        assert Checker(CPU).wrong(point, "peer:vllm", Arm(multi_peers.formula(found["peer:vllm"]))) is None
     monkeypatch.setattr(peer_modules, "FOLDER", tmp_path)
     assert bench("decode", out=tmp_path / "out") == 0
     rows = conditions.read_rows(tmp_path / "out" / "decode.jsonl")
