@@ -1,4 +1,6 @@
-"""Without a GPU the kernels run in Triton's interpreter, which must be asked for before they are defined."""
+"""Without a GPU the kernels run in Triton's interpreter, which must be asked for before they are defined, or, compiled for the GPU that
+PTX_MACHINE names, on the machine of tests/machine.
+"""
 
 import importlib.util
 import os
@@ -6,7 +8,13 @@ import os
 import pytest
 import torch
 
-if not torch.cuda.is_available():
+PTX_MACHINE = "" if torch.cuda.is_available() else os.environ.get("PTX_MACHINE", "")
+if PTX_MACHINE:
+    from machine import stand_in
+
+    seed = os.environ.get("PTX_MACHINE_SEED")
+    stand_in.install(PTX_MACHINE, seed=int(seed) if seed else None)
+elif not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
@@ -51,8 +59,8 @@ def _seeded():
 
 
 def pytest_collection_modifyitems(config, items):
-    """Tests marked cuda are collected where a GPU is, tests marked interpreted where none is: no skip, it is another suite."""
-    other = "interpreted" if torch.cuda.is_available() else "cuda"
-    gone = [item for item in items if item.get_closest_marker(other)]
-    items[:] = [item for item in items if not item.get_closest_marker(other)]
+    """Tests marked cuda are collected where a GPU is, those marked interpreted where the interpreter is: no skip, it is another suite."""
+    others = {"interpreted"} if torch.cuda.is_available() else {"interpreted", "cuda"} if PTX_MACHINE else {"cuda"}
+    gone = [item for item in items if any(mark.name in others for mark in item.iter_markers())]
+    items[:] = [item for item in items if item not in gone]
     config.hook.pytest_deselected(items=gone)

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lora_kernels import FusedLoRALinear, MultiLoRALinear, Segments, UnsupportedError, launch
+from lora_kernels import FusedLoRALinear, MultiLoRALinear, Segments, UnsupportedError, dispatch, launch
 from lora_kernels.merging import write_merged
 
 N, K = 33, 70
@@ -40,7 +40,7 @@ def assert_rounded_once(got, weight, A, B, scale, row_scale=None):
 )
 def test_one_rounding(n, k, r, dtype, adapter_dtype, impl, device):
     weight, A, B = operands(n, k, r, dtype, adapter_dtype, device)
-    if impl == "triton" and dtype == torch.bfloat16 and device.type == "cpu":
+    if impl == "triton" and dtype == torch.bfloat16 and dispatch.arch_of(device)[0].kind == "interpreter":
         with pytest.raises(UnsupportedError, match="bfloat16 needs a GPU"):
             write_merged(weight, weight, A, B, 0.7, impl=impl)
         return
@@ -55,6 +55,18 @@ def test_one_rounding(n, k, r, dtype, adapter_dtype, impl, device):
         assert_rounded_once(out, weight, A, B, 0.7)
         if out.untyped_storage().nbytes() != out.nbytes:
             assert (canary[:, k:] == 7.0).all()
+
+
+def test_tf32_is_not_for_merging(device):
+    """Whatever torch's own products are allowed."""
+    weight, A, B = operands(N, K, 6, torch.float32, torch.float32, device)
+    before, out = torch.get_float32_matmul_precision(), torch.empty_like(weight)
+    try:
+        torch.set_float32_matmul_precision("high")
+        write_merged(out, weight, A, B, 0.7, impl="triton")
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert_rounded_once(out, weight, A, B, 0.7)
 
 
 @pytest.mark.parametrize("impl", ["triton", "torch"])

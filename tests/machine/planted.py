@@ -1,0 +1,54 @@
+"""Kernels with one mistake each, and what the machine says of them: ``python -m machine.planted sm_90`` prints a line for each."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+import triton
+import triton.language as tl
+
+from . import stand_in
+
+
+@triton.jit
+def right(x, y, N, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y + i, tl.load(x + i, mask=i < N), mask=i < N)
+
+
+@triton.jit
+def unmasked(x, y, N, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y + i, tl.load(x + i), mask=i < N)
+
+
+@triton.jit
+def misaligned(x, y, N, BLOCK: tl.constexpr):
+    i = tl.multiple_of(tl.program_id(0) * BLOCK + 1, 16) + tl.arange(0, BLOCK)
+    tl.store(y + i, tl.load(x + i))
+
+
+@triton.jit
+def waiting(x, y, N, BLOCK: tl.constexpr):
+    while tl.atomic_add(y, 0, sem="acquire", scope="gpu") < 1:
+        pass
+
+
+def main(name: str) -> None:
+    stand_in.install(name)
+    x, y = torch.arange(3000, dtype=torch.int32), torch.zeros(4096, dtype=torch.int32)
+    for kernel in (right, unmasked, misaligned, waiting):
+        try:
+            kernel[(2 if kernel is misaligned else 3,)](x, y, 3000, 1024)
+            said = "ran"
+        except Exception as error:
+            said = str(error)
+        print(f"{kernel.__name__}: {said}")
+        if kernel is right:
+            print("equal:", torch.equal(x, y[:3000]))
+            y.zero_()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
