@@ -50,7 +50,7 @@ def short(kernel: str, part: dict) -> str:
         words += [f"g{part['group_m']}"] if part["group_m"] != Expand.group_m else []
         words += [part["u"]] if part["u"] != "given" else []
         words += ["library"] if part["base"] == "library" else []
-    words += [flag for flag in ("tma", "persistent", "warp_specialize", "pdl") if part.get(flag)]
+    words += [flag for flag in ("tma", "persistent", "pdl") if part.get(flag)]
     words += [f"beside by {part['beside']}"] if part.get("beside") else []
     return " ".join(words)
 
@@ -87,9 +87,7 @@ def _expands(problem: Problem, arch: Arch, own: Expand) -> Iterator[Expand]:
 def _modes(tma: bool) -> Iterator[dict]:
     """Ways to load and to schedule; by descriptors only where the heuristic takes them too."""
     for persistent in (False, True):
-        yield dict(tma=tma, persistent=persistent, warp_specialize=False, num_warps=8)
-        if tma:
-            yield dict(tma=True, persistent=persistent, warp_specialize=True, num_warps=4)
+        yield dict(tma=tma, persistent=persistent, num_warps=8)
 
 
 def _few_tokens(problem: Problem, arch: Arch) -> Iterator[Expand]:

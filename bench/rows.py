@@ -151,7 +151,7 @@ def chosen(bucket: Bucket, M: int, tokens: tuple[int, int], measured: Measured) 
     parts = [f"{gain(tuned, own)} over the heuristic's configuration"] if tuned and own else []
     parts += [f"{arm} {compared}"] if compared else []
     source = f"bench/results/{kernels['file']}: {', '.join(parts)} at {M} tokens, p50, {kernels['gpu']}"
-    return ranked(replace(row, arm=arm, source=source), bucket.r)
+    return served(replace(row, arm=arm, source=source))
 
 
 def own_and_tuned(measured: Measured) -> tuple[dict | None, dict | None]:
@@ -187,11 +187,9 @@ def bare_row(bucket: Bucket, tokens: tuple[int, int], config: Config) -> Row:
     return Row(bucket.capability, tokens, bucket.N, bucket.K, rank, bucket.dropout, bucket.itemsize, "", config, "", w_major=w_major)
 
 
-def ranked(row: Row, r: int) -> Row | str:
-    """The row, for its own rank alone where the configuration does not serve the others; or why it serves none."""
+def served(row: Row) -> Row | str:
+    """The row, or why its configuration serves not all of it."""
     arch = Arch.cuda(*row.capability)
-    if any(why_not(row.config, row.problem(row.tokens[0], R), arch) for R in range(*row.rank)):
-        row = replace(row, rank=(r, r + 1))
     sentences = [why_not(row.config, problem, arch) for problem in row.corners()]
     return next((sentence for sentence in sentences if sentence), row)
 

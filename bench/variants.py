@@ -105,15 +105,13 @@ def variants(every: bool) -> Iterator[tuple[str, dict]]:
     for u in SOURCES:
         for tma in (False, True):
             for persistent in (False, True):
-                for specialized in (False, True) if tma else (False,):
-                    flags = [("tma", tma), ("persistent", persistent), ("warp_specialize", specialized)]
-                    changes = {"u": u, "base": "kernel", **dict(flags)} | ({"num_warps": 4} if specialized else {})
-                    yield "+".join([u, *(flag for flag, on in flags if on)]), changes
+                flags = [("tma", tma), ("persistent", persistent)]
+                yield "+".join([u, *(flag for flag, on in flags if on)]), {"u": u, "base": "kernel", **dict(flags)}
     for tma in (False, True):
         for persistent in (False, True):
             flags = [("tma", tma), ("persistent", persistent), ("pdl", True)]
             yield "+".join(["given", *(flag for flag, on in flags if on)]), {"u": "given", "base": "kernel", **dict(flags)}
-    yield "library", {"u": "given", "base": "library", "tma": False, "persistent": False, "warp_specialize": False}
+    yield "library", {"u": "given", "base": "library", "tma": False, "persistent": False}
 
 
 def fitted(config: Config, changes: dict, p: Problem, arch: Arch) -> tuple[Config | None, str | None]:

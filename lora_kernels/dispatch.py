@@ -129,8 +129,6 @@ def why_not_here(config: Config, p: Problem, arch: Arch) -> str | None:
         return INTERPRETED_NUMPY
     if config.expand.pdl and arch.kind == "cuda" and _release(triton_version()) < (3, 5):
         return f"expand.pdl is compiled by Triton from 3.5 on and not by {triton_version()} (its own functions fail)"
-    if config.expand.warp_specialize and arch.capability[0] == 9 and _release(triton_version()) != (3, 6):
-        return f"expand.warp_specialize on sm_90 is compiled by Triton 3.6 and not by {triton_version()} (its own pass fails)"
     return why_not(config, p, arch)
 
 

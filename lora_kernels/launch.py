@@ -236,27 +236,26 @@ def run_expand(
     if u is not None and u.dim() == 3:
         load_u, u_args = load_parts, (u, u.stride(1), u.stride(2), u.stride(0), u.shape[0])
     elif u is not None:
-        load_u, u_args = _operand(u, c.block_m, block_r, c.warp_specialize)
-    load_v, v_args = _operand(v, block_r, c.block_n, c.warp_specialize)
+        u_args = _matrix(u)
     late = None
     if config.wgrad.beside == "pdl":
         late = sm_count(x.device) * max(1, RESIDENT // (c.num_stages * (c.block_m + c.block_n) * c.block_k * x.itemsize))
     args = (
-        x_args, w_args, None if a is None else _matrix(a), u_args, v_args, bias, _matrix(y),
+        x_args, w_args, None if a is None else _matrix(a), u_args, _matrix(v), bias, _matrix(y),
         adapters.rows(), _matrix(x) if seg and c.u == "awaited" else None, adapters.gather(), gathered, adapters.number,
         _stack_stride(a), _stack_stride(v), None if c.u == "given" else adapters.scales, adapters.ranks,
         flags, ticket, parts, blocks_per_part, late, seed, threshold, inv_keep, scale * (inv_keep if drop_x else 1.0), M, N, K, R,
     )  # fmt: skip
     blocks = max(c.block_m, c.block_n, c.block_k)
     options = dict(
-        LOAD_X=load_x, LOAD_W=load_w, LOAD_U=load_u, LOAD_V=load_v, U=c.u, SEGMENTS=seg is not None, SPLIT=parts is not None,
+        LOAD_X=load_x, LOAD_W=load_w, LOAD_U=load_u, U=c.u, SEGMENTS=seg is not None, SPLIT=parts is not None,
         EXACT=exact, SAVE_U=c.u == "loop" and u is not None,
         DROP_X=drop_x is not None and c.u != "given",
         DROP_UV=drop_uv is not None, PRECISION="ieee" if exact else precision(x.dtype),
         BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, BLOCK_R=block_r,
         R_BLOCKS=r_blocks, GROUP_M=c.group_m, GATHER_M=c.block_m if seg is None else seg.gather_block,
         EVEN_N=N % c.block_n == 0, EVEN_K=K % c.block_k == 0, EVEN_R=R % block_r == 0 and adapters.ranks is None,
-        WIDE=_wide((x, blocks), (w, blocks), (v, blocks), (y, blocks)), PERSISTENT=c.persistent, WARP_SPECIALIZE=c.warp_specialize,
+        WIDE=_wide((x, blocks), (w, blocks), (v, blocks), (y, blocks)), PERSISTENT=c.persistent,
         WAIT=None, num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip
     if c.pdl:
@@ -298,7 +297,7 @@ def forward(x, weight, lora_A, lora_B, bias, seed, adapters: Adapters, scale: fl
                 dropout=drop,
                 config=config,
                 dtype=x.dtype,
-                parts=not (save_u or config.expand.warp_specialize),
+                parts=not save_u,
             )
             if config.expand.base == "library":
                 y = F.linear(x, weight, bias)
@@ -319,9 +318,7 @@ def backward(dy, x, weight, lora_A, lora_B, u, seed, adapters: Adapters, scale: 
         one_launch = need_dx and config.expand.u != "given"
         counters = tile_counters(dy.shape[0], weight.shape[1], config, dy.device) if need_dx else None
         if (need_dx or need_da) and not one_launch:
-            ds = run_shrink(
-                dy, lora_B, scale=scale, dropout=None, dtype=dy.dtype, parts=not (need_da or config.expand.warp_specialize), **shared
-            )
+            ds = run_shrink(dy, lora_B, scale=scale, dropout=None, dtype=dy.dtype, parts=not need_da, **shared)
         if one_launch:
             ds = dy.new_empty(dy.shape[0], lora_B.shape[-1]) if need_da else None
         gradients: dict[str, Any] = dict(scale=1.0, dtype=adapter_dtype, **shared)

@@ -63,7 +63,7 @@ class Case:
         parts += [self.impl] if self.impl != "triton" else []
         if self.config:
             e = self.config.expand
-            parts += [f"u {e.u}"] + [flag for flag in ("tma", "persistent", "warp_specialize", "pdl") if getattr(e, flag)]
+            parts += [f"u {e.u}"] + [flag for flag in ("tma", "persistent", "pdl") if getattr(e, flag)]
             parts += [f"gradients beside dX by {self.config.wgrad.beside}"] if self.config.wgrad.beside else []
             parts += ["library base"] if e.base == "library" else []
             parts += [f"K split {e.split}"] if e.split > 1 else []
@@ -232,8 +232,6 @@ def configs(arch: Arch, *, small: bool) -> list[Config]:
         choices += [replace(base, tma=True, persistent=True)]
     if arch.has_pdl:
         choices += [replace(base, pdl=True), replace(base, pdl=True, split=3), replace(base, pdl=True, tma=True, persistent=True)]
-    if not small and arch.kind == "cuda" and arch.capability[0] in (9, 10):
-        choices += [replace(base, block_m=128, block_n=128, block_k=64, num_stages=3, tma=True, warp_specialize=True)]
     overlapped = [Config(shrink, e, replace(wgrad, beside="pdl")) for e in choices if e.pdl]
     return [Config(shrink, e, wgrad) for e in choices] + overlapped + [Config(shrink, base, replace(wgrad, beside="stream"))]
 

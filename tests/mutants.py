@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 class Mutant:
     """``old`` occurs exactly ``count`` times in the file and becomes ``new``.
 
-    note: why these tests cannot see it. tests: the selection in `mutation.SELECTIONS` that it meets.
+    note: why these tests cannot see it. tests: the selection in `mutation.SELECTIONS` that it meets; those named machine run compiled
+    kernels by tests/machine, the others Triton's interpreter.
     """
 
     name: str
@@ -25,10 +26,8 @@ LOAD, DROP, TILES = "kernels/load.py", "kernels/dropout.py", "kernels/tiles.py"
 SHRINK, EXPAND, WGRAD, LAUNCH = "kernels/shrink.py", "kernels/expand.py", "kernels/wgrad.py", "launch.py"
 CHAIN, PLAN, MERGING, PLANNER, STREAMS = "chain.py", "segments.py", "merging.py", "kernels/plan.py", "streams.py"
 MERGED_FROM = "write_merged(self.weight.detach(), base,"
-TF32 = "GPU only: the interpreter multiplies in float32 either way"
 SPEED = "equivalent: the same result, more slowly"
-ORDER = "GPU only: the interpreter runs programs one after the other, in order"
-UNSEEN = "equivalent in value: what is read out of range is not stored; visible to compute-sanitizer alone"
+ORDER = "GPU only: here one access to memory comes after the other"
 I_MASK, J_MASK = "(i0 + tl.arange(0, BLOCK_I) < I)[:, None]", "(j0 + tl.arange(0, BLOCK_J) < J)[None, :]"
 X_DOT_W = "acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)"
 X_DOT_A = "acc = tl.dot(x_tile, a_tile, acc, input_precision=PRECISION)"
@@ -44,7 +43,7 @@ STEP = "tl.num_programs(0) if PERSISTENT else 1"
 WAIT = "< wanted:\n                pass"
 TICKET = 'tl.atomic_add(ticket_ptr, 1, sem="relaxed", scope="gpu")'
 SELECTED = "equivalent: the select that follows drops those columns"
-SELECT, LOAD_V = "uv = tl.where((ids == adapter)[:, None], product, uv)", "LOAD_V(its_v, {}, n0, rank, N"
+SELECT, LOADED_V = "uv = tl.where((ids == adapter)[:, None], product, uv)", "load_dense(its_v, {}, n0, rank, N"
 ALL_PARTS = "if arrived == parts[3] - 1:\n            acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)"
 SHRINK_SELECT = "(r0 + tl.arange(0, BLOCK_R) < rank)[None, :] & live"
 WGRAD_SELECT = "acc = tl.where((r0 + tl.arange(0, BLOCK_R) < rank)[None, :], acc, 0.0)"
@@ -103,13 +102,13 @@ ONE_ADAPTER = [
     Mutant("expand: EVEN_K and EVEN_N swapped for w", EXPAND, f"{W_SHAPE}K, EVEN_N", f"{W_SHAPE}N, EVEN_K"),
     Mutant("expand: bias skipped", EXPAND, "if bias_ptr is not None:", "if bias_ptr is not None and LOAD_W is None:"),
     Mutant("expand: bias of the first tile", EXPAND, "n = n0 + tl.arange", "n = 0 * n0 + tl.arange"),
-    Mutant("expand: bias not masked", EXPAND, "tl.load(bias_ptr + n, mask=n < N, other=0.0)", "tl.load(bias_ptr + n)", note=UNSEEN),
+    Mutant("expand: bias not masked", EXPAND, "tl.load(bias_ptr + n, mask=n < N, other=0.0)", "tl.load(bias_ptr + n)", tests="machine"),
     Mutant("expand: store not masked", EXPAND, "acc.to(y_ptrs.dtype.element_ty), mask=y_mask)", "acc.to(y_ptrs.dtype.element_ty))"),
-    Mutant("expand: TF32 always", EXPAND, "_precision=PRECISION", '_precision="tf32"', 7, "GPU only: the interpreter has no TF32"),
+    Mutant("expand: TF32 always", EXPAND, "_precision=PRECISION", '_precision="tf32"', 7, tests="machine"),
     Mutant("expand: persistent step of 1", EXPAND, STEP, "1", note=SPEED),
     Mutant("expand: persistent step too long", EXPAND, STEP, "tl.num_programs(0) + 1"),
     Mutant("expand: persistent range without producers", EXPAND, "last = producers + num_m", "last = num_m"),
-    Mutant("awaited: no wait", EXPAND, WAIT, WAIT.replace("wanted", "0"), note=ORDER),
+    Mutant("awaited: no wait", EXPAND, WAIT, WAIT.replace("wanted", "0"), tests="machine"),
     Mutant("awaited: acquire relaxed", EXPAND, 'sem="acquire"', 'sem="relaxed"', note=ORDER),
     Mutant("awaited: release relaxed", EXPAND, 'sem="release"', 'sem="relaxed"', 2, ORDER),
     Mutant("awaited: no barriers", EXPAND, "tl.debug_barrier()", "pass", 4, ORDER),
@@ -119,9 +118,9 @@ ONE_ADAPTER = [
     Mutant("launch: 16-bit partial sums", LAUNCH, "torch.float32 if splits > 1 else dtype", "dtype", 2),
     Mutant("launch: v reshaped, not transposed", LAUNCH, "w.t(), v.mT,", "w.t(), v.reshape(*v.shape[:-2], v.shape[-1], -1),"),
     Mutant("launch: EVEN_K always", LAUNCH, "EVEN_K=K % c.block_k == 0", "EVEN_K=True", 2),
-    Mutant("launch: EVEN_N always", LAUNCH, "EVEN_N=N % c.block_n == 0", "EVEN_N=True", note=UNSEEN),
+    Mutant("launch: EVEN_N always", LAUNCH, "EVEN_N=N % c.block_n == 0", "EVEN_N=True", tests="machine"),
     Mutant("launch: EVEN_R always", LAUNCH, "EVEN_R=R % block_r == 0", "EVEN_R=True", 3),
-    Mutant("launch: EVEN_J always", LAUNCH, "EVEN_J=J % c.block_j == 0", "EVEN_J=True", note=UNSEEN),
+    Mutant("launch: EVEN_J always", LAUNCH, "EVEN_J=J % c.block_j == 0", "EVEN_J=True", tests="machine"),
     Mutant("launch: SAVE_U never", LAUNCH, 'SAVE_U=c.u == "loop" and u is not None', "SAVE_U=False"),
     Mutant("launch: 1 / (1 - p) twice in shrink", LAUNCH, "scale * inv_keep, M, K", "scale * inv_keep * inv_keep, M, K"),
     Mutant("launch: loop without 1 / (1 - p)", LAUNCH, "scale * (inv_keep if drop_x else 1.0)", "scale"),
@@ -193,15 +192,16 @@ MANY = [
     Mutant("expand: number of the first block", EXPAND, "rows[2] + m0 // BLOCK_M", "rows[2]"),
     Mutant("expand: last adapter left out", EXPAND, "m0 // BLOCK_M)):", "m0 // BLOCK_M) - 1):"),
     Mutant("expand: rank of adapter 0", EXPAND, "tl.load(ranks_ptr + adapter)", "tl.load(ranks_ptr)"),
-    Mutant("expand: no rank bound", EXPAND, LOAD_V.format(0), LOAD_V.format(0).replace("rank", "R")),
-    Mutant("expand: no rank bound in rank blocks", EXPAND, LOAD_V.format("r0"), LOAD_V.format("r0").replace("rank", "R")),
+    Mutant("expand: no rank bound", EXPAND, LOADED_V.format(0), LOADED_V.format(0).replace("rank", "R")),
+    Mutant("expand: no rank bound in rank blocks", EXPAND, LOADED_V.format("r0"), LOADED_V.format("r0").replace("rank", "R")),
     Mutant("expand: first rank block of an adapter only", EXPAND, "tl.range(0, rank, BLOCK_R", "tl.range(0, tl.minimum(rank, 1), BLOCK_R"),
     Mutant("expand: last rank block for all", EXPAND, "product = tl.dot(u_tile, v_tile, product,", "product = tl.dot(u_tile, v_tile,"),
     Mutant("expand: adapter 0 for all", EXPAND, "adapter.to(tl.int64) * stride_ve", "0"),
     Mutant("expand: adapter in 32 bits", EXPAND, "adapter.to(tl.int64) * stride_ve", "adapter * stride_ve"),
     Mutant("expand: base lost beside many adapters", EXPAND, "return uv if FIRST else acc + uv", "return uv"),
-    Mutant("expand: ids not masked", EXPAND, "tokens, mask=tokens < M, other=-1)", "tokens)", note=UNSEEN),
-    Mutant("awaited: a row block waits for its first tile", EXPAND, "R_BLOCKS * tl.minimum(BLOCK_M, M - m0) if", "R_BLOCKS if", note=ORDER),
+    Mutant("expand: ids not masked", EXPAND, "tokens, mask=tokens < M, other=-1)", "tokens)", tests="machine"),
+    Mutant("awaited: a row block waits for its first tile", EXPAND,
+           "R_BLOCKS * tl.minimum(BLOCK_M, M - m0) if", "R_BLOCKS if", tests="machine"),
     Mutant("awaited: the last row block waits for ever", EXPAND, "tl.minimum(BLOCK_M, M - m0) if", "BLOCK_M if"),
     Mutant("awaited: flag counted in gathered tiles", EXPAND, "tokens // BLOCK_M", "tokens // GATHER_M"),
     Mutant("awaited: tokens that are none count, too", EXPAND, "mask=row_mask, sem=", "sem="),
@@ -215,7 +215,7 @@ MANY = [
     Mutant("launch: no ranks in backward", LAUNCH, SHARED, SHARED.replace("=adapters,", "=adapters._replace(ranks=None),")),
     Mutant("launch: no scales awaited", LAUNCH, 'None if c.u == "given" else adapters.scales', "None"),
     Mutant("launch: adapters a row apart", LAUNCH, "return t.stride(0) if", "return t.stride(1) if"),
-    Mutant("launch: dS in parts for wgrad", LAUNCH, "not (need_da or config", "not (config"),
+    Mutant("launch: dS in parts for wgrad", LAUNCH, "parts=not need_da", "parts=True"),
     Mutant("runs: all tokens are neighbours", CHAIN, "last[e] - first[e] == end - begin - 1", "True"),
     Mutant("runs: one gap is none", CHAIN, "== end - begin - 1", "<= end - begin"),
     Mutant("runs: last token left out", CHAIN, "slice(first[e], last[e] + 1)", "slice(first[e], last[e])"),
@@ -240,12 +240,12 @@ MANY = [
 
 MERGE = [
     Mutant("merge: the product in 16 bits", EXPAND, "tl.float32 if EXACT else y[0].dtype.element_ty", "y[0].dtype.element_ty"),
-    Mutant("merge: TF32 where torch has it", LAUNCH, '"ieee" if exact else precision(x.dtype)', "precision(x.dtype)", note=TF32),
+    Mutant("merge: TF32 where torch has it", LAUNCH, '"ieee" if exact else precision(x.dtype)', "precision(x.dtype)", tests="machine"),
     Mutant("merge: without the scale", LAUNCH, "u = lora_B.float() * scale", "u = lora_B.float()"),
     Mutant("merge: the scale after a rounding", LAUNCH, "u = lora_B.float() * scale", "u = (lora_B * scale).float()"),
     Mutant("merge: onto the weight, not the base", LAUNCH, "u=u, base=base, out=weight", "u=u, base=weight, out=weight"),
     Mutant("merge: into a copy", LAUNCH, "y = x.new_empty(M, N) if out is None else out", "y = x.new_empty(M, N)"),
-    Mutant("merge: a weight contiguous by rows", LAUNCH, "v_args, bias, _matrix(y),", "v_args, bias, (y, N, 1),"),
+    Mutant("merge: a weight contiguous by rows", LAUNCH, "_matrix(v), bias, _matrix(y),", "_matrix(v), bias, (y, N, 1),"),
     Mutant("merge: library, without the scale", MERGING, "torch.addmm(base, lora_B, lora_A, alpha=scale, out=weight)",
            "torch.addmm(base, lora_B, lora_A, out=weight)"),
     Mutant("merge: library in 16 bits for float32 adapters", MERGING, "A, B = lora_A.to(wide), lora_B.to(wide)",
@@ -294,8 +294,8 @@ OVERLAPPED = [
 MUTANTS = [
     *ONE_ADAPTER,
     *(replace(m, tests="split") for m in SPLIT),
-    *(replace(m, tests="segments") for m in MANY),
-    *(replace(m, tests="merge") for m in MERGE),
+    *(m if m.tests == "machine" else replace(m, tests="segments") for m in MANY),
+    *(m if m.tests == "machine" else replace(m, tests="merge") for m in MERGE),
     *(replace(m, tests="plan") for m in PLANNED),
     *(replace(m, tests="overlap") for m in OVERLAPPED),
 ]

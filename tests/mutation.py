@@ -29,6 +29,11 @@ SELECTIONS = {  # a mutant's tests: their files, and which of them run first
         " or one_tile[129] or test_sizes and (15-1-17 or 33-31-64) or nothing_is_written and not -5] or mask_is_exact or every_tile[3]"
         " or past_32_bits or adapters_in_float32 or lane_equal or long_sums or partial_sums or small_sums or one_even_axis",
     ),
+    "machine": (
+        ["test_kernels.py", "test_segments.py", "test_merging.py"],
+        "every_tile[3] or one_even_axis or awaited and (sizes or invariance) or test_mixes and mixed"
+        " or test_one_rounding and dtype0 or tf32",
+    ),
     "merge": (["test_merging.py"], "one_rounding or in_place or blocks or not_finite or merged"),
     "overlap": (["test_overlap.py"], "test"),
     "plan": (["test_plan.py"], "equals or apart or one_adapter or out_of_range or any_block"),
@@ -41,6 +46,7 @@ SELECTIONS = {  # a mutant's tests: their files, and which of them run first
         " or test_segments_edges.py and not in_parts",
     ),
 }
+MACHINE = {"PTX_MACHINE": "sm_90", "PTX_MACHINE_SEED": "1"}
 LIMIT, LIMIT_WHOLE = 120, 400  # seconds
 RUN = """
 import os, sys, pytest, lora_kernels
@@ -58,9 +64,10 @@ def mutated(source: Path, mutant: Mutant) -> str:
     return text.replace(mutant.old, mutant.new)
 
 
-def run_tests(folder: Path, files: list[str], select: str, limit: float) -> str:
+def run_tests(folder: Path, tests: str, files: list[str], select: str, limit: float) -> str:
     """'' if all pass; else the test at which they stopped, with what it said."""
-    env = dict(os.environ, PYTHONPATH=str(folder), TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", COLUMNS="300")
+    env = dict(os.environ, PYTHONPATH=str(folder), CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", COLUMNS="300")
+    env |= MACHINE if tests == "machine" else {"TRITON_INTERPRET": "1"}
     command = [sys.executable, "-c", RUN, "-x", "-v", "--tb=line", "-pno:cacheprovider", "-Wignore", "-k", select, *files]
     with open(folder / "log", "w+") as log:
         child = subprocess.Popen(command, cwd=folder, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
@@ -88,12 +95,13 @@ def verdict(pristine: Path, mutant: Mutant | None, whole: bool = False, tests: s
         shutil.copytree(pristine, folder)
         if mutant:
             (folder / "lora_kernels" / mutant.file).write_text(mutated(folder / "lora_kernels", mutant))
-        files, select = SELECTIONS[mutant.tests if mutant else tests]
+        tests = mutant.tests if mutant else tests
+        files, select = SELECTIONS[tests]
         files = [f"tests/{name}" for name in files]
-        killed = run_tests(folder, files, select, LIMIT)
+        killed = run_tests(folder, tests, files, select, LIMIT)
         if killed or not whole or mutant is None or mutant.note:
             return killed
-        return run_tests(folder, files, f"not ({select})", LIMIT_WHOLE)
+        return run_tests(folder, tests, files, f"not ({select})", LIMIT_WHOLE)
 
 
 def main() -> int:
@@ -119,6 +127,7 @@ def main() -> int:
         (pristine / "tests").mkdir()
         for file in ("tests/conftest.py", "setup.cfg", *(f"tests/{name}" for files, _ in SELECTIONS.values() for name in files)):
             shutil.copy(ROOT / file, pristine / file)
+        shutil.copytree(ROOT / "tests" / "machine", pristine / "tests" / "machine")
         for tests in dict.fromkeys(m.tests for m in mutants):
             if failed := verdict(pristine, None, tests=tests):
                 print(f"the tests fail without a mutation: {failed}", file=sys.stderr)

@@ -171,20 +171,3 @@ def test_a_16_bit_layer_with_dropout_takes_the_kernels():
     args = [t[name] for name in ("x", "weight", "lora_A", "lora_B", "bias")]
     choice = explain(*args, dropout_p=0.1, training=True)
     assert choice.arm == "triton" and choice.config is not None
-
-
-def test_warp_specialisation():
-    from lora_kernels import UnsupportedError
-    from lora_kernels.dispatch import device_arch, why_not_here
-    from lora_kernels.problem import Problem
-
-    config = Config(expand=Expand(128, 256, 64, num_warps=4, num_stages=3, tma=True, warp_specialize=True))
-    arch = device_arch(torch.device("cuda", 0))
-    case = Case(4096, 4096, 4096, 16, torch.bfloat16, config=config)
-    reason = why_not_here(config, Problem(4096, 4096, 4096, 16, torch.bfloat16), arch)
-    if reason is None:
-        check(case)
-    else:
-        assert "warp_specialize" in reason
-        with pytest.raises(UnsupportedError, match="warp_specialize"):
-            run_case(case, CUDA)

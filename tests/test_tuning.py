@@ -80,18 +80,9 @@ def test_an_unknown_gpu_is_answered_too():
         (Config(expand=Expand(128, 256, 64, num_stages=4)), PROBLEM, "sm_86", "bytes of shared memory"),
         (Config(shrink=Shrink(64)), replace(PROBLEM, dropout="x"), "sm_90", "triton #9433|register operand"),
         (Config(wgrad=Wgrad(64, 64)), replace(PROBLEM, dropout="uv"), "sm_90", "wgrad with dropout"),
-        (Config(expand=Expand(warp_specialize=True, tma=True)), PROBLEM, "sm_90", "needs num_warps=4, got 8"),
-        (Config(expand=Expand(warp_specialize=True, tma=True, num_warps=4)), PROBLEM, "sm_120", "needs sm_90 or sm_100"),
-        (
-            Config(expand=Expand(warp_specialize=True, tma=True, num_warps=4)),
-            replace(PROBLEM, R=12),
-            "sm_90",
-            "r a multiple of 8, got r = 12",
-        ),
         (Config(expand=Expand(pdl=True)), PROBLEM, "sm_89", "programmatic dependent launch of sm_90"),
         (Config(expand=Expand(pdl=True, u="awaited")), PROBLEM, "sm_90", "expand.pdl starts the base product"),
         (Config(expand=Expand(pdl=True, base="library")), PROBLEM, "sm_90", "serves u='given' and base='kernel'"),
-        (Config(expand=Expand(128, 256, 64, num_stages=4, warp_specialize=True, tma=True, num_warps=4)), PROBLEM, "sm_90", "278528 bytes"),
         (Config(wgrad=Wgrad(beside="graph")), PROBLEM, "sm_90", "wgrad.beside must be '', 'stream' or 'pdl', got 'graph'"),
         (Config(wgrad=Wgrad(beside="stream"), expand=Expand(u="awaited")), PROBLEM, "sm_90", "needs expand.u='given', got 'awaited'"),
         (Config(wgrad=Wgrad(beside="stream"), expand=Expand(pdl=True)), PROBLEM, "sm_90", "an event between shrink and expand"),
@@ -163,18 +154,20 @@ def test_a_planted_row(row, complaint, monkeypatch):
 
 def test_a_row_that_a_call_cannot_take_yields_to_the_heuristic(monkeypatch):
     sm_90, device = Arch.parse("sm_90"), torch.device("cuda")
-    specialised = Config(expand=Expand(num_warps=4, tma=True, warp_specialize=True))
-    row = tables.Row((9, 0), (1, 10000), 4096, 4096, (1, 33), False, 2, "triton", specialised, "bench/results/x.jsonl")
+    copied = Config(expand=Expand(u="loop", tma=True))
+    row = tables.Row((9, 0), (1, 10000), 4096, 4096, (1, 257), False, 2, "triton", copied, "bench/results/x.jsonl")
     monkeypatch.setattr(tables, "ROWS", (row,))
     assert lookup(PROBLEM, sm_90) is row
-    for other in (replace(PROBLEM, aligned=False), replace(PROBLEM, R=12), PROBLEM.backward()):
+    for other in (replace(PROBLEM, aligned=False), replace(PROBLEM, R=129), PROBLEM.backward()):
         assert resolve(other, sm_90) == (heuristic(other, sm_90), "heuristic")
     apart = replace(PROBLEM, aligned=False)
     monkeypatch.setattr(tables, "ROWS", (replace(row, arm="torch"),))
     assert lookup(apart, sm_90).arm == "torch" and resolve(apart, sm_90) == (heuristic(apart, sm_90), "heuristic")
     monkeypatch.setattr(tables, "ROWS", (row,))
     monkeypatch.setattr(dispatch, "arch_of", lambda device: (sm_90, ""))
-    for version, config in (("3.6.0", specialised), ("3.7.1", heuristic(PROBLEM, sm_90))):
+    early = Config(expand=Expand(pdl=True))
+    monkeypatch.setattr(tables, "ROWS", (replace(row, config=early),))
+    for version, config in (("3.5.0", early), ("3.4.0", heuristic(PROBLEM, sm_90))):
         monkeypatch.setattr(dispatch, "triton_version", lambda version=version: version)
         dispatch._choose.cache_clear()
         assert dispatch.choose(PROBLEM, device, "triton").config == config

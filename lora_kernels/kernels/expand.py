@@ -42,7 +42,6 @@ def low_rank(
     R,
     TYPE: tl.constexpr,
     LOAD_U: tl.constexpr,
-    LOAD_V: tl.constexpr,
     SEGMENTS: tl.constexpr,
     DROP_UV: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -72,13 +71,13 @@ def low_rank(
             its_v = (v[0] + adapter.to(tl.int64) * stride_ve, v[1], v[2])
             # v: [BLOCK_R, BLOCK_N]
             if R_BLOCKS == 1:
-                v_tile = LOAD_V(its_v, 0, n0, rank, N, BLOCK_R, BLOCK_N, EVEN_R, EVEN_N, WIDE).to(TYPE)
+                v_tile = load_dense(its_v, 0, n0, rank, N, BLOCK_R, BLOCK_N, EVEN_R, EVEN_N, WIDE).to(TYPE)
                 product = tl.dot(u_tile, v_tile, input_precision=PRECISION)
             else:
                 product = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
                 for r0 in tl.range(0, rank, BLOCK_R, num_stages=1):
                     u_tile = LOAD_U(u, m0, r0, M, R, BLOCK_M, BLOCK_R, False, EVEN_R, WIDE).to(TYPE)
-                    v_tile = LOAD_V(its_v, r0, n0, rank, N, BLOCK_R, BLOCK_N, EVEN_R, EVEN_N, WIDE).to(TYPE)
+                    v_tile = load_dense(its_v, r0, n0, rank, N, BLOCK_R, BLOCK_N, EVEN_R, EVEN_N, WIDE).to(TYPE)
                     product = tl.dot(u_tile, v_tile, product, input_precision=PRECISION)
             uv = tl.where((ids == adapter)[:, None], product, uv)
     else:
@@ -86,7 +85,7 @@ def low_rank(
         for r0 in tl.range(0, R_BLOCKS * BLOCK_R, BLOCK_R, num_stages=1):
             # u: [BLOCK_M, BLOCK_R], v: [BLOCK_R, BLOCK_N]
             u_tile = LOAD_U(u, m0, r0, M, R, BLOCK_M, BLOCK_R, False, EVEN_R, WIDE).to(TYPE)
-            v_tile = LOAD_V(v, r0, n0, R, N, BLOCK_R, BLOCK_N, EVEN_R, EVEN_N, WIDE).to(TYPE)
+            v_tile = load_dense(v, r0, n0, R, N, BLOCK_R, BLOCK_N, EVEN_R, EVEN_N, WIDE).to(TYPE)
             uv = tl.dot(u_tile, v_tile, uv, input_precision=PRECISION)
     if DROP_UV:
         uv = tl.where(keep_tile(seed, threshold, tokens, n0, BLOCK_M, BLOCK_N), uv * inv_keep, 0.0)
@@ -125,7 +124,6 @@ def expand_tile(
     LOAD_X: tl.constexpr,
     LOAD_W: tl.constexpr,
     LOAD_U: tl.constexpr,
-    LOAD_V: tl.constexpr,
     U: tl.constexpr,
     SEGMENTS: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -143,7 +141,6 @@ def expand_tile(
     EVEN_K: tl.constexpr,
     EVEN_R: tl.constexpr,
     WIDE: tl.constexpr,
-    WARP_SPECIALIZE: tl.constexpr,
     WAIT: tl.constexpr,
 ):
     """One tile of y, or with SPLIT one part of it. parts: (partial sums, their stride, counters of the tiles, number of parts)."""
@@ -158,20 +155,20 @@ def expand_tile(
     y_ptrs = tile_base(y[0], m0, n0, y[1], y[2]) + tile_offsets(y[1], y[2], BLOCK_M, BLOCK_N, WIDE)
     y_mask = tile_mask(m0, n0, M, N, BLOCK_M, BLOCK_N)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    if U == "given" and not WARP_SPECIALIZE and (WAIT is None or SPLIT):
+    if U == "given" and (WAIT is None or SPLIT):
         if part == 0:
             if WAIT is not None:
                 WAIT()
             acc = low_rank(
                 acc, u, v, rows, stride_ve, ranks_ptr, seed, threshold, inv_keep, m0, n0, M, N, R, TYPE,
-                LOAD_U, LOAD_V, SEGMENTS, DROP_UV, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R, R_BLOCKS, EVEN_N, EVEN_R, WIDE, True,
+                LOAD_U, SEGMENTS, DROP_UV, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R, R_BLOCKS, EVEN_N, EVEN_R, WIDE, True,
             )  # fmt: skip
     if LOAD_W is None:
         # x: [BLOCK_M, BLOCK_N]
         acc += LOAD_X(x, m0, n0, M, N, BLOCK_M, BLOCK_N, False, EVEN_N, WIDE)
     else:
         u_acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
-        for k0 in tl.range(k_begin, k_end, BLOCK_K, warp_specialize=WARP_SPECIALIZE):
+        for k0 in tl.range(k_begin, k_end, BLOCK_K):
             # x: [BLOCK_M, BLOCK_K], w: [BLOCK_K, BLOCK_N]
             x_tile = LOAD_X(x, m0, k0, M, K, BLOCK_M, BLOCK_K, False, EVEN_K, WIDE)
             w_tile = LOAD_W(w, k0, n0, K, N, BLOCK_K, BLOCK_N, EVEN_K, EVEN_N, WIDE).to(x_tile.dtype)
@@ -202,12 +199,12 @@ def expand_tile(
             while tl.atomic_add(flag_ptr + pid_m, 0, sem="acquire", scope="gpu") < wanted:
                 pass
             tl.debug_barrier()
-        if U == "awaited" or (U == "given" and not SPLIT and (WARP_SPECIALIZE or WAIT is not None)):
+        if U == "awaited" or (U == "given" and not SPLIT and WAIT is not None):
             if WAIT is not None:
                 WAIT()
             acc = low_rank(
                 acc, u, v, rows, stride_ve, ranks_ptr, seed, threshold, inv_keep, m0, n0, M, N, R, TYPE,
-                LOAD_U, LOAD_V, SEGMENTS, DROP_UV, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R, R_BLOCKS, EVEN_N, EVEN_R, WIDE, False,
+                LOAD_U, SEGMENTS, DROP_UV, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R, R_BLOCKS, EVEN_N, EVEN_R, WIDE, False,
             )  # fmt: skip
     if SPLIT:
         part_ptrs = tile_base(parts[0], m0, n0, y[1], y[2]) + tile_offsets(y[1], y[2], BLOCK_M, BLOCK_N, WIDE)
@@ -267,7 +264,6 @@ def expand(
     LOAD_X: tl.constexpr,
     LOAD_W: tl.constexpr,
     LOAD_U: tl.constexpr,
-    LOAD_V: tl.constexpr,
     U: tl.constexpr,
     SEGMENTS: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -288,7 +284,6 @@ def expand(
     EVEN_R: tl.constexpr,
     WIDE: tl.constexpr,
     PERSISTENT: tl.constexpr,
-    WARP_SPECIALIZE: tl.constexpr,
     WAIT: tl.constexpr,
 ):
     """Grid [programs]: as many as there are work items, or fewer (PERSISTENT), each taking every grid-th item or ticket.
@@ -339,6 +334,6 @@ def expand(
             expand_tile(
                 x, w, a, u, v, bias_ptr, y, rows, stride_ve, scales_ptr, ranks_ptr, flag_ptr,
                 parts, part, blocks_per_part, seed, threshold, inv_keep, scale, pid_m, pid_n, M, N, K, R,
-                LOAD_X, LOAD_W, LOAD_U, LOAD_V, U, SEGMENTS, SPLIT, EXACT, SAVE_U, DROP_X, DROP_UV, PRECISION,
-                BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, R_BLOCKS, EVEN_N, EVEN_K, EVEN_R, WIDE, WARP_SPECIALIZE, WAIT,
+                LOAD_X, LOAD_W, LOAD_U, U, SEGMENTS, SPLIT, EXACT, SAVE_U, DROP_X, DROP_UV, PRECISION,
+                BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, R_BLOCKS, EVEN_N, EVEN_K, EVEN_R, WIDE, WAIT,
             )  # fmt: skip

@@ -39,7 +39,6 @@ class Expand:
     base: str = "kernel"
     tma: bool = False
     persistent: bool = False
-    warp_specialize: bool = False
     pdl: bool = False
 
 

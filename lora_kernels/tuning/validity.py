@@ -46,8 +46,8 @@ def _expand(e: Expand, problem: Problem, arch: Arch) -> str | None:
         return f"expand.base must be 'kernel' or 'library', got {e.base!r}"
     if e.base == "library" and e.u != "given":
         return f"expand.base='library' has no K loop to compute u in, so it needs expand.u='given', got {e.u!r}"
-    if e.split > 1 and (e.u != "given" or e.base != "kernel" or e.persistent or e.warp_specialize):
-        return "expand.split > 1 serves u='given' and base='kernel', neither persistent nor warp-specialised"
+    if e.split > 1 and (e.u != "given" or e.base != "kernel" or e.persistent):
+        return "expand.split > 1 serves u='given' and base='kernel' on a grid that is not persistent"
     if e.u == "loop" and problem.R > LOOP_RANK:
         return f"expand.u='loop' keeps the whole rank in one accumulator and serves ranks up to {LOOP_RANK}, got {problem.R}"
     if e.tma:
@@ -63,20 +63,6 @@ def _expand(e: Expand, problem: Problem, arch: Arch) -> str | None:
         return f"expand.pdl needs the programmatic dependent launch of sm_90 and later, not {arch.name}"
     if e.pdl and (e.u != "given" or e.base != "kernel"):
         return "expand.pdl starts the base product before shrink has ended, so it serves u='given' and base='kernel'"
-    if e.warp_specialize:
-        if not (arch.kind == "interpreter" or (arch.kind == "cuda" and arch.capability[0] in (9, 10))):
-            return f"expand.warp_specialize needs sm_90 or sm_100, not {arch.name}"
-        if not e.tma:
-            return "expand.warp_specialize needs expand.tma: the producer warp feeds descriptors' copies"
-        if e.num_warps != 4:
-            return f"expand.warp_specialize splits a tile over two groups of four warps and needs num_warps=4, got {e.num_warps}"
-        if problem.R * problem.itemsize % 16 or problem.adapter_dtype not in (None, problem.dtype):
-            wanted = f"adapters in {problem.dtype} with r a multiple of {16 // problem.itemsize}"
-            return f"expand.warp_specialize reads u and v by descriptors: wanted {wanted}, got r = {problem.R} in {problem.adapter_dtype}"
-        if problem.R > TILE_RANK:
-            return f"expand.warp_specialize takes the rank in one tile and serves ranks up to {TILE_RANK}, got {problem.R}"
-        if e.u != "given" or problem.dropout == "uv":
-            return "expand.warp_specialize serves u='given' without dropout on the low-rank term"
     return None
 
 
@@ -99,8 +85,6 @@ def _segments(config: Config, problem: Problem) -> str | None:
     s, e = config.shrink, config.expand
     if e.u == "loop":
         return "expand.u='loop' sums x a for one adapter a tile, so it cannot serve segments; use 'given' or 'awaited'"
-    if e.warp_specialize:
-        return "expand.warp_specialize reads v by one descriptor, so it cannot serve segments' stack of adapters"
     if e.block_m != problem.row_block:
         return f"expand.block_m must be the plan's row_block, {problem.row_block}, got {e.block_m}"
     if s.block_m != problem.gather_block:
@@ -136,9 +120,6 @@ def expand_shared_memory(e: Expand, problem: Problem, arch: Arch) -> int:
     if e.base == "library":
         return 0
     rank = rank_block(problem.R, LOOP_RANK if e.u == "loop" else TILE_RANK)
-    if e.warp_specialize and arch.has_wgmma:
-        # What the compiler makes of it: u and v are buffered with every stage, and half a tile of 128 rows is stored at a time.
-        return (e.num_stages * (e.block_m + e.block_n) * (e.block_k + rank) + 64 * e.block_n) * problem.itemsize
     columns = e.block_m + e.block_n + (rank if e.u == "loop" else 0)
     stages = _tiles_in_flight(e.num_stages, e.block_m, e.num_warps, problem, arch) * columns * e.block_k * problem.itemsize
     beside = (e.block_m + e.block_n) * rank * problem.itemsize if arch.has_wgmma and e.u == "given" and e.block_m >= 64 else 0
