@@ -61,6 +61,8 @@ def _seeded():
 def pytest_collection_modifyitems(config, items):
     """Tests marked cuda are collected where a GPU is, those marked interpreted where the interpreter is: no skip, it is another suite."""
     others = {"interpreted"} if torch.cuda.is_available() else {"interpreted", "cuda"} if PTX_MACHINE else {"cuda"}
-    gone = [item for item in items if any(mark.name in others for mark in item.iter_markers())]
-    items[:] = [item for item in items if item not in gone]
+    kept, gone = [], []
+    for item in items:
+        (gone if any(mark.name in others for mark in item.iter_markers()) else kept).append(item)
+    items[:] = kept
     config.hook.pytest_deselected(items=gone)

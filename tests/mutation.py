@@ -46,7 +46,7 @@ SELECTIONS = {  # a mutant's tests: their files, and which of them run first
         " or test_segments_edges.py and not in_parts",
     ),
 }
-MACHINE = {"PTX_MACHINE": "sm_90", "PTX_MACHINE_SEED": "1"}
+MACHINE = {"PTX_MACHINE": "sm_90", "PTX_MACHINE_SEED": "1", "TRITON_INTERPRET": "0"}
 LIMIT, LIMIT_WHOLE = 120, 400  # seconds
 RUN = """
 import os, sys, pytest, lora_kernels

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from . import matrices, ptx, translate
 from .memory import Buffer, Fault, Memory
 from .program import Program
 
-HASTE = 0.95
+HASTE = 0.95  # how often the launches that begin last go first, where programs take turns
 BOX_LIMIT = 256  # elements along one axis of a box
 
 
@@ -44,10 +44,12 @@ class Descriptor:
 
 
 class Launch:
-    """A grid on its way. ``previous``: the launch it may overlap with, once all programs of that have let it begin or ended."""
+    """A grid on its way. ``make``: its program of a number; ``previous``: the launch it may overlap with, once all programs of that have
+    let it begin or ended.
+    """
 
-    def __init__(self, numbers: list[tuple], previous: Launch | None):
-        self.numbers, self.previous = numbers, previous
+    def __init__(self, numbers: list[tuple], previous: Launch | None, make: Callable[[Launch, tuple], Program]):
+        self.numbers, self.previous, self.make = numbers, previous, make
         self.running: list[tuple[Program, Iterator[None]]] = []
         self.holding = set(numbers)  # programs that have neither let the next launch begin nor ended
 
@@ -58,6 +60,11 @@ class Launch:
     @property
     def may_begin(self) -> bool:
         return self.previous is None or not self.previous.holding
+
+    def begin(self) -> None:
+        """One more program."""
+        program = self.make(self, self.numbers.pop(0))
+        self.running.append((program, program.run()))
 
 
 class Machine:
@@ -72,7 +79,6 @@ class Machine:
         self.random = random.Random(seed) if seed is not None else None
         self.overlap, self.resident = overlap, resident
         self.pending: list[Launch] = []
-        self.launched: list[str] = []
 
     def launch(self, launcher: Launcher, grid: tuple[int, int, int], args: tuple) -> None:
         dependent = self.overlap and launcher.metadata.launch_pdl
@@ -81,23 +87,20 @@ class Machine:
         numbers = [(x, y, z) for z in range(grid[2]) for y in range(grid[1]) for x in range(grid[0])]
         if self.random and not self.overlap:
             self.random.shuffle(numbers)
-        launch = Launch(numbers, self.pending[-1] if self.pending else None)
         kernel = launcher.kernel
         params, descriptors, tensors = launcher.arguments(args)
-        memory = Memory("global", [Buffer.own(*span) for span in spans(tensors)])
+        memory = Memory("global", [Buffer.own(*span) for span in spans(tensors)], owners=tensors)
         threads = kernel.text.threads or 32 * launcher.metadata.num_warps
 
-        def begin() -> None:
-            number = launch.numbers.pop(0)
-            program = Program(
+        def make(launch: Launch, number: tuple) -> Program:
+            return Program(
                 kernel, number, grid, threads, launcher.metadata.shared, memory, params, descriptors,
-                lambda: launch.holding.discard(number), lambda: launch.previous is None or launch.previous.done, self.random is not None,
+                let_go=lambda: launch.holding.discard(number),
+                previous_done=lambda: launch.previous is None or launch.previous.done,
+                turns=self.random is not None,
             )  # fmt: skip
-            launch.running.append((program, program.run()))
 
-        launch.begin, launch.keep = begin, tensors
-        self.pending.append(launch)
-        self.launched.append(kernel.name)
+        self.pending.append(Launch(numbers, self.pending[-1] if self.pending else None, make))
         if not self.overlap:
             self.finish()
 

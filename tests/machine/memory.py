@@ -29,10 +29,10 @@ class Buffer:
 
 
 class Memory:
-    """Buffers, in the order of their addresses. Masks are None (all lanes), or vectors of bool."""
+    """Buffers, in the order of their addresses. Masks are None (all lanes), or vectors of bool. owners: whose memory it is, kept alive."""
 
-    def __init__(self, name: str, buffers: list[Buffer]):
-        self.name, self.buffers = name, sorted(buffers, key=lambda b: b.start)
+    def __init__(self, name: str, buffers: list[Buffer], owners: list | None = None):
+        self.name, self.buffers, self.owners = name, sorted(buffers, key=lambda b: b.start), owners
         self.starts = [b.start for b in self.buffers]
 
     def find(self, low: int, high: int) -> Buffer:
@@ -91,9 +91,9 @@ class Memory:
         if (address % np.uint64(width * count)).any():
             raise Fault(f"{self.name} memory: an access of {width * count} bytes is not aligned")
         low, high = int(address.min()), int(address.max()) + width * count
-        at = bisect.bisect_right(self.starts, low) - 1
-        if at >= 0 and high <= self.buffers[at].end:
-            yield self.buffers[at], lanes, _index(address, self.buffers[at], width)
+        buffer = self.find(low, low + width * count)
+        if high <= buffer.end:
+            yield buffer, lanes, _index(address, buffer, width)
             return
         lanes = np.arange(address.size) if lanes is None else lanes
         address = np.atleast_1d(address)

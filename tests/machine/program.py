@@ -22,12 +22,12 @@ class Group:
 
 
 class Program:
-    """``params``: their bits; ``descriptors``: `driver.Descriptor` by parameter; ``let_go``: called once all threads let the next launch
+    """``params``: their bits; ``descriptors``: `driver.Descriptor` by parameter; ``let_go``: called when all threads let the next launch
     begin; ``previous_done``: whether the launch before has ended; ``turns``: `run` yields after each block."""
 
     def __init__(
         self, kernel: Kernel, number, grid, threads: int, shared: int, memory: Memory, params: list[int], descriptors: dict,
-        let_go: Callable[[], None] = lambda: None, previous_done: Callable[[], bool] = lambda: True, turns: bool = False,
+        let_go: Callable[[], None], previous_done: Callable[[], bool], turns: bool,
     ):  # fmt: skip
         self.kernel, self.number, self.threads, self.params, self.descriptors = kernel, number, threads, params, descriptors
         self.R = [np.bool_(False) if w == 1 else np.dtype(f"uint{w}").type(0xBADBADBADBADBAD & ((1 << w) - 1)) for w in kernel.widths]
@@ -137,9 +137,8 @@ class Program:
             raise Fault(f"{self.kernel.name}: trap")
 
     def let_go(self, mask) -> None:
-        before = self.let_go_by.all()
         self.let_go_by = self.let_go_by | (True if mask is None else mask)
-        if self.let_go_by.all() and not before:
+        if self.let_go_by.all():
             self._let_go()
 
     # Parameters

@@ -103,10 +103,10 @@ class _Translator:
     def slot(self, register: str) -> str:
         return f"R[{self.places.setdefault(register, len(self.places))}]"
 
-    def constant(self, value: int | float, dtype: str) -> str:
-        name = self.constants.setdefault((repr(value), dtype), f"K{len(self.constants)}")
-        if isinstance(value, float) or dtype == "bool_":
-            self.space[name] = np.dtype(dtype).type(value)
+    def constant(self, value: int, dtype: str) -> str:
+        name = self.constants.setdefault((value, dtype), f"K{len(self.constants)}")
+        if dtype == "bool_":
+            self.space[name] = np.bool_(value)
         else:
             bits = 8 * np.dtype(dtype).itemsize
             self.space[name] = np.dtype(f"uint{bits}").type(value % (1 << bits)).view(dtype)
