@@ -34,6 +34,7 @@ class Report:
     """One compiled kernel: what it is, what it needs, and which matmul instruction it uses ("" for none: plain FMA).
 
     spills: reloads of spilled values inside a loop, where they cost; on AMD all spilled registers.
+    serialized: each wgmma waits for the one before, though it was written to run beside the program.
     """
 
     kernel: str
@@ -47,11 +48,13 @@ class Report:
     matmul: str
     tma: bool
     warps: int
+    serialized: bool
 
     @property
     def good(self) -> bool:
-        """No spills, fits the chip, and a 16-bit kernel uses a matmul instruction (an empty kernel has none)."""
-        return self.spills == 0 and self.shared <= self.shared_limit and bool(self.matmul or self.dtype not in ("float16", "bfloat16"))
+        """No spills, no serialized wgmma, fits the chip, and a 16-bit kernel uses a matmul instruction (an empty kernel has none)."""
+        matmul = bool(self.matmul or self.dtype not in ("float16", "bfloat16"))
+        return matmul and self.spills == 0 and not self.serialized and self.shared <= self.shared_limit
 
     def as_dict(self) -> dict:
         return asdict(self) | {"good": self.good}
@@ -209,31 +212,40 @@ def _first_tensor(args) -> torch.Tensor:
 def _report(name, compiled, label: str, arch: Arch, options: dict, dtype: str) -> Report:
     text = compiled.asm.get("ptx") or compiled.asm.get("amdgcn") or ""
     matmul = next((short for pattern, short in _MATMUL if pattern in text), "")
-    registers, spills = _amd_resources(text) if arch.kind == "hip" else _nvidia_resources(compiled, arch)
+    registers, spills, serialized = _amd_resources(text) if arch.kind == "hip" else _nvidia_resources(compiled, text)
     tma = "cp.async.bulk.tensor" in text
     what = " ".join(
         filter(None, (name, options.get("U"), "segments" if options.get("SEGMENTS") else "", "split" if options.get("SPLIT") else ""))
     )
     shared, warps = compiled.metadata.shared, options["num_warps"]
-    return Report(what, label, arch.name, dtype, registers, spills, shared, arch.shared_memory, matmul, tma, warps)
+    return Report(what, label, arch.name, dtype, registers, spills, shared, arch.shared_memory, matmul, tma, warps, serialized)
 
 
-def _amd_resources(text: str) -> tuple[int, int]:
+def _amd_resources(text: str) -> tuple[int, int, bool]:
     vgprs = re.search(r"\.vgpr_count:\s+(\d+)", text)
     spills = re.search(r"\.vgpr_spill_count:\s+(\d+)", text)
-    return int(vgprs.group(1)) if vgprs else 0, int(spills.group(1)) if spills else 0
+    return int(vgprs.group(1)) if vgprs else 0, int(spills.group(1)) if spills else 0, False
 
 
-def _nvidia_resources(compiled, arch: Arch) -> tuple[int, int]:
-    """Registers a thread, and how many instructions in loops of the machine code reload a spilled value from local memory."""
+def _nvidia_resources(compiled, ptx: str) -> tuple[int, int, bool]:
+    """Registers a thread, how many instructions in loops reload a spilled value from local memory, and whether wgmma is serialized."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         registers = re.search(r"REG:(\d+)", _cuobjdump("--dump-resource-usage", file.name))
-        reloads = reloads_in_loops(_cuobjdump("--dump-sass", file.name))
+        sass = _cuobjdump("--dump-sass", file.name)
     if not registers:
         raise RuntimeError("cuobjdump: wanted a line with REG, got none")
-    return int(registers.group(1)), reloads
+    return int(registers.group(1)), reloads_in_loops(sass), serialized(ptx, sass)
+
+
+def serialized(ptx: str, sass: str) -> bool:
+    """Whether the assembler, which then says C7510 to C7519, made every wgmma the last of its group; Triton keeps none of what it says.
+
+    Groups of one instruction do not tell.
+    """
+    grouped = ptx.count("wgmma.mma_async") > ptx.count("wgmma.commit_group")
+    return grouped and all("gsb0" in instruction for instruction in re.findall(r"HGMMA[^;]*;", sass))
 
 
 def reloads_in_loops(sass: str) -> int:

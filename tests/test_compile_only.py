@@ -28,14 +28,14 @@ def compilations():
 
 @pytest.mark.parametrize("arch", WANTED)
 def test_every_heuristic_config(arch, compilations):
-    """No spills, within the chip's shared memory, on the chip's own matmul instruction; TMA where there is one."""
+    """No spills, no serialized wgmma, within the chip's shared memory, on the chip's own matmul instruction; TMA where there is one."""
     out = compilations[arch].result()
     assert out.returncode == 0, out.stdout[-2000:] + out.stderr[-2000:]
     reports = [json.loads(line) for line in out.stdout.splitlines()]
     assert {r["kernel"].split()[0] for r in reports} == {"shrink", "expand", "wgrad", "plan_tokens", "plan_tiles"}
     assert {r["kernel"] for r in reports} >= {"expand given", "expand loop"}
     for r in reports:
-        assert r["spills"] == 0, r
+        assert r["spills"] == 0 and not r["serialized"], r
         assert r["shared"] <= Arch.parse(arch).shared_memory, r
         assert r["registers"] > 16, f"an empty kernel: {r}"
         if r["dtype"] == "bfloat16":
@@ -97,7 +97,7 @@ def test_variants_that_a_gpu_will_choose_between(arch):
     for r in reports:
         assert r["matmul"] == WANTED[arch] and r["shared"] <= r["shared_limit"], r
         if "segments" in r["label"] or (r["label"] in ("given", "loop", "awaited", "pdl") and r["R"] == 16):
-            assert r["spills"] == 0, r
+            assert r["spills"] == 0 and not r["serialized"], r
 
 
 OVERLAP = """
@@ -229,11 +229,21 @@ def test_planted_rows_show_that_the_check_can_fail():
     assert "bytes of shared memory" in by_row[3][0]["why"] and not unserved(by_row[3][0])
 
 
-def test_a_kernel_past_the_chips_shared_memory_is_not_good():
+def test_what_makes_a_report_bad():
     from lora_kernels.compile_only import Report
 
-    report = Report("expand", "", "sm_90", "bfloat16", 128, 0, 232448, 232448, "wgmma", True, 8)
+    report = Report("expand", "", "sm_90", "bfloat16", 128, 0, 232448, 232448, "wgmma", True, 8, False)
     assert report.good and not replace(report, shared=232449).good and not replace(report, spills=1).good
+    assert not replace(report, serialized=True).good
+
+
+def test_wgmma_is_serialized_where_each_ends_its_group():
+    from lora_kernels.compile_only import serialized
+
+    ptx = "wgmma.mma_async.sync\nwgmma.mma_async.sync\nwgmma.commit_group.sync.aligned\n"
+    beside, last = "HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24 ;\n", "HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24, gsb0 ;\n"
+    assert serialized(ptx, last + last) and not serialized(ptx, beside + last) and not serialized("mma.sync", "HMMA ;")
+    assert not serialized("wgmma.mma_async.sync\nwgmma.commit_group.sync", last), "a group of one"
 
 
 def test_compiling_needs_no_interpreter():

@@ -167,6 +167,8 @@ def expand_tile(
         # x: [BLOCK_M, BLOCK_N]
         acc += LOAD_X(x, m0, n0, M, N, BLOCK_M, BLOCK_N, False, EVEN_N, WIDE)
     else:
+        if not SPLIT:
+            tl.assume(K > 0)  # a loop that may be skipped after the selects of segments has its wgmma serialized by ptxas 12.8 (C7515)
         u_acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
         for k0 in tl.range(k_begin, k_end, BLOCK_K):
             # x: [BLOCK_M, BLOCK_K], w: [BLOCK_K, BLOCK_N]
