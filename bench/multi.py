@@ -67,7 +67,7 @@ class Section:
 
     def _load_peers(self) -> None:
         modules, refused = multi_peers.load()
-        self.peers = {arm: Arm(multi_peers.formula(module)) for arm, module in modules.items()}
+        self.peers = {arm: Arm(multi_peers.formula(module, self.name == "decode")) for arm, module in modules.items()}
         for arm, reason in refused.items():
             self.recorder.add(what="left out", arm=arm, detail=reason)
 

@@ -1,8 +1,8 @@
-"""Peers' own kernels for many adapters, after the library's base product.
+"""Peers' own kernels for many adapters.
 
-A module bench/peers/NAME.py gives ``shrink_expand(y, x, A, B, ids, scale)``: y ``[M, N]`` += scale * (x A[ids]^T) B[ids]^T in place, for x
-``[M, K]``, A ``[E, r, K]``, B ``[E, N, r]`` and int64 ids ``[M]``, -1 for none. Where it also gives ``plan(ids, E)``, what that makes of
-the ids once a batch is passed in their place, and is not timed.
+An adaptor gives ``multi_lora_linear(x, weight, A, B, plan)``: x W^T + scale * (x A[ids]^T) B[ids]^T for x ``[M, K]``, weight ``[N, K]``,
+A ``[E, r, K]`` and B ``[E, N, r]``; and ``plan(ids, ranks, scale, decode)``, asked once a batch and not timed: int64 ids ``[M]``, -1 for
+none, each adapter's rank (the stacks hold zeros beyond it), and whether the tokens are of as many sequences.
 """
 
 from __future__ import annotations
@@ -13,24 +13,22 @@ from types import ModuleType
 import torch
 
 from . import peer_modules
-from .baselines import Formula, linear
+from .baselines import Formula
 from .multi_baselines import once
 from .multi_workloads import MultiOperands
 
-NAMES = peer_modules.KNOWN["shrink_expand"]
+NAMES = peer_modules.KNOWN["multi_lora_linear"]
 
 
 def load(folder: Path | None = None) -> tuple[dict[str, ModuleType], dict[str, str]]:
-    """Modules by arm, and for the known peers that are not there, and for those that cannot be used, why."""
-    return peer_modules.load("shrink_expand", folder)
+    """Modules by arm, and for those that cannot be used, why."""
+    return peer_modules.load("multi_lora_linear", folder)
 
 
-def formula(module: ModuleType) -> Formula:
-    plan = once(lambda o: module.plan(o.ids, o.lora_A.shape[0]) if hasattr(module, "plan") else o.ids)
+def formula(module: ModuleType, decode: bool) -> Formula:
+    plan = once(lambda o: module.plan(o.ids, o.host_ranks, o.scale, decode))
 
     def run(o: MultiOperands) -> torch.Tensor:
-        y = linear(o)
-        module.shrink_expand(y, o.x, o.lora_A, o.lora_B, plan(o), o.scale)
-        return y
+        return module.multi_lora_linear(o.x, o.weight, o.lora_A, o.lora_B, plan(o))
 
     return run

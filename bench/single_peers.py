@@ -1,6 +1,6 @@
 """Peers' own kernels for one adapter: compared with the formula at a small version of a point, then timed there beside the other arms.
 
-A module bench/peers/NAME.py gives ``lora_linear(x, weight, A, B, scale, dropout_p)``: x W^T + scale * (drop(x) A^T) B^T for x ``[M, K]``,
+An adaptor gives ``lora_linear(x, weight, A, B, scale, dropout_p)``: x W^T + scale * (drop(x) A^T) B^T for x ``[M, K]``,
 weight ``[N, K]``, A ``[r, K]`` and B ``[N, r]``, differentiable by autograd for x, A and B, dropout_p = 0 included. Its dropout mask is
 its own, and need not be known: where the weight is zero dX is (D.(dS A)) / (1 - p), so that its zeros are the mask that backward took,
 and the formula with that mask is what y, dX, dA and dB are compared with.

@@ -127,8 +127,9 @@ def test_peers_are_timed_refused_and_missed(tmp_path, monkeypatch, capsys):
     assert failed == 4
     reasons = {row["arm"]: row["detail"] for row in rows if row["what"] == "left out"}
     assert set(reasons) == {"peer:broken", "peer:lorafusion", "peer:quits"}
-    assert reasons["peer:lorafusion"] == "there is no bench/peers/lorafusion.py" and "No module named" in reasons["peer:broken"]
-    assert "left out: peer:lorafusion: there is no bench/peers/lorafusion.py" in out
+    assert reasons["peer:lorafusion"].startswith("there is no bench/peers/lorafusion: git clone https://")
+    assert "No module named" in reasons["peer:broken"]
+    assert "left out: peer:lorafusion: there is no bench/peers/lorafusion: git clone" in out
 
     full, brief = (report.render("single", rows, short) for short in (False, True))
     assert "| peer:right |" in full and "peer:right: " not in brief
@@ -138,7 +139,7 @@ def test_peers_are_timed_refused_and_missed(tmp_path, monkeypatch, capsys):
 
 def test_a_module_is_asked_by_its_own_sections(tmp_path):
     peer(tmp_path)
-    for name, known in (("lora_linear", "peer:lorafusion"), ("shrink_expand", "peer:vllm")):
+    for name, known in (("lora_linear", "peer:lorafusion"), ("multi_lora_linear", "peer:vllm")):
         found, refused = peer_modules.load(name, tmp_path)
         assert known in found | refused and not {"peer:lorafusion", "peer:vllm"} <= set(found | refused)
     (tmp_path / "mine.py").write_text("x = 1")

@@ -27,6 +27,8 @@ def test_it_finds_what_is_planted(arch):
     assert "is in no buffer" in said["unmasked"]
     assert "an access of 16 bytes is not aligned" in said["misaligned"]
     assert "waited in vain" in said["waiting"]
+    sums = {key: value for key, value in said.items() if key.startswith("sums")}
+    assert len(sums) == (2 if arch == "sm_90" else 1) and set(sums.values()) == {"[True, True, True]"}
 
 
 def test_launches_that_overlap_change_nothing():

@@ -31,9 +31,9 @@ def rem(a, b):
 def mul_hi(a, b):
     """The upper half of the product."""
     bits = a.dtype.itemsize * 8
-    if bits == 32:
-        wide = np.int64 if a.dtype.kind == "i" else U64
-        return ((a.astype(wide) * b.astype(wide)) >> wide(32)).astype(U32)
+    if bits < 64:
+        wide = np.dtype(f"{'int' if a.dtype.kind == 'i' else 'uint'}{2 * bits}").type
+        return ((a.astype(wide) * b.astype(wide)) >> wide(bits)).astype(f"uint{bits}")
     shape = np.broadcast_shapes(a.shape, b.shape)
     pairs = zip(np.broadcast_to(a, shape).ravel().tolist(), np.broadcast_to(b, shape).ravel().tolist(), strict=True)
     return np.array([(x * y >> 64) & (2**64 - 1) for x, y in pairs], U64).reshape(shape)
@@ -115,6 +115,15 @@ def f16(x):
 
 def pair(low, high):
     return low.astype(U32) | (high.astype(U32) << U32(16))
+
+
+def small_float(operation, x, y, kind):
+    """Of bits of float16 or bfloat16, or of pairs of them: by float32, whose own rounding changes nothing."""
+    if kind.endswith("x2"):
+        return pair(*(small_float(operation, *((v >> shift).astype(np.uint16) for v in (x, y)), kind[:-2]) for shift in (U32(0), U32(16))))
+    if kind == "f16":
+        return f16(operation(*(v.view(np.float16).astype(np.float32) for v in (x, y))))
+    return bf16(operation(*((v.astype(U32) << U32(16)).view(np.float32) for v in (x, y))))
 
 
 def tf32(bits):

@@ -1,4 +1,4 @@
-"""Kernels with one mistake each, and what the machine says of them: ``python -m machine.planted sm_90`` prints a line for each."""
+"""Kernels with one mistake each, and right ones, and what the machine says: ``python -m machine.planted sm_90`` prints a line for each."""
 
 from __future__ import annotations
 
@@ -35,6 +35,14 @@ def waiting(x, y, N, BLOCK: tl.constexpr):
         pass
 
 
+@triton.jit
+def sums(x, y, total, fifths, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.atomic_add(total + i, tl.load(x + i).to(tl.float32))  # on sm_90 several at a time
+    tl.store(y + i, tl.load(y + i) + tl.load(x + i))
+    tl.store(fifths + i, i.to(tl.uint16) // 5)
+
+
 def main(name: str) -> None:
     stand_in.install(name)
     x, y = torch.arange(3000, dtype=torch.int32), torch.zeros(4096, dtype=torch.int32)
@@ -48,6 +56,16 @@ def main(name: str) -> None:
         if kernel is right:
             print("equal:", torch.equal(x, y[:3000]))
             y.zero_()
+    for dtype in (torch.float16, torch.bfloat16)[: 2 if name == "sm_90" else 1]:  # before it a sum of bfloat16 is an fma, not known here
+        x, y, total, fifths = (
+            torch.randn(1024, dtype=dtype),
+            torch.randn(1024, dtype=dtype),
+            torch.ones(1024),
+            torch.zeros(1024, dtype=torch.int16),
+        )
+        wanted = (x + y, 1 + x.float(), torch.arange(1024) // 5)
+        sums[(1,)](x, y, total, fifths, 1024)
+        print(f"sums in {dtype}:", [torch.equal(a.to(b.dtype), b) for a, b in zip((y, total, fifths), wanted, strict=True)])
 
 
 if __name__ == "__main__":

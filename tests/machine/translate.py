@@ -174,6 +174,9 @@ class _Translator:
         head, kind, o = dots[0], dots[-1], s.operands
         if head == "cvt":
             return self.converted(dots[1:], o)
+        if kind.startswith(("bf16", "f16")) and head in ("add", "mul"):
+            x, y = (self.read(n, "b32" if kind.endswith("x2") else "b16") for n in o[1:])
+            return f"A.small_float({'np.add' if head == 'add' else 'np.multiply'}, {x}, {y}, {kind!r})"
         if kind in BARE or (kind[0] == "f" and kind not in ("f32", "f64")):
             raise NotImplementedError(kind)
         bits, signed, floating = bits_of(kind), kind[0] == "s", kind[0] == "f"
@@ -298,9 +301,15 @@ class _Translator:
 
     def family_atom(self, s: Statement, dots: list[str], o: list[str]) -> list[str]:
         what = next(d for d in dots if d in ("add", "exch", "cas", "max", "min", "or", "and", "xor"))
-        values = ", ".join(self.read(n, dots[-1]) for n in o[2:])
-        call = f"c.{self.space_of(dots)}.atomic({self.address(o[1])}, g, {what!r}, np.{dtype_of(dots[-1])}, {values})"
-        return [f"v = {call}", self.write(s, o[0], "v"), "c.atomics += 1"]
+        values, memory, bits = [names(operand) for operand in o[2:]], self.space_of(dots), bits_of(dots[-1])
+        count, lines = len(values[0]), [f"at = {self.address(o[1])}", "c.atomics += 1"]
+        if count > 1:
+            lines.append(f"c.{memory}.load(at, g, {bits // 8}, {count})")  # whose alignment is that of a vector
+        for i, register in enumerate(names(o[0]) if o[0] != "_" else ["_"] * count):
+            at = f"at + {self.constant(bits // 8 * i, 'uint64')}" if i else "at"
+            read = ", ".join(self.read(each[i], dots[-1]) for each in values)
+            lines += [f"v = c.{memory}.atomic({at}, g, {what!r}, np.{dtype_of(dots[-1])}, {read})", self.write(s, register, "v")]
+        return lines
 
     def family_red(self, s: Statement, dots: list[str], o: list[str]) -> list[str]:
         return self.family_atom(s, dots, ["_", *o])
