@@ -13,7 +13,7 @@ if PTX_MACHINE:
     from machine import stand_in
 
     seed = os.environ.get("PTX_MACHINE_SEED")
-    stand_in.install(PTX_MACHINE, seed=int(seed) if seed else None)
+    stand_in.install(PTX_MACHINE, seed=int(seed) if seed else None, races=bool(seed))
 elif not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 

@@ -27,7 +27,7 @@ SHRINK, EXPAND, WGRAD, LAUNCH = "kernels/shrink.py", "kernels/expand.py", "kerne
 CHAIN, PLAN, MERGING, PLANNER, STREAMS = "chain.py", "segments.py", "merging.py", "kernels/plan.py", "streams.py"
 MERGED_FROM = "write_merged(self.weight.detach(), base,"
 SPEED = "equivalent: the same result, more slowly"
-ORDER = "GPU only: here one access to memory comes after the other"
+OWN_BARRIER = "equivalent: Triton puts a barrier there of its own"
 I_MASK, J_MASK = "(i0 + tl.arange(0, BLOCK_I) < I)[:, None]", "(j0 + tl.arange(0, BLOCK_J) < J)[None, :]"
 X_DOT_W = "acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)"
 X_DOT_A = "acc = tl.dot(x_tile, a_tile, acc, input_precision=PRECISION)"
@@ -109,9 +109,11 @@ ONE_ADAPTER = [
     Mutant("expand: persistent step too long", EXPAND, STEP, "tl.num_programs(0) + 1"),
     Mutant("expand: persistent range without producers", EXPAND, "last = producers + num_m", "last = num_m"),
     Mutant("awaited: no wait", EXPAND, WAIT, WAIT.replace("wanted", "0"), tests="machine"),
-    Mutant("awaited: acquire relaxed", EXPAND, 'sem="acquire"', 'sem="relaxed"', note=ORDER),
-    Mutant("awaited: release relaxed", EXPAND, 'sem="release"', 'sem="relaxed"', 2, ORDER),
-    Mutant("awaited: no barriers", EXPAND, "tl.debug_barrier()", "pass", 4, ORDER),
+    Mutant("awaited: acquire relaxed", EXPAND, 'sem="acquire"', 'sem="relaxed"', tests="machine"),
+    Mutant("awaited: release relaxed", EXPAND, 'sem="release"', 'sem="relaxed"', 2, tests="machine"),
+    Mutant("awaited: no barrier before the release", EXPAND, "                tl.debug_barrier()\n", "", tests="machine"),
+    Mutant("awaited: no barrier behind the wait", EXPAND, "pass\n            tl.debug_barrier()\n", "pass\n",
+           note=OWN_BARRIER, tests="machine"),
     Mutant("awaited: item without ticket", EXPAND, TICKET, "turn"),
     Mutant("awaited: first rank block for all", EXPAND, "(item % R_BLOCKS) * BLOCK_R", "0"),
     Mutant("launch: last split missing", LAUNCH, "cdiv(blocks, per_split)", "max(1, blocks // per_split)"),
@@ -145,7 +147,13 @@ SPLIT = [
     Mutant("split: last part twice", EXPAND, ALL_PARTS, ALL_PARTS.replace("acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)", "pass")),
     Mutant("split: bias in every part", EXPAND, PART_STORE, f"if bias_ptr is not None:\n            {BIAS}\n        {PART_STORE}"),
     Mutant("split: no bias", EXPAND, "other=0.0)\n            store_tile(acc, bias_ptr,", "other=0.0)\n            store_tile(acc, None,"),
-    Mutant("split: arrival relaxed", EXPAND, 'sem="acq_rel"', 'sem="relaxed"', note=ORDER),
+    Mutant("split: arrival relaxed", EXPAND, 'sem="acq_rel"', 'sem="relaxed"', tests="machine"),
+    Mutant("split: arrival releases nothing", EXPAND, 'sem="acq_rel"', 'sem="acquire"', tests="machine"),
+    Mutant("split: arrival acquires nothing", EXPAND, 'sem="acq_rel"', 'sem="release"', tests="machine"),
+    Mutant("split: no barrier before the arrival", EXPAND, "acc, mask=y_mask)\n        tl.debug_barrier()", "acc, mask=y_mask)",
+           tests="machine"),
+    Mutant("split: no barrier behind the arrival", EXPAND, 'scope="gpu")\n        tl.debug_barrier()', 'scope="gpu")',
+           note=OWN_BARRIER, tests="machine"),
     Mutant("split: tile and part mixed up", EXPAND, "tile = turn // parts[3]", "tile = turn % parts[3]"),
     Mutant("launch: counters not zeroed", LAUNCH, "torch.zeros(cdiv(M", "torch.empty(cdiv(M"),
     Mutant("launch: no program for the last part", LAUNCH, "items = tiles * (splits + 1)", "items = tiles * splits"),
@@ -293,9 +301,9 @@ OVERLAPPED = [
 
 MUTANTS = [
     *ONE_ADAPTER,
-    *(replace(m, tests="split") for m in SPLIT),
-    *(m if m.tests == "machine" else replace(m, tests="segments") for m in MANY),
-    *(m if m.tests == "machine" else replace(m, tests="merge") for m in MERGE),
-    *(replace(m, tests="plan") for m in PLANNED),
-    *(replace(m, tests="overlap") for m in OVERLAPPED),
+    *(
+        m if m.tests == "machine" else replace(m, tests=tests)
+        for tests, each in (("split", SPLIT), ("segments", MANY), ("merge", MERGE), ("plan", PLANNED), ("overlap", OVERLAPPED))
+        for m in each
+    ),
 ]

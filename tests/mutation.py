@@ -31,7 +31,7 @@ SELECTIONS = {  # a mutant's tests: their files, and which of them run first
     ),
     "machine": (
         ["test_kernels.py", "test_segments.py", "test_merging.py"],
-        "every_tile[3] or one_even_axis or awaited and (sizes or invariance) or test_mixes and mixed"
+        "every_tile[3] or one_even_axis or awaited and (sizes or invariance) or splits_of_one_tile or test_mixes and mixed"
         " or test_one_rounding and dtype0 or tf32",
     ),
     "merge": (["test_merging.py"], "one_rounding or in_place or blocks or not_finite or merged"),

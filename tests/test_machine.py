@@ -27,6 +27,8 @@ def test_it_finds_what_is_planted(arch):
     assert "is in no buffer" in said["unmasked"]
     assert "an access of 16 bytes is not aligned" in said["misaligned"]
     assert "waited in vain" in said["waiting"]
+    assert "race: it reads what program 0 of this launch wrote" in said["raced"]
+    assert said["turned"] == "ran" and "race: warp" in said["turned without barriers"]
     sums = {key: value for key, value in said.items() if key.startswith("sums")}
     assert len(sums) == (2 if arch == "sm_90" else 1) and set(sums.values()) == {"[True, True, True]"}
 

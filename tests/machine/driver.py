@@ -12,9 +12,11 @@ import numpy as np
 from triton.backends.compiler import GPUTarget
 from triton.runtime.cache import get_cache_manager
 
-from . import matrices, ptx, translate
+from . import matrices, translate
 from .memory import Buffer, Fault, Memory
 from .program import Program
+from .ptx import parse
+from .races import Global
 
 HASTE = 0.95  # how often the launches that begin last go first, where programs take turns
 BOX_LIMIT = 256  # elements along one axis of a box
@@ -73,11 +75,13 @@ class Machine:
     seed: Programs begin in a shuffled order and take turns by chance; None: each runs until it waits, in the order of the grid.
     overlap: Launches wait for `finish`, or a launch that may not overlap, and overlap where they may; programs begin in the grid's order.
     resident: So many programs run at a time.
+    races: Accesses that nothing puts in order are faults (`races`), and copies into shared memory arrive at once; else when they are waited
+    for. A wgmma always happens when it is waited for.
     """
 
-    def __init__(self, seed: int | None = None, overlap: bool = False, resident: int = 16):
+    def __init__(self, seed: int | None = None, overlap: bool = False, resident: int = 16, races: bool = False):
         self.random = random.Random(seed) if seed is not None else None
-        self.overlap, self.resident = overlap, resident
+        self.overlap, self.resident, self.races = overlap, resident, races
         self.pending: list[Launch] = []
 
     def launch(self, launcher: Launcher, grid: tuple[int, int, int], args: tuple) -> None:
@@ -92,12 +96,14 @@ class Machine:
         memory = Memory("global", [Buffer.own(*span) for span in spans(tensors)], owners=tensors)
         threads = kernel.text.threads or 32 * launcher.metadata.num_warps
 
+        watched = Global(memory, len(numbers)) if self.races else None
+
         def make(launch: Launch, number: tuple) -> Program:
             return Program(
                 kernel, number, grid, threads, launcher.metadata.shared, memory, params, descriptors,
                 let_go=lambda: launch.holding.discard(number),
                 previous_done=lambda: launch.previous is None or launch.previous.done,
-                turns=self.random is not None,
+                turns=self.random is not None, watched=watched,
             )  # fmt: skip
 
         self.pending.append(Launch(numbers, self.pending[-1] if self.pending else None, make))
@@ -162,7 +168,7 @@ class Launcher:
 
 @functools.cache
 def _kernel(path: str) -> translate.Kernel:
-    return translate.kernel(ptx.parse(Path(path).read_text()))
+    return translate.kernel(parse(Path(path).read_text()))
 
 
 def _flat(signature: tuple, values: tuple) -> Iterator[tuple[str, object]]:

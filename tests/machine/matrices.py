@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .memory import Fault, Memory
+from .memory import ENGINE, MANY, Fault, Memory
 
 LANES = 32
 U32 = np.uint32
@@ -61,7 +61,8 @@ def _rows(program, address, count: int, warps) -> np.ndarray:
 
 def ldmatrix(program, address, count: int, trans: bool, mask) -> list[np.ndarray]:
     warps = _warps(program, mask)
-    rows = program.shared_memory.load(_rows(program, address, count, warps).ravel(), None, 2, 1)[0].reshape(-1, count, 8, 8)
+    at, by = _rows(program, address, count, warps).ravel(), np.repeat(warps, 64 * count)
+    rows = program.shared_memory.load(at, None, 2, 1, by)[0].reshape(-1, count, 8, 8)
     pairs = np.ascontiguousarray(rows.swapaxes(2, 3) if trans else rows).reshape(-1, count, LANES, 2).astype(U32)
     return _over_threads(program, warps, (pairs[..., 0] | (pairs[..., 1] << U32(16))).swapaxes(0, 1))
 
@@ -71,7 +72,8 @@ def stmatrix(program, address, values, trans: bool, mask) -> None:
     registers = _registers(program, values, warps).swapaxes(0, 1)
     rows = np.stack([registers & U32(0xFFFF), registers >> U32(16)], -1).astype(np.uint16).reshape(-1, len(values), 8, 8)
     rows = np.ascontiguousarray(rows.swapaxes(2, 3) if trans else rows)
-    program.shared_memory.store(_rows(program, address, len(values), warps).ravel(), None, 2, [rows.ravel()])
+    at, by = _rows(program, address, len(values), warps).ravel(), np.repeat(warps, 64 * len(values))
+    program.shared_memory.store(at, None, 2, [rows.ravel()], by)
 
 
 def _fragment_a(registers: np.ndarray, kind: str) -> np.ndarray:
@@ -105,7 +107,7 @@ def wgmma(program, n: int, k: int, kind: str, d, a, b, add, transposed, mask) ->
         found = []
         for value in program.every(descriptor)[first * LANES]:
             address = _operand_addresses(int(value), rows, k, size, trans).ravel().astype(np.uint64)
-            found.append(program.shared_memory.load(address, None, size, 1)[0].reshape(rows, k))
+            found.append(program.shared_memory.load(address, None, size, 1, MANY)[0].reshape(rows, k))
         return _stored_floats(np.stack(found), kind)
 
     A = _fragment_a(_registers(program, a, warps), kind).reshape(G, 64, k) if isinstance(a, list) else stored(a, 64, transposed[0])
@@ -144,7 +146,7 @@ def copy_box(memory: Memory, shared: Memory, to: int, addresses: np.ndarray, ins
     if inside.any():
         tile[inside] = memory.load(addresses[inside].astype(np.uint64), None, size, 1)[0]
     at = swizzled(to + np.arange(rows * columns) * size, width).astype(np.uint64)
-    shared.store(at, None, size, [tile.ravel()])
+    shared.store(at, None, size, [tile.ravel()], ENGINE)
     return rows * columns * size
 
 

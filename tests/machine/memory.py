@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+NOBODY, MANY, ENGINE = -1, -2, -3  # instead of a warp; the bulk copy engine
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
@@ -29,7 +30,9 @@ class Buffer:
 
 
 class Memory:
-    """Buffers, in the order of their addresses. Masks are None (all lanes), or vectors of bool. owners: whose memory it is, kept alive."""
+    """Buffers, in the order of their addresses. Masks are None (all lanes), or vectors of bool. owners: whose memory it is, kept alive.
+
+    by, order: for those who watch (`races`)."""
 
     def __init__(self, name: str, buffers: list[Buffer], owners: list | None = None):
         self.name, self.buffers, self.owners = name, sorted(buffers, key=lambda b: b.start), owners
@@ -43,11 +46,11 @@ class Memory:
             raise Fault(f"{self.name} memory: {low:#x} to {high:#x} is in no buffer; the nearest: {spans}")
         return self.buffers[at]
 
-    def load(self, address, mask, width: int, count: int) -> list[np.ndarray]:
+    def load(self, address, mask, width: int, count: int, by=None) -> list[np.ndarray]:
         """``count`` neighbours of ``width`` bytes for each lane; zeros in lanes the mask leaves out."""
-        address = _spread(address, mask)
+        address = spread(address, mask)
         out: list[np.ndarray] = []
-        for buffer, lanes, index in self._places(address, mask, width, count):
+        for buffer, lanes, index in self.places(address, mask, width, count):
             view = buffer.views[width]
             if lanes is None:
                 return [view[index + k] for k in range(count)]
@@ -56,21 +59,21 @@ class Memory:
                 out[k][lanes] = view[index + k]
         return out or [np.zeros(address.shape, UNSIGNED[width]) for _ in range(count)]
 
-    def store(self, address, mask, width: int, values: list) -> None:
-        address = _spread(address, mask)
-        for buffer, lanes, index in self._places(address, mask, width, len(values)):
+    def store(self, address, mask, width: int, values: list, by=None) -> None:
+        address = spread(address, mask)
+        for buffer, lanes, index in self.places(address, mask, width, len(values)):
             view = buffer.views[width]
             for k, value in enumerate(values):
                 view[index + k] = value if lanes is None or not value.ndim else value[lanes]
 
-    def atomic(self, address, mask, what: str, dtype, *values) -> np.ndarray:
+    def atomic(self, address, mask, what: str, dtype, order: str, *values) -> np.ndarray:
         """One lane after the other; what each found there, in lanes the mask takes."""
         lanes = max(np.size(v) for v in (address, True if mask is None else mask, *values))
         address, taken = np.broadcast_to(address, lanes), np.broadcast_to(True if mask is None else mask, lanes)
         values = [np.broadcast_to(v, lanes) for v in values]
         out, width = np.zeros(lanes, dtype), np.dtype(dtype).itemsize
         for lane in np.flatnonzero(taken):
-            for buffer, _, index in self._places(address[lane], None, width, 1):
+            for buffer, _, index in self.places(address[lane], None, width, 1):
                 view = buffer.views[width].view(dtype)
                 old, new = view[index], values[0][lane]
                 out[lane] = old
@@ -80,7 +83,7 @@ class Memory:
                 }[what]  # fmt: skip
         return out.view(UNSIGNED[width])
 
-    def _places(self, address, mask, width: int, count: int) -> Iterator[tuple[Buffer, np.ndarray | None, np.ndarray]]:
+    def places(self, address, mask, width: int, count: int) -> Iterator[tuple[Buffer, np.ndarray | None, np.ndarray]]:
         """(buffer, lanes, their index in its view): once, unless lanes point to several buffers; lanes None: all of them."""
         lanes = None
         if mask is not None and not mask.all():
@@ -109,6 +112,6 @@ def _index(address, buffer: Buffer, width: int) -> np.ndarray:
     return ((address.astype(np.int64) - buffer.start) // width).astype(np.intp)
 
 
-def _spread(address, mask):
+def spread(address, mask):
     """One address of all lanes, where a mask tells them apart."""
     return address if address.ndim or mask is None or not mask.ndim else np.full(mask.shape, address)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from .memory import Buffer, Fault, Memory
+from .races import Global, Shared
 from .translate import END, SHARED_BASE, Kernel
 
 LANES = 32
@@ -23,11 +24,12 @@ class Group:
 
 class Program:
     """``params``: their bits; ``descriptors``: `driver.Descriptor` by parameter; ``let_go``: called when all threads let the next launch
-    begin; ``previous_done``: whether the launch before has ended; ``turns``: `run` yields after each block."""
+    begin; ``previous_done``: whether the launch before has ended; ``turns``: `run` yields after each block; ``watched``:
+    global memory whose races are faults; then copies arrive at once, and not as late as they may."""
 
     def __init__(
         self, kernel: Kernel, number, grid, threads: int, shared: int, memory: Memory, params: list[int], descriptors: dict,
-        let_go: Callable[[], None], previous_done: Callable[[], bool], turns: bool,
+        let_go: Callable[[], None], previous_done: Callable[[], bool], turns: bool, watched: Global | None,
     ):  # fmt: skip
         self.kernel, self.number, self.threads, self.params, self.descriptors = kernel, number, threads, params, descriptors
         self.R = [np.bool_(False) if w == 1 else np.dtype(f"uint{w}").type(0xBADBADBADBADBAD & ((1 << w) - 1)) for w in kernel.widths]
@@ -38,14 +40,15 @@ class Program:
         unwritten = np.full(max(shared, 16), 0xFF, np.uint8)  # NaN
         self.shared_memory = Memory("shared", [Buffer(SHARED_BASE, unwritten)])
         self.global_memory = memory
+        if watched is not None:
+            self.shared_memory, self.global_memory = Shared(self.shared_memory, self), watched.of(self)
         self.alive = np.ones(threads, bool)
         self.groups = [Group(0, self.alive.copy())]
-        self.open: list[tuple] = []
-        self.committed: list[list[tuple]] = []
+        self.copies, self.products = Later(), Later()
         self.barriers: dict[int, Barrier] = {}
-        self.line, self.atomics, self.steps = 0, 0, 0
+        self.line, self.atomics, self.steps, self.clock = 0, 0, 0, 0
         self.let_go_by = np.zeros(threads, bool)
-        self._let_go, self.previous_done, self.turns = let_go, previous_done, turns
+        self._let_go, self.previous_done, self.turns, self.early = let_go, previous_done, turns, watched is not None
 
     def run(self) -> Iterator[None]:
         """To the end; yields where it can only wait for others, and after atomics."""
@@ -129,6 +132,7 @@ class Program:
         for number in {g.waits[0] for g in self.groups if isinstance(g.waits, tuple)}:
             here = [g for g in self.groups if isinstance(g.waits, tuple) and g.waits[0] == number]
             if sum(int(g.mask.sum()) for g in here) >= (here[0].waits[1] or int(self.alive.sum())):
+                self.clock += all(g in here for g in self.groups)
                 for group in here:
                     group.waits = None
 
@@ -151,7 +155,7 @@ class Program:
             raise NotImplementedError(f"the address of parameter {index}, which is no descriptor")
         return np.uint64(DESCRIPTOR + index)
 
-    # Copies beside the program: each happens when it is waited for, as late as it may
+    # Copies beside the program
 
     def every(self, value) -> np.ndarray:
         """A value of each thread."""
@@ -161,19 +165,15 @@ class Program:
         """Of ``read`` bytes, all or none; what is not read is zero."""
         if not ((read == 0) | (read == size)).all():
             raise NotImplementedError("cp.async of a part")
-        reads = read > 0 if mask is None else (read > 0) & mask
-        self.open.append((self.every(to), self.every(source), size // 4, self.every(reads), None if mask is None else self.every(mask)))
+        reads = self.every(read > 0 if mask is None else (read > 0) & mask)
+        to, source, mask = self.every(to), self.every(source), None if mask is None else self.every(mask)
 
-    def commit(self) -> None:
-        self.committed.append(self.open)
-        self.open = []
+        def arrive() -> None:
+            self.shared_memory.store(to, mask, 4, self.global_memory.load(source, reads, 4, size // 4))
 
-    def wait(self, left: int) -> None:
-        while len(self.committed) > left:
-            for to, source, words, reads, mask in self.committed.pop(0):
-                self.shared_memory.store(to, mask, 4, self.global_memory.load(source, reads, 4, words))
+        arrive() if self.early else self.copies.add(arrive)
 
-    # Barriers in shared memory, and tiles copied by descriptor, which arrive when somebody looks at their barrier
+    # Barriers in shared memory, and tiles copied by descriptor, which arrive at once or when somebody looks at their barrier
 
     def chosen(self, value, mask) -> list[int]:
         value = self.every(value)
@@ -194,18 +194,42 @@ class Program:
     def tensor_copy(self, to, descriptor, x, y, barrier, mask) -> None:
         for *copy, at in zip(*(self.chosen(v, mask) for v in (to, descriptor, x, y, barrier)), strict=True):
             self.barriers[at].copies.append(copy)
+            if self.early:
+                self._arrive(self.barriers[at])
 
     def barrier_passed(self, at, parity, mask) -> np.ndarray:
         """Whether the phase of this parity is over."""
         for address in set(self.chosen(at, mask)):
-            barrier = self.barriers[address]
-            while barrier.copies:
-                to, descriptor, x, y = barrier.copies.pop(0)
-                size = self.descriptors[descriptor - DESCRIPTOR].copy(self.global_memory, self.shared_memory, to, _signed(x), _signed(y))
-                barrier.move(bytes_=-size)
+            self._arrive(self.barriers[address])
         phases = {address: barrier.phase for address, barrier in self.barriers.items()}
         seen = np.array([phases.get(int(address), 0) for address in self.every(at)], np.uint32)
         return seen != parity
+
+    def _arrive(self, barrier: Barrier) -> None:
+        while barrier.copies:
+            to, descriptor, x, y = barrier.copies.pop(0)
+            size = self.descriptors[descriptor - DESCRIPTOR].copy(self.global_memory, self.shared_memory, to, _signed(x), _signed(y))
+            barrier.move(bytes_=-size)
+
+
+class Later:
+    """What runs beside the program, in groups, each done when it is waited for: as late as it may."""
+
+    def __init__(self):
+        self.open: list[Callable[[], None]] = []
+        self.groups: list[list[Callable[[], None]]] = []
+
+    def add(self, work: Callable[[], None]) -> None:
+        self.open.append(work)
+
+    def commit(self) -> None:
+        self.groups.append(self.open)
+        self.open = []
+
+    def wait(self, left: int) -> None:
+        while len(self.groups) > left:
+            for work in self.groups.pop(0):
+                work()
 
 
 class Barrier:

@@ -18,8 +18,7 @@ from .ptx import Statement, Text, names
 
 SHARED_BASE = 1024  # where shared memory begins: address 0 is valid nowhere
 IGNORED = (
-    "bar.warp.sync", "fence.", "wgmma.fence", "wgmma.commit_group", "wgmma.wait_group", "membar", "prefetch", "mbarrier.inval",
-    "setmaxnreg", "nanosleep",
+    "bar.warp.sync", "fence.", "wgmma.fence", "membar", "prefetch", "mbarrier.inval", "setmaxnreg", "nanosleep",
 )  # fmt: skip
 COMPARED = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "lo": "<", "ls": "<=", "hi": ">", "hs": ">="}
 BITWISE = {"and": "&", "or": "|", "xor": "^"}
@@ -287,7 +286,8 @@ class _Translator:
         if "param" in dots:
             place = self.text.params[o[1].strip("[] ")]
             return [self.write(s, o[0], f"c.param({place}, {bits_of(kind)}, {self.width(o[0])})")]
-        lines = [f"v = c.{self.space_of(dots)}.load({self.address(o[1])}, g, {bits_of(kind) // 8}, {len(registers)})"]
+        order = ", 'acquire'" if "acquire" in dots and "cta" not in dots else ""
+        lines = [f"v = c.{self.space_of(dots)}.load({self.address(o[1])}, g, {bits_of(kind) // 8}, {len(registers)}{order})"]
         for i, register in enumerate(registers):
             have = self.width(register)
             signed = f".view(np.{dtype_of(kind)})" if kind[0] == "s" else ""
@@ -301,6 +301,7 @@ class _Translator:
 
     def family_atom(self, s: Statement, dots: list[str], o: list[str]) -> list[str]:
         what = next(d for d in dots if d in ("add", "exch", "cas", "max", "min", "or", "and", "xor"))
+        order = next((d for d in dots if d in ("acquire", "release", "acq_rel") and "cta" not in dots), "relaxed")
         values, memory, bits = [names(operand) for operand in o[2:]], self.space_of(dots), bits_of(dots[-1])
         count, lines = len(values[0]), [f"at = {self.address(o[1])}", "c.atomics += 1"]
         if count > 1:
@@ -308,7 +309,7 @@ class _Translator:
         for i, register in enumerate(names(o[0]) if o[0] != "_" else ["_"] * count):
             at = f"at + {self.constant(bits // 8 * i, 'uint64')}" if i else "at"
             read = ", ".join(self.read(each[i], dots[-1]) for each in values)
-            lines += [f"v = c.{memory}.atomic({at}, g, {what!r}, np.{dtype_of(dots[-1])}, {read})", self.write(s, register, "v")]
+            lines += [f"v = c.{memory}.atomic({at}, g, {what!r}, np.{dtype_of(dots[-1])}, {order!r}, {read})", self.write(s, register, "v")]
         return lines
 
     def family_red(self, s: Statement, dots: list[str], o: list[str]) -> list[str]:
@@ -324,9 +325,9 @@ class _Translator:
             x, y = (self.read(n, "s32") for n in names(inside[2]))
             return [f"c.tensor_copy({self.address(o[0])}, {self.read(inside[1], 'u64')}, {x}, {y}, {self.address(o[2])}, g)"]
         if op == "cp.async.commit_group":
-            return ["c.commit()"]
+            return ["c.copies.commit()"]
         if op == "cp.async.wait_group":
-            return [f"c.wait({int(o[0])})"]
+            return [f"c.copies.wait({int(o[0])})"]
         if op.startswith(("cp.async.ca", "cp.async.cg")):
             size = int(o[2], 0)
             read = self.read(o[3], "u32") if len(o) > 3 else f"np.uint32({size})"
@@ -365,15 +366,22 @@ class _Translator:
         return [f"v = M.mma(c, {int(shape.split('k')[1])}, {kind!r}, {a}, {b}, {c}, m)", *self.writes(s, names(o[0]))]
 
     def family_wgmma(self, s: Statement, dots: list[str], o: list[str]) -> list[str]:
+        """Reads and writes its matrices, in registers and in shared memory, as late as it may."""
+        if dots[0] == "commit_group":
+            return ["c.products.commit()"]
+        if dots[0] == "wait_group":
+            return [f"c.products.wait({int(o[0])})"]
         n, k = re.match(r"m64n(\d+)k(\d+)", next(d for d in dots if d.startswith("m64"))).groups()
         into, flags = names(o[0]), [int(f) for f in o[4:]]
         if flags[:2] != [1, 1] or dots[-1] not in ("bf16", "f16", "tf32"):
             raise NotImplementedError(s.op)
         transposed = [0, 0, *flags[2:]][-2:]
-        a = self.vector(names(o[1])) if o[1][0] == "{" else self.read(o[1], "u64")
+        registers = o[1][0] == "{"
+        a = self.vector(names(o[1])) if registers else self.read(o[1], "u64")
         add = self.read(o[3], "pred") if self.is_register(o[3]) else f"np.bool_({int(o[3])})"
-        d, b = self.vector(into), self.read(o[2], "u64")
-        return [f"v = M.wgmma(c, {n}, {k}, {dots[-1]!r}, {d}, {a}, {b}, {add}, {transposed}, m)", *self.writes(s, into)]
+        given = f"m=m, b={self.read(o[2], 'u64')}, add={add}" + ("" if registers else f", a={a}")
+        call = f"v = M.wgmma(c, {n}, {k}, {dots[-1]!r}, {self.vector(into)}, {a if registers else 'a'}, b, add, {transposed}, m)"
+        return [f"def later({given}):", *("    " + line for line in (call, *self.writes(s, into))), "c.products.add(later)"]
 
     def family_shfl(self, s: Statement, dots: list[str], o: list[str]) -> list[str]:
         return [
