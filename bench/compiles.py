@@ -81,7 +81,7 @@ def in_process(p: float, number: int, counting: bool, seconds: float) -> dict:
         environment = os.environ | {"TRITON_CACHE_DIR": cache, "TRITON_INTERPRET": "0"}
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds)
     if done.returncode:
-        raise RuntimeError(done.stderr[-1000:])
+        raise RuntimeError(done.stderr[-1000:].strip())
     return json.loads(done.stdout.splitlines()[-1])
 
 

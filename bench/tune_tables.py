@@ -35,7 +35,8 @@ def compiles(rows: list[dict], brief: bool) -> str:
     """Kernels over changing lengths, and the first call where it was made."""
     lines = []
     for row in rows:
-        what = row["error"] or row["detail"] + (f" for {row['name']}" if row["name"] else "")
+        # An error is the end of a process's output, whose last line says what it was.
+        what = row["error"].strip().split("\n")[-1] if row["error"] else row["detail"] + (f" for {row['name']}" if row["name"] else "")
         first = "" if row["seconds"] is None else f"{row['seconds']:.1f}"
         p = "" if row["p"] is None else f"{row['p']:g}"
         lines.append([row["layer"], p, row["lengths"], row["kernels"], first, what])

@@ -266,12 +266,12 @@ def run_expand(
 
 
 def _operand(t: torch.Tensor, block_i: int, block_j: int, descriptor: bool):
-    """(loader, arguments) of a matrix read in tiles ``[block_i, block_j]``: pointer and strides, or a descriptor."""
+    """(loader, argument) of a matrix read in tiles ``[block_i, block_j]``: pointer and strides, or a descriptor."""
     if not descriptor:
         return load_dense, _matrix(t)
     if t.stride(1) == 1:
-        return load_descriptor, (TensorDescriptor.from_tensor(t, [block_i, block_j]),)
-    return load_descriptor_transposed, (TensorDescriptor.from_tensor(t.t(), [block_j, block_i]),)
+        return load_descriptor, TensorDescriptor.from_tensor(t, [block_i, block_j])
+    return load_descriptor_transposed, TensorDescriptor.from_tensor(t.t(), [block_j, block_i])
 
 
 def _dropout(dropout) -> tuple:

@@ -67,6 +67,15 @@ for f, _ in variants.choices(point, o, arch, False)[0].values():
     run = lambda: launch.forward(o.x, o.weight, o.lora_A, o.lora_B, None, None, o.adapters, o.scale, 0.0, False, f)
     assert compile_only.compile_calls(run, arch, "")
 assert sorted(cache.iterdir()) == before, "kernels that were compiled ahead were compiled again"
+
+from triton.backends.nvidia import driver
+built = []
+driver.CudaLauncher = lambda src, metadata: built.append(metadata.name)
+for libcuda, wanted in ((lambda: ["/"], ["expand"]), (driver.libcuda_dirs, [])):
+    driver.make_launcher, driver.libcuda_dirs = None, libcuda  # from Triton 3.7 on there is no make_launcher
+    built.clear()
+    precompile.compile_one(jobs[0], 0, arch)
+    assert built == wanted or torch.cuda.is_available()
 """
 
 

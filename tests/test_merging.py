@@ -85,9 +85,9 @@ def test_large_weights_go_by_blocks_of_rows():
     assert_rounded_once(out, weight, A, B, 0.5)
 
 
-def test_float64_and_row_scales_take_the_library():
-    weight, A, B = operands(N, K, 4, torch.float64, torch.float64, "cpu")
-    out, rows = torch.empty_like(weight), torch.rand(N, dtype=torch.float64)
+def test_float64_and_row_scales_take_the_library(device):
+    weight, A, B = operands(N, K, 4, torch.float64, torch.float64, device)
+    out, rows = torch.empty_like(weight), torch.rand(N, dtype=torch.float64, device=device)
     write_merged(out, weight, A, B, 2.0, row_scale=rows)
     torch.testing.assert_close(out, rows[:, None] * merged_truth(weight, A, B, 2.0), rtol=1e-13, atol=1e-13)
     with pytest.raises(UnsupportedError, match="cannot merge here: .*float64"):

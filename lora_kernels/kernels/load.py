@@ -1,6 +1,7 @@
 """Tile loaders: ``LOAD(t, i0, j0, I, J, ...) -> [BLOCK_I, BLOCK_J]``, zero out of range.
 
-A matrix is passed as a loader and its argument tuple, so that how an operand is stored is a plug of the matmul bodies.
+A matrix is passed as a loader and its argument, a tuple or a descriptor, so that how an operand is stored is a plug of the matmul bodies. A
+descriptor is an argument of its own: Triton 3.6 launches none that lies in a tuple.
 """
 
 import triton
@@ -66,8 +67,8 @@ def load_descriptor(
     EVEN_J: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """By the bulk tensor copy engine, from a matrix contiguous along j. t: (descriptor of [I, J] in blocks [BLOCK_I, BLOCK_J],)."""
-    return t[0].load([tl.cast(i0, tl.int32), tl.cast(j0, tl.int32)])
+    """By the bulk tensor copy engine, from a matrix contiguous along j. t: descriptor of [I, J] in blocks [BLOCK_I, BLOCK_J]."""
+    return t.load([tl.cast(i0, tl.int32), tl.cast(j0, tl.int32)])
 
 
 @triton.jit
@@ -83,8 +84,8 @@ def load_descriptor_transposed(
     EVEN_J: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """The same, from a matrix contiguous along i. t: (descriptor of [J, I] in blocks [BLOCK_J, BLOCK_I],)."""
-    return t[0].load([tl.cast(j0, tl.int32), tl.cast(i0, tl.int32)]).T
+    """The same, from a matrix contiguous along i. t: descriptor of [J, I] in blocks [BLOCK_J, BLOCK_I]."""
+    return t.load([tl.cast(j0, tl.int32), tl.cast(i0, tl.int32)]).T
 
 
 @triton.jit

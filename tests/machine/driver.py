@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import driver as nvidia
 from triton.runtime.cache import get_cache_manager
 
 from . import matrices, translate
@@ -134,10 +135,15 @@ class Machine:
 
 
 class Launcher:
-    """What Triton calls to launch a compiled kernel."""
+    """What Triton calls to launch a compiled kernel; refuses what Triton's own launcher for a GPU refuses."""
 
     def __init__(self, machine: Machine, src, metadata):
         self.machine, self.src, self.metadata = machine, src, metadata
+        meta = getattr(metadata, "tensordesc_meta", None)
+        if hasattr(nvidia, "expand_signature"):  # from Triton 3.7 on; before, it is a step of writing the launcher's source
+            nvidia.expand_signature(src.signature.values(), meta)
+        else:
+            nvidia.make_launcher(src.constants, src.signature, meta)
         self.kernel = _kernel(get_cache_manager(metadata.hash).get_file(f"{metadata.name}.ptx"))
 
     def __call__(self, x, y, z, stream, function, packed_metadata, launch_metadata, enter_hook, exit_hook, *args) -> None:
