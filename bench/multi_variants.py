@@ -1,4 +1,6 @@
-"""The kernels' arms with many adapters: the heuristic's configuration with u given and with u awaited, and what they compile."""
+"""The kernels' arms with many adapters: the heuristic's configuration with u given and with u awaited, where its products are masked a
+narrower tile, of which two fit a multiprocessor, and selected products, and what they compile.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +19,8 @@ from .precompile import PointJob, standing
 from .workloads import Operands, Point
 
 SOURCES: dict[str, dict] = {"given": {"u": "given"}, "given+pdl": {"u": "given", "pdl": True}, "awaited": {"u": "awaited"}}
+NARROW = {"u": "given", "block_n": 128, "num_stages": 3}
+MASKED: dict[str, dict] = {"narrow": NARROW, "selected": NARROW | {"masked": False}}
 
 
 def configs(point: MultiPoint, o: Operands, arch: Arch) -> tuple[dict[str, Config], dict[str, str]]:
@@ -24,7 +28,7 @@ def configs(point: MultiPoint, o: Operands, arch: Arch) -> tuple[dict[str, Confi
     forward, backward = variants.problems(o)
     base = heuristic(forward, arch)
     tried: dict[str, tuple[Config | None, str | None]] = {}
-    for name, changes in SOURCES.items():
+    for name, changes in (SOURCES | (MASKED if base.expand.masked else {})).items():
         # A split of K wants u given.
         whole = {"split": 1} if changes["u"] != "given" and getattr(base.expand, "split", 1) > 1 else {}
         tried[name] = variants.fitted(base, {"base": "kernel"} | changes | whole, forward, arch)

@@ -251,7 +251,9 @@ def cases(device: torch.device, quick: bool = False) -> list[Case]:
             for shape in (even,) if config.expand.tma else (even, odd):
                 found += [replace(shape, config=config, dtype=dtype, p=p) for p in ((0.1,) if quick else (0.0, 0.1))]
     found += [replace(odd, dtype=dtypes[0], layout=layout) for layout in ("transposed", "sliced", "expanded")]
-    for config in configs(arch, small=small):
+    ways = configs(arch, small=small)
+    masked = [replace(c, expand=replace(c.expand, masked=True)) for c in ways if not (c.expand.persistent or c.wgrad.beside)]
+    for config in ways + masked:
         base = replace(odd if not config.expand.tma else even, config=config, adapters=5)
         found += [
             replace(base, dtype=dtypes[0], p=0.1, mixed_ranks=True),

@@ -20,14 +20,18 @@ MANY = Case(37, 40, 50, 5, config=TILES, adapters=6)
 AWAITED = replace(TILES, expand=replace(TILES.expand, u="awaited"))
 LIBRARY = replace(TILES, expand=replace(TILES.expand, base="library"))
 SPLIT = replace(TILES, expand=replace(TILES.expand, split=2))
-CONFIGS = pytest.mark.parametrize("config", [TILES, AWAITED, LIBRARY, SPLIT], ids=["given", "awaited", "library", "split"])
-ARMS = pytest.mark.parametrize(
-    "impl, config", [("triton", TILES), ("triton", AWAITED), ("triton", LIBRARY), ("triton", SPLIT), ("torch", None)]
-)
+MASKED = replace(TILES, expand=replace(TILES.expand, masked=True))
+WAYS = {"given": TILES, "masked": MASKED, "awaited": AWAITED, "library": LIBRARY, "split": SPLIT}
+CONFIGS = pytest.mark.parametrize("config", WAYS.values(), ids=WAYS)
+ARMS = pytest.mark.parametrize("impl, config", [*(("triton", config) for config in WAYS.values()), ("torch", None)], ids=[*WAYS, "torch"])
 
 
 def plan(ids, E: int, **blocks) -> Segments:
     return Segments.from_ids(torch.as_tensor(ids, dtype=torch.int32, device=DEVICE), E, **blocks)
+
+
+def for_one(config: Config | None) -> Config | None:
+    return config and replace(config, expand=replace(config.expand, masked=False))
 
 
 def blocks_of(config: Config | None) -> dict:
@@ -140,7 +144,7 @@ def test_mixes(popularity, M):
 
 @pytest.mark.parametrize("R, mixed", [(1, False), (16, False), (40, True), (100, True), (130, False), (130, True), (512, False)])
 def test_ranks(R, mixed):
-    for config in (TILES, AWAITED):
+    for config in (TILES, MASKED, AWAITED):
         result = run_case(replace(MANY, M=21, N=18, K=20, R=R, adapters=3, mixed_ranks=mixed, config=config), DEVICE)
         assert result.ok, f"{result.name}: {result.detail} {result.errors}"
 
@@ -176,7 +180,7 @@ def test_a_stack_of_equal_adapters_is_one_adapter(impl, config):
     ids = torch.arange(37) * 7 % 4
     y, dX, dA, dB = call(stacked, ids, 4, config, impl, dropout_p=0.4)
     x, A, B = (t[name].clone().requires_grad_() for name in ("x", "lora_A", "lora_B"))
-    one = lora_linear(x, t["weight"], A, B, t["bias"], dropout_p=0.4, training=True, seed=5, impl=impl, config=config)
+    one = lora_linear(x, t["weight"], A, B, t["bias"], dropout_p=0.4, training=True, seed=5, impl=impl, config=for_one(config))
     wanted = [one, *torch.autograd.grad(one, (x, A, B), t["dY"])]
     for ours, theirs in zip((y, dX, dA.sum(0), dB.sum(0)), wanted, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
@@ -193,7 +197,7 @@ def test_many_adapters_are_a_loop_of_single_calls(impl, config):
             assert not dA[e].any() and not dB[e].any()
             continue
         x, A, B = (v.clone().requires_grad_() for v in (t["x"][at], t["lora_A"][e], t["lora_B"][e]))
-        one = lora_linear(x, t["weight"], A, B, t["bias"], scale=scale[e].item(), impl=impl, config=config)
+        one = lora_linear(x, t["weight"], A, B, t["bias"], scale=scale[e].item(), impl=impl, config=for_one(config))
         wanted = [one, *torch.autograd.grad(one, (x, A, B), t["dY"][at])]
         for ours, theirs in zip((y[at], dX[at], dA[e], dB[e]), wanted, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
@@ -209,7 +213,7 @@ def rows_alone(monkeypatch):
     monkeypatch.setattr(np, "matmul", matmul)
 
 
-@pytest.mark.parametrize("config", [TILES, AWAITED, SPLIT], ids=["given", "awaited", "split"])
+@pytest.mark.parametrize("config", [TILES, MASKED, AWAITED, SPLIT], ids=["given", "masked", "awaited", "split"])
 def test_batch_invariance(config, rows_alone):
     """A token's y and dX do not depend on its neighbours, their adapters, its place or the batch's size, bit for bit.
 

@@ -6,8 +6,9 @@ Where u comes from is a plug, ``U``:
   "awaited"  one launch whose work list holds the shrink items ahead of the tiles: a tile computes its base product, then
              waits for its row block's flag. Items are handed out by a ticket, in order, to running programs only, and
              a producer never waits, so the wait always ends.
-With segments (given and awaited) the low-rank product is made once for each adapter present in the row block, and a token selects its
-own: a select, not a masked sum, for 0 * inf is NaN and one adapter must never reach another's tokens.
+With segments (given and awaited) the low-rank product is made once for each adapter present in the row block, and one adapter must never
+reach another's tokens. Either a token selects its own product, which takes a second accumulator, or (MASKED) the rows of u that belong to
+others are zero in each product, and what is not finite in v, for 0 * inf is NaN, is taken out of it and added to its own tokens as NaN.
 
 Without a loader of w, x is the base product itself, made by the library, or a weight into which ``u v`` is merged (EXACT: u v in float32).
 
@@ -22,6 +23,38 @@ from .dropout import drop, keep_tile
 from .load import load_dense, tile_base, tile_mask, tile_offsets
 from .shrink import shrink_tile
 from .tiles import grouped_tile
+
+
+@triton.jit
+def own_product(
+    uv,
+    own,
+    u,
+    v,
+    m0,
+    n0,
+    r0,
+    M,
+    N,
+    R,
+    rank,
+    TYPE: tl.constexpr,
+    LOAD_U: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    EVEN_R: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """``uv + u v`` in the rows ``own`` [BLOCK_M, 1], and uv bit for bit in the others."""
+    u_tile = LOAD_U(u, m0, r0, M, R, BLOCK_M, BLOCK_R, False, EVEN_R, WIDE, own).to(TYPE)
+    v_tile = load_dense(v, r0, n0, rank, N, BLOCK_R, BLOCK_N, EVEN_R, EVEN_N, WIDE).to(TYPE)
+    finite = tl.abs(v_tile.to(tl.float32)) < float("inf")
+    poison = tl.sum(tl.where(finite, 0.0, float("nan")), 0)
+    uv = tl.dot(u_tile, tl.where(finite, v_tile, 0.0), uv, input_precision=PRECISION)
+    return tl.where(own, uv + poison[None, :], uv)
 
 
 @triton.jit
@@ -43,6 +76,7 @@ def low_rank(
     TYPE: tl.constexpr,
     LOAD_U: tl.constexpr,
     SEGMENTS: tl.constexpr,
+    MASKED: tl.constexpr,
     DROP_UV: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -57,11 +91,11 @@ def low_rank(
     """``acc + D.(u v)``; FIRST says that acc is still zero, so that the product needs no registers of its own."""
     uv = acc
     tokens = m0 + tl.arange(0, BLOCK_M)
-    if (DROP_UV or SEGMENTS) and not FIRST:
+    if (DROP_UV or (SEGMENTS and not MASKED)) and not FIRST:
         uv = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if SEGMENTS:
         ids = tl.load(rows[0] + tokens, mask=tokens < M, other=-1)
-        if R_BLOCKS == 1:
+        if R_BLOCKS == 1 and not MASKED:
             u_tile = LOAD_U(u, m0, 0, M, R, BLOCK_M, BLOCK_R, False, EVEN_R, WIDE).to(TYPE)
         for i in tl.range(0, tl.load(rows[2] + m0 // BLOCK_M)):
             adapter = tl.load(rows[1] + m0 + i)
@@ -70,16 +104,30 @@ def low_rank(
                 rank = tl.minimum(tl.load(ranks_ptr + adapter), R)
             its_v = (v[0] + adapter.to(tl.int64) * stride_ve, v[1], v[2])
             # v: [BLOCK_R, BLOCK_N]
-            if R_BLOCKS == 1:
+            if MASKED:
+                own = (ids == adapter)[:, None]
+                if R_BLOCKS == 1:
+                    uv = own_product(
+                        uv, own, u, its_v, m0, n0, 0, M, N, R, rank,
+                        TYPE, LOAD_U, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R, EVEN_N, EVEN_R, WIDE,
+                    )  # fmt: skip
+                else:
+                    for r0 in tl.range(0, rank, BLOCK_R, num_stages=1):
+                        uv = own_product(
+                            uv, own, u, its_v, m0, n0, r0, M, N, R, rank,
+                            TYPE, LOAD_U, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R, EVEN_N, EVEN_R, WIDE,
+                        )  # fmt: skip
+            elif R_BLOCKS == 1:
                 v_tile = load_dense(its_v, 0, n0, rank, N, BLOCK_R, BLOCK_N, EVEN_R, EVEN_N, WIDE).to(TYPE)
                 product = tl.dot(u_tile, v_tile, input_precision=PRECISION)
+                uv = tl.where((ids == adapter)[:, None], product, uv)
             else:
                 product = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
                 for r0 in tl.range(0, rank, BLOCK_R, num_stages=1):
                     u_tile = LOAD_U(u, m0, r0, M, R, BLOCK_M, BLOCK_R, False, EVEN_R, WIDE).to(TYPE)
                     v_tile = load_dense(its_v, r0, n0, rank, N, BLOCK_R, BLOCK_N, EVEN_R, EVEN_N, WIDE).to(TYPE)
                     product = tl.dot(u_tile, v_tile, product, input_precision=PRECISION)
-            uv = tl.where((ids == adapter)[:, None], product, uv)
+                uv = tl.where((ids == adapter)[:, None], product, uv)
     else:
         # A loop, not unrolled: Triton 3.6 compiles consecutive dots before a pipelined loop to an empty kernel on sm_100.
         for r0 in tl.range(0, R_BLOCKS * BLOCK_R, BLOCK_R, num_stages=1):
@@ -89,7 +137,7 @@ def low_rank(
             uv = tl.dot(u_tile, v_tile, uv, input_precision=PRECISION)
     if DROP_UV:
         uv = tl.where(keep_tile(seed, threshold, tokens, n0, BLOCK_M, BLOCK_N), uv * inv_keep, 0.0)
-    elif not SEGMENTS:
+    elif MASKED or not SEGMENTS:
         return uv
     return uv if FIRST else acc + uv
 
@@ -126,6 +174,7 @@ def expand_tile(
     LOAD_U: tl.constexpr,
     U: tl.constexpr,
     SEGMENTS: tl.constexpr,
+    MASKED: tl.constexpr,
     SPLIT: tl.constexpr,
     EXACT: tl.constexpr,
     SAVE_U: tl.constexpr,
@@ -161,7 +210,7 @@ def expand_tile(
                 WAIT()
             acc = low_rank(
                 acc, u, v, rows, stride_ve, ranks_ptr, seed, threshold, inv_keep, m0, n0, M, N, R, TYPE,
-                LOAD_U, SEGMENTS, DROP_UV, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R, R_BLOCKS, EVEN_N, EVEN_R, WIDE, True,
+                LOAD_U, SEGMENTS, MASKED, DROP_UV, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R, R_BLOCKS, EVEN_N, EVEN_R, WIDE, True,
             )  # fmt: skip
     if LOAD_W is None:
         # x: [BLOCK_M, BLOCK_N]
@@ -206,7 +255,7 @@ def expand_tile(
                 WAIT()
             acc = low_rank(
                 acc, u, v, rows, stride_ve, ranks_ptr, seed, threshold, inv_keep, m0, n0, M, N, R, TYPE,
-                LOAD_U, SEGMENTS, DROP_UV, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R, R_BLOCKS, EVEN_N, EVEN_R, WIDE, False,
+                LOAD_U, SEGMENTS, MASKED, DROP_UV, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R, R_BLOCKS, EVEN_N, EVEN_R, WIDE, False,
             )  # fmt: skip
     if SPLIT:
         part_ptrs = tile_base(parts[0], m0, n0, y[1], y[2]) + tile_offsets(y[1], y[2], BLOCK_M, BLOCK_N, WIDE)
@@ -268,6 +317,7 @@ def expand(
     LOAD_U: tl.constexpr,
     U: tl.constexpr,
     SEGMENTS: tl.constexpr,
+    MASKED: tl.constexpr,
     SPLIT: tl.constexpr,
     EXACT: tl.constexpr,
     SAVE_U: tl.constexpr,
@@ -336,6 +386,6 @@ def expand(
             expand_tile(
                 x, w, a, u, v, bias_ptr, y, rows, stride_ve, scales_ptr, ranks_ptr, flag_ptr,
                 parts, part, blocks_per_part, seed, threshold, inv_keep, scale, pid_m, pid_n, M, N, K, R,
-                LOAD_X, LOAD_W, LOAD_U, U, SEGMENTS, SPLIT, EXACT, SAVE_U, DROP_X, DROP_UV, PRECISION,
+                LOAD_X, LOAD_W, LOAD_U, U, SEGMENTS, MASKED, SPLIT, EXACT, SAVE_U, DROP_X, DROP_UV, PRECISION,
                 BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, R_BLOCKS, EVEN_N, EVEN_K, EVEN_R, WIDE, WAIT,
             )  # fmt: skip

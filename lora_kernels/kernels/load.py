@@ -41,10 +41,13 @@ def load_dense(
     EVEN_I: tl.constexpr,
     EVEN_J: tl.constexpr,
     WIDE: tl.constexpr,
+    only=None,
 ):
-    """Any strides. t: (pointer, stride_i, stride_j). EVEN_*: the axis needs no mask."""
+    """Any strides. t: (pointer, stride_i, stride_j). EVEN_*: the axis needs no mask. only: None, or [BLOCK_I, 1], the rows to read."""
     # [BLOCK_I, BLOCK_J]
     ptrs = tile_base(t[0], i0, j0, t[1], t[2]) + tile_offsets(t[1], t[2], BLOCK_I, BLOCK_J, WIDE)
+    if only is not None:
+        return tl.load(ptrs, mask=only & tile_mask(i0, j0, I, J, BLOCK_I, BLOCK_J), other=0.0)
     if EVEN_I and EVEN_J:
         return tl.load(ptrs)
     if EVEN_J:
@@ -118,10 +121,11 @@ def load_parts(
     EVEN_I: tl.constexpr,
     EVEN_J: tl.constexpr,
     WIDE: tl.constexpr,
+    only=None,
 ):
     """The float32 sum, in order, of partial matrices. t: (pointer, stride_i, stride_j, stride_part, parts)."""
     total = tl.zeros([BLOCK_I, BLOCK_J], tl.float32)
     for part in tl.range(0, t[4]):
         one = (t[0] + tl.cast(part, tl.int64) * t[3], t[1], t[2])
-        total += load_dense(one, i0, j0, I, J, BLOCK_I, BLOCK_J, EVEN_I, EVEN_J, WIDE)
+        total += load_dense(one, i0, j0, I, J, BLOCK_I, BLOCK_J, EVEN_I, EVEN_J, WIDE, only)
     return total

@@ -25,7 +25,8 @@ class Expand:
     ``u``: where u comes from, "given" | "loop" | "awaited". ``base``: "kernel" computes x w in the kernel, "library" takes it
     from torch's matmul and adds u v. ``group_m``: row blocks that share columns of w in the L2 cache. ``split``: programs that share the K
     axis of one tile, beside one for its low-rank product; 1: one program does both. ``pdl``: programmatic dependent launch, by which
-    expand's base product begins while shrink still runs.
+    expand's base product begins while shrink still runs. ``masked``: with segments, each adapter's product has zeros in the rows of others,
+    and needs no accumulator of its own, where else a token selects its product; what an infinite element of B reaches is then NaN.
     """
 
     block_m: int = 128
@@ -40,6 +41,7 @@ class Expand:
     tma: bool = False
     persistent: bool = False
     pdl: bool = False
+    masked: bool = False
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 Few tokens: the base product streams W once, the tile is small, u is computed in the loop (one launch). Many tokens: the
 largest tile whose stages fit the chip's shared memory, u given by a shrink that reads x at memory speed. Many adapters: the tiles
-are the plan's, u is given, and the select keeps a second accumulator, so the tile is at most 128 x 128.
+are the plan's, and u is given; where products are selected, which keeps a second accumulator, the tile is at most 128 x 128.
 """
 
 from __future__ import annotations
@@ -58,6 +58,10 @@ def _expand(problem: Problem, arch: Arch) -> Expand:
         return _few_tokens(problem)
     if problem.itemsize == 4:
         return Expand(64, 64, 32, num_warps=4, num_stages=3)
+    return _many_tokens(problem, arch)
+
+
+def _many_tokens(problem: Problem, arch: Arch) -> Expand:
     if arch.kind == "hip":
         return Expand(128, 128, 32, num_warps=8, num_stages=2)
     tma = _tma(problem, arch)
@@ -91,11 +95,9 @@ def _segments(problem: Problem, arch: Arch) -> Expand:
         return Expand(block_m, 32, 32, num_warps=8, num_stages=3)
     if arch.kind == "hip":
         return Expand(block_m, 64, 32, num_warps=8, num_stages=2)
-    roomy = arch.shared_memory >= 160 << 10
-    # On the smaller chips the wider tile spills unless ranks are mixed, and then the narrower one does (docs/tuning.md).
-    block_n = 128 if (roomy or problem.mixed_ranks) and problem.dropout != "uv" else 64
-    block_k = 64 if roomy else 32
-    return Expand(block_m, block_n, block_k, num_warps=8, num_stages=3, tma=roomy and _tma(problem, arch))
+    if arch.capability[0] == 10:  # where masked products do not compile; a select leaves no room for the mask of a wide tile
+        return Expand(block_m, 64 if problem.dropout == "uv" else 128, 64, num_warps=8, num_stages=3, tma=_tma(problem, arch))
+    return replace(_many_tokens(problem, arch), block_m=block_m, masked=True)
 
 
 def _tma(problem: Problem, arch: Arch) -> bool:

@@ -48,6 +48,10 @@ def _expand(e: Expand, problem: Problem, arch: Arch) -> str | None:
         return f"expand.base='library' has no K loop to compute u in, so it needs expand.u='given', got {e.u!r}"
     if e.split > 1 and (e.u != "given" or e.base != "kernel" or e.persistent):
         return "expand.split > 1 serves u='given' and base='kernel' on a grid that is not persistent"
+    if e.masked and not problem.adapters:
+        return "expand.masked tells the adapters of a batch with segments apart, and there is one adapter"
+    if e.masked and arch.kind == "cuda" and arch.capability[0] == 10:
+        return f"expand.masked is not compiled for {arch.name}: Triton 3.6 fails where it hoists tensor memory"
     if e.u == "loop" and problem.R > LOOP_RANK:
         return f"expand.u='loop' keeps the whole rank in one accumulator and serves ranks up to {LOOP_RANK}, got {problem.R}"
     if e.tma:

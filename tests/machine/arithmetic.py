@@ -126,6 +126,22 @@ def small_float(operation, x, y, kind):
     return bf16(operation(*((v.astype(U32) << U32(16)).view(np.float32) for v in (x, y))))
 
 
+def compared(test: str, kind: str, x, y) -> list:
+    """Of floats, or of the two halves of each; a test that ends in u is true of NaN, too, and any other false."""
+    if kind.endswith("x2"):
+        return [compared(test, kind[:-2], *((v >> shift).astype(np.uint16) for v in (x, y)))[0] for shift in (U32(0), U32(16))]
+    if kind == "bf16":
+        x, y = ((v.astype(U32) << U32(16)).view(np.float32) for v in (x, y))
+    elif kind == "f16":
+        x, y = (v.view(np.float16) for v in (x, y))
+    unordered = np.isnan(x) | np.isnan(y)
+    if test in ("nan", "num"):
+        return [unordered if test == "nan" else ~unordered]
+    which = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal}
+    holds = which[test[:2]](x, y)
+    return [holds | unordered if test.endswith("u") else holds & ~unordered]
+
+
 def tf32(bits):
     """The nearest TF32, ties away from zero."""
     return (bits + U32(0x1000)) & U32(0xFFFFE000)

@@ -21,6 +21,7 @@ IGNORED = (
     "bar.warp.sync", "fence.", "wgmma.fence", "membar", "prefetch", "mbarrier.inval", "setmaxnreg", "nanosleep",
 )  # fmt: skip
 COMPARED = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "lo": "<", "ls": "<=", "hi": ">", "hs": ">="}
+UNARY = {"neg": "-", "not": "~", "abs": "abs"}
 BITWISE = {"and": "&", "or": "|", "xor": "^"}
 BARE = {"bf16x2": "b32", "f16x2": "b32", "bf16": "b16", "tf32": "b32"}  # what NumPy has no type for is bits
 END = -1
@@ -74,18 +75,16 @@ class _Translator:
         return Kernel(self.text, blocks, [b.spins for b in self.text.blocks], widths)
 
     def statement(self, s: Statement, number: int) -> list[str]:
-        lines = ["g = m"]
-        if s.guard:
-            lines = [f"p = {'~' if s.negated else ''}{self.slot(s.guard)}", "g = p if m is None else p & m"]
+        guard = [f"p = {'~' if s.negated else ''}{self.slot(s.guard)}", "g = p if m is None else p & m"] if s.guard else ["g = m"]
         try:
             if s.op.startswith(IGNORED):
                 return []
             if s.ends_block:
-                return lines + self.ending(s, number)
+                return guard + self.ending(s, number)
             family = getattr(self, "family_" + s.op.split(".")[0], None)
             if family is not None and not (s.op.startswith("mov") and "{" not in "".join(s.operands)):
-                return lines + family(s, s.op.split(".")[1:], s.operands)
-            return lines + [self.write(s, s.operands[0], self.expression(s, s.op.split(".")))]
+                return guard + family(s, s.op.split(".")[1:], s.operands)
+            return guard + [self.write(s, s.operands[0], self.expression(s, s.op.split(".")))]
         except NotImplementedError as error:
             raise NotImplementedError(f"{self.text.name}, line {s.line}: {s.text}: {error}") from None
 
@@ -173,9 +172,11 @@ class _Translator:
         head, kind, o = dots[0], dots[-1], s.operands
         if head == "cvt":
             return self.converted(dots[1:], o)
-        if kind.startswith(("bf16", "f16")) and head in ("add", "mul"):
-            x, y = (self.read(n, "b32" if kind.endswith("x2") else "b16") for n in o[1:])
-            return f"A.small_float({'np.add' if head == 'add' else 'np.multiply'}, {x}, {y}, {kind!r})"
+        if kind.startswith(("bf16", "f16")) and head in ("abs", "add", "mul"):
+            x, *y = (self.read(n, "b32" if kind.endswith("x2") else "b16") for n in o[1:])
+            if head == "abs":
+                return f"({x} & {self.constant(0x7FFF7FFF, 'uint32' if kind.endswith('x2') else 'uint16')})"
+            return f"A.small_float({'np.add' if head == 'add' else 'np.multiply'}, {x}, {y[0]}, {kind!r})"
         if kind in BARE or (kind[0] == "f" and kind not in ("f32", "f64")):
             raise NotImplementedError(kind)
         bits, signed, floating = bits_of(kind), kind[0] == "s", kind[0] == "f"
@@ -205,8 +206,8 @@ class _Translator:
             return f"A.fma({a(1)}, {a(2)}, {a(3)})"
         if head in ("div", "rem"):
             return f"({a(1)} / {a(2)}){back}" if floating else f"A.{head}({a(1)}, {a(2)}){back}"
-        if head in ("neg", "not"):
-            return f"({'-' if head == 'neg' else '~'}{a(1)}){back}"
+        if head in UNARY:
+            return f"({UNARY[head]}({a(1)})){back}"
         if head in ("min", "max"):
             return f"np.{'f' + head if floating else head + 'imum'}({a(1)}, {a(2)}){back}"
         if head in BITWISE:
@@ -250,21 +251,17 @@ class _Translator:
 
     def family_setp(self, s: Statement, dots: list[str], o: list[str]) -> list[str]:
         test, kind = dots[0], dots[-1]
-        x, y = self.read(o[1], kind), self.read(o[2], kind)
-        unordered = f"(np.isnan({x}) | np.isnan({y}))"
-        if test in COMPARED:
-            code = f"({x} {COMPARED[test]} {y})"
-        elif kind == "f32" and test.removesuffix("u") in COMPARED:
-            code = f"(({x} {COMPARED[test[:-1]]} {y}) | {unordered})"
-        elif test in ("nan", "num"):
-            code = ("" if test == "nan" else "~") + unordered
+        if kind.startswith(("f", "bf")):
+            x, y = (self.read(n, "b" + kind[1:3] if kind == "f16" else kind) for n in o[1:3])
+            codes = [f"v[{i}]" for i in range(kind.count("x2") + 1)]
+            lines = [f"v = A.compared({test!r}, {kind!r}, {x}, {y})"]
+        elif test in COMPARED:
+            lines, codes = [], [f"({self.read(o[1], kind)} {COMPARED[test]} {self.read(o[2], kind)})"]
         else:
             raise NotImplementedError(test)
         if len(dots) == 3 and dots[1] in BITWISE:
-            code = f"({code} {BITWISE[dots[1]]} {self.read(o[3], 'pred')})"
-        if "|" in o[0]:
-            raise NotImplementedError("two predicates")
-        return [self.write(s, o[0], code)]
+            codes = [f"({code} {BITWISE[dots[1]]} {self.read(o[3], 'pred')})" for code in codes]
+        return lines + [self.write(s, p.strip(), code) for p, code in zip(o[0].split("|"), codes, strict=True)]
 
     def family_mov(self, s: Statement, dots: list[str], o: list[str]) -> list[str]:
         """Several registers from one, or one from several."""
