@@ -83,6 +83,8 @@ def test_an_unknown_gpu_is_answered_too():
         (Config(expand=Expand(pdl=True)), PROBLEM, "sm_89", "programmatic dependent launch of sm_90"),
         (Config(expand=Expand(pdl=True, u="awaited")), PROBLEM, "sm_90", "expand.pdl starts the base product"),
         (Config(expand=Expand(pdl=True, base="library")), PROBLEM, "sm_90", "serves u='given' and base='kernel'"),
+        (Config(expand=Expand(masked=True)), PROBLEM, "sm_90", "and there is one adapter"),
+        (Config(expand=Expand(masked=True)), replace(PROBLEM, adapters=4), "sm_100", "expand.masked is not compiled for sm_100"),
         (Config(wgrad=Wgrad(beside="graph")), PROBLEM, "sm_90", "wgrad.beside must be '', 'stream' or 'pdl', got 'graph'"),
         (Config(wgrad=Wgrad(beside="stream"), expand=Expand(u="awaited")), PROBLEM, "sm_90", "needs expand.u='given', got 'awaited'"),
         (Config(wgrad=Wgrad(beside="stream"), expand=Expand(pdl=True)), PROBLEM, "sm_90", "an event between shrink and expand"),
