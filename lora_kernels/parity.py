@@ -135,7 +135,10 @@ def many(case: Case, device: torch.device) -> dict:
     )
     ids = adapter_ids(case).to(device)
     scale = case.scale / (1 + torch.arange(case.adapters, dtype=torch.float32, device=device))
-    ranks = torch.arange(case.adapters, dtype=torch.int32, device=device).mul_(3).remainder_(case.R).add_(1) if case.mixed_ranks else None
+    ranks = None
+    if case.mixed_ranks:  # the first adapter's is the largest there may be
+        ranks = torch.arange(case.adapters, dtype=torch.int32, device=device).mul_(-(case.R // 2 + 1)).add_(case.R - 1)
+        ranks = ranks.remainder_(case.R).add_(1)
     return {"scale": scale, "segments": Segments.from_ids(ids, case.adapters, **blocks), "ranks": ranks}
 
 
