@@ -159,6 +159,7 @@ SPLIT = [
     Mutant("launch: no program for the last part", LAUNCH, "items = tiles * (splits + 1)", "items = tiles * splits"),
     Mutant("launch: 16-bit parts of a tile", LAUNCH, "splits + 1, M, N, dtype=torch.float32", "splits + 1, M, N, dtype=x.dtype"),
     Mutant("launch: one part of u", LAUNCH, "u.stride(0), u.shape[0])", "u.stride(0), 1)"),
+    Mutant("load: rows of others in parts", LOAD, "EVEN_I, EVEN_J, WIDE, only)", "EVEN_I, EVEN_J, WIDE)"),
 ]  # fmt: skip
 
 MANY = [
@@ -202,7 +203,6 @@ MANY = [
     Mutant("masked: infinities for all", EXPAND, "tl.where(own, uv + poison[None, :], uv)", "uv + poison[None, :]"),
     Mutant("masked: first rank block for all", EXPAND, "LOAD_U(u, m0, r0, M, R, BLOCK_M, BLOCK_R, False, EVEN_R, WIDE, own)",
            "LOAD_U(u, m0, 0, M, R, BLOCK_M, BLOCK_R, False, EVEN_R, WIDE, own)"),
-    Mutant("load: rows of others in parts", LOAD, "EVEN_I, EVEN_J, WIDE, only)", "EVEN_I, EVEN_J, WIDE)"),
     Mutant("expand: adapters of the first block", EXPAND, "rows[1] + m0 + i", "rows[1] + i"),
     Mutant("expand: number of the first block", EXPAND, "rows[2] + m0 // BLOCK_M", "rows[2]"),
     Mutant("expand: last adapter left out", EXPAND, "m0 // BLOCK_M)):", "m0 // BLOCK_M) - 1):"),
