@@ -50,7 +50,7 @@ def short(kernel: str, part: dict) -> str:
         words += [f"g{part['group_m']}"] if part["group_m"] != Expand.group_m else []
         words += [part["u"]] if part["u"] != "given" else []
         words += ["library"] if part["base"] == "library" else []
-    words += [flag for flag in ("tma", "persistent", "pdl") if part.get(flag)]
+    words += [flag for flag in ("tma", "persistent", "pdl", "masked") if part.get(flag)]
     words += [f"beside by {part['beside']}"] if part.get("beside") else []
     return " ".join(words)
 

@@ -63,7 +63,7 @@ class Case:
         parts += [self.impl] if self.impl != "triton" else []
         if self.config:
             e = self.config.expand
-            parts += [f"u {e.u}"] + [flag for flag in ("tma", "persistent", "pdl") if getattr(e, flag)]
+            parts += [f"u {e.u}"] + [flag for flag in ("tma", "persistent", "pdl", "masked") if getattr(e, flag)]
             parts += [f"gradients beside dX by {self.config.wgrad.beside}"] if self.config.wgrad.beside else []
             parts += ["library base"] if e.base == "library" else []
             parts += [f"K split {e.split}"] if e.split > 1 else []
