@@ -43,7 +43,7 @@ STEP = "tl.num_programs(0) if PERSISTENT else 1"
 WAIT = "< wanted:\n                pass"
 TICKET = 'tl.atomic_add(ticket_ptr, 1, sem="relaxed", scope="gpu")'
 SELECTED = "equivalent: the select that follows drops those columns"
-SELECT, LOADED_V = "uv = tl.where((ids == adapter)[:, None], product, uv)", "load_dense(its_v, {}, n0, rank, N"
+SELECT, LOADED_V = "uv = tl.where(own, product, uv)", "load_dense(its_v, {}, n0, rank, N"
 ALL_PARTS = "if arrived == parts[3] - 1:\n            acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)"
 SHRINK_SELECT = "(r0 + tl.arange(0, BLOCK_R) < rank)[None, :] & live"
 WGRAD_SELECT = "acc = tl.where((r0 + tl.arange(0, BLOCK_R) < rank)[None, :], acc, 0.0)"
@@ -195,8 +195,8 @@ MANY = [
     Mutant("wgrad: no select beyond the rank", WGRAD, WGRAD_SELECT, "pass"),
     Mutant("wgrad: stored in adapter 0", WGRAD, "tl.cast(adapter, tl.int64) * stride_oe", "0"),
     Mutant("wgrad: mask of the sorted place", WGRAD, "threshold, tokens, j0", "threshold, m0 + tl.arange(0, BLOCK_M), j0"),
-    Mutant("expand: masked sum, not a select", EXPAND, SELECT, "uv += tl.where((ids == adapter)[:, None], 1.0, 0.0) * product", 2),
-    Mutant("expand: no select", EXPAND, SELECT, "uv += product", 2),
+    Mutant("expand: masked sum, not a select", EXPAND, SELECT, "uv += tl.where(own, 1.0, 0.0) * product"),
+    Mutant("expand: no select", EXPAND, SELECT, "uv += product"),
     Mutant("masked: others' rows of u", EXPAND, "EVEN_R, WIDE, own).to(TYPE)", "EVEN_R, WIDE).to(TYPE)"),
     Mutant("masked: infinities in the product", EXPAND, "tl.where(finite, v_tile, 0.0)", "v_tile"),
     Mutant("masked: infinities lost", EXPAND, "tl.where(own, uv + poison[None, :], uv)", "uv"),

@@ -48,7 +48,7 @@ def own_product(
     EVEN_R: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """``uv + u v`` in the rows ``own`` [BLOCK_M, 1], and uv bit for bit in the others."""
+    """``uv + u v`` in the rows ``own`` [BLOCK_M, 1], and uv, unchanged, in the others."""
     u_tile = LOAD_U(u, m0, r0, M, R, BLOCK_M, BLOCK_R, False, EVEN_R, WIDE, own).to(TYPE)
     v_tile = load_dense(v, r0, n0, rank, N, BLOCK_R, BLOCK_N, EVEN_R, EVEN_N, WIDE).to(TYPE)
     finite = tl.abs(v_tile.to(tl.float32)) < float("inf")
@@ -103,31 +103,30 @@ def low_rank(
             if ranks_ptr is not None:
                 rank = tl.minimum(tl.load(ranks_ptr + adapter), R)
             its_v = (v[0] + adapter.to(tl.int64) * stride_ve, v[1], v[2])
-            # v: [BLOCK_R, BLOCK_N]
-            if MASKED:
-                own = (ids == adapter)[:, None]
-                if R_BLOCKS == 1:
+            own = (ids == adapter)[:, None]
+            if MASKED and R_BLOCKS == 1:
+                uv = own_product(
+                    uv, own, u, its_v, m0, n0, 0, M, N, R, rank,
+                    TYPE, LOAD_U, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R, EVEN_N, EVEN_R, WIDE,
+                )  # fmt: skip
+            elif MASKED:
+                for r0 in tl.range(0, rank, BLOCK_R, num_stages=1):
                     uv = own_product(
-                        uv, own, u, its_v, m0, n0, 0, M, N, R, rank,
+                        uv, own, u, its_v, m0, n0, r0, M, N, R, rank,
                         TYPE, LOAD_U, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R, EVEN_N, EVEN_R, WIDE,
                     )  # fmt: skip
-                else:
-                    for r0 in tl.range(0, rank, BLOCK_R, num_stages=1):
-                        uv = own_product(
-                            uv, own, u, its_v, m0, n0, r0, M, N, R, rank,
-                            TYPE, LOAD_U, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R, EVEN_N, EVEN_R, WIDE,
-                        )  # fmt: skip
-            elif R_BLOCKS == 1:
-                v_tile = load_dense(its_v, 0, n0, rank, N, BLOCK_R, BLOCK_N, EVEN_R, EVEN_N, WIDE).to(TYPE)
-                product = tl.dot(u_tile, v_tile, input_precision=PRECISION)
-                uv = tl.where((ids == adapter)[:, None], product, uv)
             else:
-                product = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-                for r0 in tl.range(0, rank, BLOCK_R, num_stages=1):
-                    u_tile = LOAD_U(u, m0, r0, M, R, BLOCK_M, BLOCK_R, False, EVEN_R, WIDE).to(TYPE)
-                    v_tile = load_dense(its_v, r0, n0, rank, N, BLOCK_R, BLOCK_N, EVEN_R, EVEN_N, WIDE).to(TYPE)
-                    product = tl.dot(u_tile, v_tile, product, input_precision=PRECISION)
-                uv = tl.where((ids == adapter)[:, None], product, uv)
+                # v: [BLOCK_R, BLOCK_N]
+                if R_BLOCKS == 1:
+                    v_tile = load_dense(its_v, 0, n0, rank, N, BLOCK_R, BLOCK_N, EVEN_R, EVEN_N, WIDE).to(TYPE)
+                    product = tl.dot(u_tile, v_tile, input_precision=PRECISION)
+                else:
+                    product = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+                    for r0 in tl.range(0, rank, BLOCK_R, num_stages=1):
+                        u_tile = LOAD_U(u, m0, r0, M, R, BLOCK_M, BLOCK_R, False, EVEN_R, WIDE).to(TYPE)
+                        v_tile = load_dense(its_v, r0, n0, rank, N, BLOCK_R, BLOCK_N, EVEN_R, EVEN_N, WIDE).to(TYPE)
+                        product = tl.dot(u_tile, v_tile, product, input_precision=PRECISION)
+                uv = tl.where(own, product, uv)
     else:
         # A loop, not unrolled: Triton 3.6 compiles consecutive dots before a pipelined loop to an empty kernel on sm_100.
         for r0 in tl.range(0, R_BLOCKS * BLOCK_R, BLOCK_R, num_stages=1):

@@ -48,6 +48,10 @@ class Arch:
     def has_wgmma(self) -> bool:
         return self.kind == "cuda" and self.capability[0] == 9
 
+    @property
+    def has_tcgen05(self) -> bool:
+        return self.kind == "cuda" and self.capability[0] == 10
+
     @classmethod
     def cuda(cls, major: int, minor: int, shared_memory: int = 0, sms: int = 0) -> Arch:
         """An NVIDIA GPU; what is not given is taken from its capability, or the smallest known for one not listed."""

@@ -95,7 +95,7 @@ def _segments(problem: Problem, arch: Arch) -> Expand:
         return Expand(block_m, 32, 32, num_warps=8, num_stages=3)
     if arch.kind == "hip":
         return Expand(block_m, 64, 32, num_warps=8, num_stages=2)
-    if arch.capability[0] == 10:  # where masked products do not compile; a select leaves no room for the mask of a wide tile
+    if arch.has_tcgen05:  # where masked products do not compile; a select leaves no room for the mask of a wide tile
         return Expand(block_m, 64 if problem.dropout == "uv" else 128, 64, num_warps=8, num_stages=3, tma=_tma(problem, arch))
     return replace(_many_tokens(problem, arch), block_m=block_m, masked=True)
 

@@ -50,7 +50,7 @@ def _expand(e: Expand, problem: Problem, arch: Arch) -> str | None:
         return "expand.split > 1 serves u='given' and base='kernel' on a grid that is not persistent"
     if e.masked and not problem.adapters:
         return "expand.masked tells the adapters of a batch with segments apart, and there is one adapter"
-    if e.masked and arch.kind == "cuda" and arch.capability[0] == 10:
+    if e.masked and arch.has_tcgen05:
         return f"expand.masked is not compiled for {arch.name}: Triton 3.6 fails where it hoists tensor memory"
     if e.u == "loop" and problem.R > LOOP_RANK:
         return f"expand.u='loop' keeps the whole rank in one accumulator and serves ranks up to {LOOP_RANK}, got {problem.R}"
@@ -115,7 +115,7 @@ def _dropout(config: Config, problem: Problem, arch: Arch) -> str | None:
 
 def _tiles_in_flight(stages: int, rows: int, warps: int, problem: Problem, arch: Arch) -> int:
     """How many tiles a pipeline of that many stages holds: one fewer where each matmul instruction is waited for at once."""
-    asynchronous = arch.kind == "cuda" and arch.capability[0] in (9, 10) and rows >= 64 and warps >= 4 and problem.itemsize == 2
+    asynchronous = (arch.has_wgmma or arch.has_tcgen05) and rows >= 64 and warps >= 4 and problem.itemsize == 2
     return stages if asynchronous else max(1, stages - 1)
 
 

@@ -117,23 +117,32 @@ def pair(low, high):
     return low.astype(U32) | (high.astype(U32) << U32(16))
 
 
-def small_float(operation, x, y, kind):
+def halves(bits):
+    """The two numbers that `pair` puts into one."""
+    return (bits & U32(0xFFFF)).astype(np.uint16), (bits >> U32(16)).astype(np.uint16)
+
+
+def floats(bits, kind: str):
+    """float32 of the bits of "f16", "bf16" or, what it leaves out taken for zero, "tf32"; others as they are."""
+    if kind == "f16":
+        return bits.astype(np.uint16).view(np.float16).astype(np.float32)
+    if kind == "bf16":
+        return (bits.astype(U32) << U32(16)).view(np.float32)
+    return (bits & U32(0xFFFFE000)).view(np.float32) if kind == "tf32" else bits
+
+
+def small_float(operation, x, y, kind: str):
     """Of bits of float16 or bfloat16, or of pairs of them: by float32, whose own rounding changes nothing."""
     if kind.endswith("x2"):
-        return pair(*(small_float(operation, *((v >> shift).astype(np.uint16) for v in (x, y)), kind[:-2]) for shift in (U32(0), U32(16))))
-    if kind == "f16":
-        return f16(operation(*(v.view(np.float16).astype(np.float32) for v in (x, y))))
-    return bf16(operation(*((v.astype(U32) << U32(16)).view(np.float32) for v in (x, y))))
+        return pair(*(small_float(operation, *each, kind[:-2]) for each in zip(halves(x), halves(y), strict=True)))
+    return (f16 if kind == "f16" else bf16)(operation(floats(x, kind), floats(y, kind)))
 
 
 def compared(test: str, kind: str, x, y) -> list:
     """Of floats, or of the two halves of each; a test that ends in u is true of NaN, too, and any other false."""
     if kind.endswith("x2"):
-        return [compared(test, kind[:-2], *((v >> shift).astype(np.uint16) for v in (x, y)))[0] for shift in (U32(0), U32(16))]
-    if kind == "bf16":
-        x, y = ((v.astype(U32) << U32(16)).view(np.float32) for v in (x, y))
-    elif kind == "f16":
-        x, y = (v.view(np.float16) for v in (x, y))
+        return [compared(test, kind[:-2], *each)[0] for each in zip(halves(x), halves(y), strict=True)]
+    x, y = floats(x, kind), floats(y, kind)
     unordered = np.isnan(x) | np.isnan(y)
     if test in ("nan", "num"):
         return [unordered if test == "nan" else ~unordered]

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from .memory import ENGINE, MANY, Fault, Memory
+from .arithmetic import floats, halves
+from .memory import ENGINE, LANES, MANY, Fault, Memory
 
-LANES = 32
 U32 = np.uint32
 
 
@@ -38,17 +38,7 @@ def _over_threads(program, warps, values: np.ndarray) -> list[np.ndarray]:
 
 def _floats(registers: np.ndarray, kind: str) -> np.ndarray:
     """A last axis of the two 16-bit floats of each register, or of its one TF32."""
-    if kind == "tf32":
-        return (registers & U32(0xFFFFE000)).view(np.float32)[..., None]
-    halves = np.stack([registers & U32(0xFFFF), registers >> U32(16)], -1)
-    return (halves << U32(16)).view(np.float32) if kind == "bf16" else halves.astype(np.uint16).view(np.float16).astype(np.float32)
-
-
-def _stored_floats(values: np.ndarray, kind: str) -> np.ndarray:
-    """Elements as they lie in shared memory."""
-    if kind == "tf32":
-        return (values & U32(0xFFFFE000)).view(np.float32)
-    return (values.astype(U32) << U32(16)).view(np.float32) if kind == "bf16" else values.view(np.float16).astype(np.float32)
+    return floats(registers[..., None] if kind == "tf32" else np.stack(halves(registers), -1), kind)
 
 
 def _rows(program, address, count: int, warps) -> np.ndarray:
@@ -70,7 +60,7 @@ def ldmatrix(program, address, count: int, trans: bool, mask) -> list[np.ndarray
 def stmatrix(program, address, values, trans: bool, mask) -> None:
     warps = _warps(program, mask)
     registers = _registers(program, values, warps).swapaxes(0, 1)
-    rows = np.stack([registers & U32(0xFFFF), registers >> U32(16)], -1).astype(np.uint16).reshape(-1, len(values), 8, 8)
+    rows = np.stack(halves(registers), -1).reshape(-1, len(values), 8, 8)
     rows = np.ascontiguousarray(rows.swapaxes(2, 3) if trans else rows)
     at, by = _rows(program, address, len(values), warps).ravel(), np.repeat(warps, 64 * len(values))
     program.shared_memory.store(at, None, 2, [rows.ravel()], by)
@@ -108,7 +98,7 @@ def wgmma(program, n: int, k: int, kind: str, d, a, b, add, transposed, mask) ->
         for value in program.every(descriptor)[first * LANES]:
             address = _operand_addresses(int(value), rows, k, size, trans).ravel().astype(np.uint64)
             found.append(program.shared_memory.load(address, None, size, 1, MANY)[0].reshape(rows, k))
-        return _stored_floats(np.stack(found), kind)
+        return floats(np.stack(found), kind)
 
     A = _fragment_a(_registers(program, a, warps), kind).reshape(G, 64, k) if isinstance(a, list) else stored(a, 64, transposed[0])
     B = stored(b, n, transposed[1])

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+LANES = 32
 NOBODY, MANY, ENGINE = -1, -2, -3  # instead of a warp; the bulk copy engine
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 

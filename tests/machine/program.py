@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from .memory import Buffer, Fault, Memory
+from .memory import LANES, Buffer, Fault, Memory
 from .races import Global, Shared
 from .translate import END, SHARED_BASE, Kernel
 
-LANES = 32
 PATIENCE = 100_000  # blocks that a program runs; more is waiting in vain
 DESCRIPTOR = 1 << 60  # the address of parameter i, which is a descriptor, is this + i
 

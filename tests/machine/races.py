@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from .memory import ENGINE, MANY, NOBODY, Fault, Memory, spread
+from .memory import ENGINE, LANES, MANY, NOBODY, Fault, Memory, spread
 
-LANES = 32
 WORD = 2  # bytes
 
 
