@@ -75,11 +75,7 @@ def test_triton_and_torch_stay_on_their_floors(path):
 def test_import_without_triton():
     code = """
 import sys
-class Block:
-    def find_spec(self, name, path=None, target=None):
-        if name.split('.')[0] == 'triton':
-            raise ImportError('blocked')
-sys.meta_path.insert(0, Block())
+sys.modules['triton'] = None  # an import fails, and whoever looks for it is told that it is not there
 import torch, lora_kernels
 assert not torch.cuda.is_initialized()
 x, w = torch.randn(3, 8), torch.randn(5, 8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -141,7 +142,8 @@ class Launcher:
         self.machine, self.src, self.metadata = machine, src, metadata
         meta = getattr(metadata, "tensordesc_meta", None)
         if hasattr(nvidia, "expand_signature"):  # from Triton 3.7 on; before, it is a step of writing the launcher's source
-            nvidia.expand_signature(src.signature.values(), meta)
+            described_as = ("nvTmaDesc",) if len(inspect.signature(nvidia.expand_signature).parameters) > 2 else ()
+            nvidia.expand_signature(src.signature.values(), meta, *described_as)
         else:
             nvidia.make_launcher(src.constants, src.signature, meta)
         self.kernel = _kernel(get_cache_manager(metadata.hash).get_file(f"{metadata.name}.ptx"))
