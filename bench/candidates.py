@@ -1,4 +1,7 @@
-"""The configurations that `bench.tune` tries for one kernel: small grids, the heuristic's own first, each valid by `why_not`."""
+"""The configurations that `bench.tune` tries for one kernel: small grids, the heuristic's own first, each valid by `why_not`.
+
+With many adapters the tiles' rows are the plan's blocks.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +59,7 @@ def short(kernel: str, part: dict) -> str:
 
 
 def _shrinks(problem: Problem, arch: Arch, own: Shrink) -> Iterator[Shrink]:
-    rows = [m for m in (16, 32, 64) if m <= _power(problem.M)]
+    rows = [problem.gather_block] if problem.adapters else [m for m in (16, 32, 64) if m <= _power(problem.M)]
     for m, k, (warps, stages) in itertools.product(rows, (64, 128, 256), ((4, 3), (4, 5), (8, 3))):
         for split in _splits(-(-problem.M // m), problem.K, k, arch):
             yield Shrink(m, k, split, warps, stages)
@@ -64,8 +67,11 @@ def _shrinks(problem: Problem, arch: Arch, own: Shrink) -> Iterator[Shrink]:
 
 def _wgrads(problem: Problem, arch: Arch, own: Wgrad) -> Iterator[Wgrad]:
     longest = max(problem.N, problem.K)
-    for m, j, (warps, stages) in itertools.product((32, 64, 128), (32, 64, 128), ((4, 3), (8, 3))):
-        for split in _splits(-(-longest // j), problem.M, m, arch):
+    for m, j, (warps, stages) in itertools.product((16, 32, 64, 128), (32, 64, 128), ((4, 3), (8, 3))):
+        if m == 16 and not problem.adapters:  # for adapters with few tokens each
+            continue
+        # Adapters side by side fill the chip, and how often their tokens are split follows from how many they are.
+        for split in (own.split,) if problem.adapters else _splits(-(-longest // j), problem.M, m, arch):
             yield Wgrad(m, j, split, warps, stages)
 
 
@@ -78,6 +84,8 @@ def _expands(problem: Problem, arch: Arch, own: Expand) -> Iterator[Expand]:
     for (m, n, k), stages, mode in itertools.product(EXPAND_TILES if wide else SMALL_TILES, (2, 3, 4, 5), modes):
         if stages > 2 or not wide:
             yield replace(own, block_m=m, block_n=n, block_k=k, num_stages=stages, **mode)
+    if own.masked:
+        yield from (replace(own, block_n=n, num_stages=stages, masked=False) for n in (64, 128) for stages in (3, 4))
     yield replace(own, block_m=128, block_n=128, num_warps=4)
     yield replace(own, tma=False)
     yield replace(own, base="library", tma=False)
@@ -91,7 +99,7 @@ def _modes(tma: bool) -> Iterator[dict]:
 
 
 def _few_tokens(problem: Problem, arch: Arch) -> Iterator[Expand]:
-    rows = _power(problem.M)
+    rows = problem.row_block or _power(problem.M)
     tiles = itertools.product(dict.fromkeys((rows, max(16, rows // 2))), (16, 32, 64, 128), ((64, 3), (64, 5), (128, 3)))
     for m, n, (k, stages) in tiles:
         tile = Expand(m, n, k, num_warps=4, num_stages=stages)
@@ -115,12 +123,13 @@ def _power(M: int) -> int:
 
 
 def _tiny_shrinks(problem: Problem, arch: Arch, own: Shrink) -> Iterator[Shrink]:
-    yield from (Shrink(16, k, split, 4, 2) for k, split in ((32, 1), (64, 2)))
+    yield from (Shrink(problem.gather_block or 16, k, split, 4, 2) for k, split in ((32, 1), (64, 2)))
 
 
 def _tiny_expands(problem: Problem, arch: Arch, own: Expand) -> Iterator[Expand]:
-    tile = Expand(16, 32, 32, num_warps=4, num_stages=2)
+    tile = Expand(problem.row_block or 16, 32, 32, num_warps=4, num_stages=2)
     yield from (replace(tile, u="loop"), replace(tile, split=2)) if problem.M <= 16 else (tile, replace(tile, tma=True, persistent=True))
+    yield replace(tile, masked=True)
 
 
 def _tiny_wgrads(problem: Problem, arch: Arch, own: Wgrad) -> Iterator[Wgrad]:

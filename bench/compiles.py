@@ -22,7 +22,7 @@ import torch
 from lora_kernels import dispatch
 from lora_kernels.tuning import Arch, resolve
 
-from . import precompile, variants, workloads
+from . import precompile, variants
 from .baselines import ours, training
 from .conditions import ROOT
 from .session import Session
@@ -128,7 +128,7 @@ def executed(p: float, number: int) -> dict:
     device, first = torch.device("cuda"), 0.0
     with counting() as compiled:
         for point in points(p, number):
-            step = training(ours("triton"), workloads.operands(point, device))
+            step = training(ours("triton"), point.operands(device))
             torch.cuda.synchronize(device)
             start = time.perf_counter()
             step.run()

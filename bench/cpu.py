@@ -49,7 +49,7 @@ def steps(point: Point, o: Operands) -> dict[str, Step]:
 
 def measure(recorder: Recorder, point: Point, seconds: float) -> None:
     """A row for each arm and pass of a point; an arm that fails is raised."""
-    times, errors = interleave(steps(point, workloads.operands(point, _CPU)), HostClock(), seconds=seconds, least=5, most=2000)
+    times, errors = interleave(steps(point, point.operands(_CPU)), HostClock(), seconds=seconds, least=5, most=2000)
     for name, error in errors.items():
         raise RuntimeError(f"{point}: {name} failed: {error}")
     for name, passes in times.items():

@@ -26,6 +26,7 @@ SECTIONS = {
     "decode": multi.decode,
     "mtrain": multi.train,
     "tune": tune.run,
+    "mtune": tune.many,
     "compiles": compiles.run,
     "sanitize": sanitize.run,
 }

@@ -30,7 +30,7 @@ def _run(session: Session, recorder: Recorder) -> int:
     launch = clock_for(session.device, "eager").launch
     table = []
     for point in workloads.host(session.device):
-        o = workloads.operands(point, session.device)
+        o = point.operands(session.device)
         for what in ("forward", "both"):
             cells = []
             for name, formula in formulas.items():

@@ -4,12 +4,14 @@
     expand   Y = x W^T + U B^T        dX = dY W + D.(dS A)
     wgrad    dA = dS^T (D.x) and dB = dY^T U, which one configuration serves
 
-For few tokens expand is the pass up to Y or dX, for where u comes from decides whether a shrink is launched before it.
+For few tokens expand is the pass up to Y or dX, for where u comes from decides whether a shrink is launched before it. With many
+adapters A and B are stacks, and so are dA and dB.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -39,13 +41,14 @@ class Call:
 
     def work(self, point: Point) -> tuple[float, float]:
         """(operations, least bytes moved)."""
-        M, K, N, r = point.M, point.K, point.N, point.r
+        M, K, N = point.M, point.K, point.N
         into, out = (K, N) if self.what == "forward" else (N, K)
+        u, used, loaded = point.low_rank
         operations, elements = {
-            "shrink": (2 * M * into * r, M * into + r * into + M * r),
-            "expand": (2 * M * (N * K + out * r), M * into + N * K + M * out + r * out + M * r),
-            "shrink and expand": (2 * M * (N * K + (K + N) * r), M * into + N * K + M * out + r * (K + N)),
-            "wgrad": (2 * M * r * (K + N), M * (K + N) + 2 * M * r + r * (K + N)),
+            "shrink": (2 * into * u, M * into + used * into + u),
+            "expand": (2 * (M * N * K + out * u), M * into + N * K + M * out + used * out + u),
+            "shrink and expand": (2 * (M * N * K + (K + N) * u), M * into + N * K + M * out + used * (K + N)),
+            "wgrad": (2 * u * (K + N), M * (K + N) + 2 * u + loaded * (K + N)),
         }["shrink and expand" if self.kernel == "expand" and few(point) else self.kernel]
         return operations, elements * point.dtype.itemsize
 
@@ -141,9 +144,10 @@ def _pass(call: Call, i: Inputs, config: Config) -> torch.Tensor:
 
 
 def comparable(call: Call, results: tuple[torch.Tensor, ...], i: Inputs, rows: torch.Tensor | None) -> list[torch.Tensor]:
-    """The results as `expected` gives them: partial sums added, expand's rows picked."""
-    whole = [t.sum(0).to(i.o.x.dtype) if t.dim() == 3 else t for t in results]
-    return [t if rows is None else t[rows] for t in whole]
+    """The results as `expected` gives them: partial sums of shrink added, expand's rows picked."""
+    if call.kernel == "shrink":
+        return [t.sum(0).to(i.o.x.dtype) if t.dim() == 3 else t for t in results]
+    return [t if rows is None else t[rows] for t in results]
 
 
 def sampled_rows(call: Call, point: Point, device: torch.device) -> torch.Tensor | None:
@@ -158,24 +162,51 @@ def sampled_rows(call: Call, point: Point, device: torch.device) -> torch.Tensor
 def expected(call: Call, i: Inputs, dtype: torch.dtype, rows: torch.Tensor | None = None) -> list[torch.Tensor]:
     """The kernel's results by the textbook formula in ``dtype``, each product rounded to it."""
     o = i.o
-    A, B = o.lora_A.to(dtype), o.lora_B.to(dtype)
     if call.kernel == "shrink":
         return [_u(i, dtype) if call.what == "forward" else _ds(i, dtype)]
     if call.kernel == "wgrad":
-        return [_ds(i, dtype).t() @ _dropped(o.x.to(dtype), i), o.dy.to(dtype).t() @ _u(i, dtype)]
+        return [_gradient(i, _ds(i, dtype), _dropped(o.x.to(dtype), i)), _gradient(i, o.dy.to(dtype), _u(i, dtype))]
     at = slice(None) if rows is None else rows
     if call.what == "forward":
-        return [F.linear(o.x[at].to(dtype), o.weight.to(dtype)) + F.linear(_u(i, dtype)[at], B)]
-    low_rank = _dropped(_ds(i, dtype)[at] @ A, i, at)
-    return [o.dy[at].to(dtype) @ o.weight.to(dtype) + low_rank]
+        return [F.linear(o.x[at].to(dtype), o.weight.to(dtype)) + _through(i, _u(i, dtype), o.lora_B.mT, at)]
+    return [o.dy[at].to(dtype) @ o.weight.to(dtype) + _dropped(_through(i, _ds(i, dtype), o.lora_A, at), i, at)]
 
 
 def _u(i: Inputs, dtype: torch.dtype) -> torch.Tensor:
-    return F.linear(_dropped(i.o.x.to(dtype), i), i.o.lora_A.to(dtype)) * i.o.scale
+    return _through(i, _dropped(i.o.x.to(dtype), i), i.o.lora_A.mT) * i.o.scale
 
 
 def _ds(i: Inputs, dtype: torch.dtype) -> torch.Tensor:
-    return (i.o.dy.to(dtype) @ i.o.lora_B.to(dtype)) * i.o.scale
+    return _through(i, i.o.dy.to(dtype), i.o.lora_B) * i.o.scale
+
+
+def _through(i: Inputs, t: torch.Tensor, matrix: torch.Tensor, rows=slice(None)) -> torch.Tensor:
+    """These rows of ``t`` times the matrix, or each times its adapter's of a stack: zeros where it has none."""
+    t = t[rows]
+    if i.o.adapters.segments is None:
+        return t @ matrix.to(t.dtype)
+    out = t.new_zeros(t.shape[0], matrix.shape[-1])
+    for e, at in _by_adapter(i.o.adapters.segments.ids[rows]):
+        out[at] = t[at] @ matrix[e].to(t.dtype)
+    return out
+
+
+def _gradient(i: Inputs, s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """``s^T t``, or the stack of them over each adapter's tokens: zeros where it has none."""
+    segments = i.o.adapters.segments
+    if segments is None:
+        return s.t() @ t
+    out = s.new_zeros(segments.num_adapters, s.shape[1], t.shape[1])
+    for e, at in _by_adapter(segments.ids):
+        out[e] = s[at].t() @ t[at]
+    return out
+
+
+def _by_adapter(ids: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+    """Each adapter that occurs, and the places of its tokens."""
+    for e in ids.unique().tolist():
+        if e >= 0:
+            yield e, (ids == e).nonzero().squeeze(1)
 
 
 def _dropped(t: torch.Tensor, i: Inputs, rows=slice(None)) -> torch.Tensor:

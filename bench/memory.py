@@ -24,7 +24,7 @@ def run(session: Session) -> int:
     formulas = dict(FORMULAS) | ({"triton": ours("triton")} if variants.kernels_run(session.device) else {})
     table, errors, budget = [], 0, Budget(session.seconds)
     for point in budget.walk(workloads.memory(session.device, session.quick)):
-        o = workloads.operands(point, session.device)
+        o = point.operands(session.device)
         cells = []
         for name, formula in formulas.items():
             try:

@@ -72,7 +72,7 @@ class Section:
             self.recorder.add(what="left out", arm=arm, detail=reason)
 
     def _point(self, point: MultiPoint) -> None:
-        o = multi_workloads.operands(point, self.device)
+        o = point.operands(self.device)
         arms, refused = self._arms(point, o)
         tiny = multi_workloads.small(point, o.adapters.segments)
         wrong = {name: self.checker.wrong(tiny, name, arm) for name, arm in arms.items() if name != "linear"}
@@ -144,7 +144,7 @@ class Section:
         floor, plan = times.get("linear", {}), point.grid == plan_cost.GRID
         for name, passes in times.items():
             for what, t in passes.items():
-                least = self.ceilings.least_ms(*multi_workloads.work(point, what)) if self.ceilings and not plan else None
+                least = self.ceilings.floor_ms(point, what) if self.ceilings and not plan else None
                 self.recorder.add(
                     **point.fields(), what="plan" if plan else what, arm=name, launch=launch, **described(name, what),
                     ms=t.ms(), rounds=t.rounds, roof_fraction=rounded(least / t.p50) if least else None,

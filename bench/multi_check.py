@@ -14,7 +14,7 @@ from lora_kernels import parity, reference
 from lora_kernels.tuning import Config
 
 from .baselines import Formula, gradients
-from .multi_workloads import MultiOperands, MultiPoint, operands
+from .multi_workloads import MultiOperands, MultiPoint
 from .timing import message
 from .workloads import Operands
 
@@ -56,7 +56,7 @@ class Checker:
 
     def _compare(self, tiny: MultiPoint, arm: Arm) -> str | None:
         if self._tiny != tiny:
-            self._tiny, self._operands, self._expected = tiny, operands(tiny, self.device), {}
+            self._tiny, self._operands, self._expected = tiny, tiny.operands(self.device), {}
         o = arm.of(self._operands)
         if arm.of not in self._expected:
             exact = outputs(textbook, in_float64(o), tiny.forward_alone)

@@ -13,12 +13,13 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import cast
 
 import torch
 
 from lora_kernels.segments import Adapters, Segments
 
-from .workloads import LLAMA_8B, LLAMA_70B, Operands, Point, fill
+from .workloads import LLAMA_8B, LLAMA_70B, Operands, Point
 
 ALPHA = 1.5
 MOST_TOKENS = 65536
@@ -27,6 +28,15 @@ S_LORA = ((8,), (64, 32, 16, 8))  # Sheng et al. 2023, arXiv:2311.03285, table 1
 LAYERS = {name: LLAMA_8B[name] for name in ("8B q,o", "8B gate,up", "8B down")}
 Q_O = {"8B q,o": LLAMA_8B["8B q,o"]}
 POPULARITIES = ("distinct", "identical", "uniform", "zipf")
+
+
+@dataclass
+class MultiOperands(Operands):
+    """A point's tensors, with what the host knows of them, which a baseline may use."""
+
+    ids: torch.Tensor | None = None
+    host_ids: list[int] | None = None
+    host_ranks: list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +67,34 @@ class MultiPoint(Point):
         ranks = f"r={'/'.join(map(str, self.ranks)) or self.r}"
         what = f"{self.grid} {self.M}x{self.K}->{self.N} {self.popularity} {self.adapters} of {self.loaded} {self.order} {ranks}"
         return f"{what} {str(self.dtype).removeprefix('torch.')}"
+
+    @property
+    def low_rank(self) -> tuple[int, int, int]:
+        ranks = rank_of(self)
+        used = torch.bincount(adapter_ids(self) + 1, minlength=self.loaded + 1)[1:].tolist()
+        u = sum(count * rank for count, rank in zip(used, ranks, strict=True))
+        return u, sum(rank for count, rank in zip(used, ranks, strict=True) if count), self.loaded * self.r
+
+    def empty_operands(self, device: torch.device) -> MultiOperands:
+        one, host_ids = super().empty_operands(device), adapter_ids(self)
+        A, B = (t.new_empty(self.loaded, *t.shape) for t in (one.lora_A, one.lora_B))
+        ids = host_ids.to(device)
+        plan = Segments.from_ids(ids, self.loaded, row_block=self.blocks[0], gather_block=self.blocks[1])
+        ranks = torch.tensor(rank_of(self), dtype=torch.int32).to(device) if self.ranks else None
+        return MultiOperands(
+            one.x, one.weight, A, B, one.dy, one.scale, one.p, Adapters(plan, None, ranks),
+            ids=ids, host_ids=host_ids.tolist(), host_ranks=rank_of(self),
+        )  # fmt: skip
+
+    def operands(self, device: torch.device) -> MultiOperands:
+        """The stacks hold zeros beyond an adapter's own rank, which a baseline may rest on."""
+        o = cast(MultiOperands, super().operands(device))
+        if self.ranks:
+            beyond = torch.arange(self.r, device=device) >= o.adapters.ranks[:, None]
+            with torch.no_grad():
+                o.lora_A.masked_fill_(beyond[:, :, None], 0)
+                o.lora_B.masked_fill_(beyond[:, None, :], 0)
+        return o
 
     def fields(self) -> dict:
         own = dict(loaded=self.loaded, adapters=self.adapters, popularity=self.popularity, order=self.order, ranks=list(self.ranks) or None)
@@ -117,59 +155,10 @@ def rank_of(point: MultiPoint) -> list[int]:
     return [point.ranks[e % len(point.ranks)] if point.ranks else point.r for e in range(point.loaded)]
 
 
-@dataclass
-class MultiOperands(Operands):
-    """A point's tensors, with what the host knows of them, which a baseline may use."""
-
-    ids: torch.Tensor | None = None
-    host_ids: list[int] | None = None
-    host_ranks: list[int] | None = None
-
-
-def empty_operands(point: MultiPoint, device: torch.device) -> MultiOperands:
-    """Operands whose values do not matter; device "meta": without storage."""
-    M, K, N, r, E = point.M, point.K, point.N, point.r, point.loaded
-    shapes = ((M, K), (N, K), (E, r, K), (E, N, r), (M, N))
-    x, weight, lora_A, lora_B, dy = (torch.empty(s, dtype=point.dtype, device=device) for s in shapes)
-    host_ids = adapter_ids(point)
-    ids = host_ids.to(device)
-    plan = Segments.from_ids(ids, E, row_block=point.blocks[0], gather_block=point.blocks[1])
-    ranks = torch.tensor(rank_of(point), dtype=torch.int32).to(device) if point.ranks else None
-    return MultiOperands(
-        x, weight, lora_A, lora_B, dy, 2.0, point.p, Adapters(plan, None, ranks),
-        ids=ids, host_ids=host_ids.tolist(), host_ranks=rank_of(point),
-    )  # fmt: skip
-
-
-def operands(point: MultiPoint, device: torch.device) -> MultiOperands:
-    """Random operands, the same for the same point; the stacks hold zeros beyond an adapter's own rank, which a baseline may rest on."""
-    o = empty_operands(point, device)
-    fill(o, point)
-    if point.ranks:
-        beyond = torch.arange(point.r, device=device) >= o.adapters.ranks[:, None]
-        with torch.no_grad():
-            o.lora_A.masked_fill_(beyond[:, :, None], 0)
-            o.lora_B.masked_fill_(beyond[:, None, :], 0)
-    return o
-
-
 def small(point: MultiPoint, plan: Segments) -> MultiPoint:
     """Fewer tokens and features; the same adapters, ranks and blocks, so that the point's configurations serve it, too."""
     blocks = plan.row_block, plan.gather_block
     return replace(point, M=min(point.M, 192), K=min(point.K, 1024), N=min(point.N, 1024), blocks=blocks)
-
-
-def work(point: MultiPoint, what: str) -> tuple[float, float]:
-    """(operations, least bytes moved) of a pass: each input in use read once, each output written once."""
-    M, K, N, ranks = point.M, point.K, point.N, rank_of(point)
-    used = torch.bincount(adapter_ids(point) + 1, minlength=point.loaded + 1)[1:].tolist()
-    u = sum(count * rank for count, rank in zip(used, ranks, strict=True))
-    stack = (K + N) * sum(rank for count, rank in zip(used, ranks, strict=True) if count)
-    forward = 2 * (M * N * K + u * (N + K)), M * K + N * K + M * N + stack + (0 if point.forward_alone else u)
-    # dX, dA and dB out: gradients are whole stacks, zeros included.
-    backward = 2 * (M * N * K + 2 * u * (N + K)), 2 * M * K + M * N + N * K + stack + u + point.loaded * point.r * (K + N)
-    operations, elements = {"forward": forward, "backward": backward, "both": (forward[0] + backward[0], forward[1] + backward[1])}[what]
-    return operations, elements * point.dtype.itemsize
 
 
 def grid(
@@ -257,6 +246,26 @@ def train(device: torch.device, quick: bool) -> list[MultiPoint]:
         *(_trained(adapters, each, "power", layer=layer) for adapters, each in uneven[:2] for layer in wide),
     ]
     return list(dict.fromkeys(found))
+
+
+def tune(cuda: bool, quick: bool) -> list[MultiPoint]:
+    """Points whose configurations are tuned, each number of tokens once: a bucket of the table has one measurement."""
+    if not cuda:
+        few = MultiPoint("popularity", "small", 2, 32, 48, 8, popularity="distinct", loaded=4)
+        many = MultiPoint("train", "small", 80, 32, 48, 8, popularity="gaps", spread=5, loaded=5)
+        return _in_float32([many, few])
+    if quick:
+        return [_trained(4, 128), *grid("popularity", Q_O, (16,), ("distinct",))]
+    wide = {name: LAYERS[name] for name in ("8B gate,up", "8B down")}
+    return [
+        *grid("popularity", Q_O, (64,), ("distinct",)),
+        _trained(64, 128),
+        *grid("prefill", Q_O, (2048,), spreads=(16,)),
+        *grid("popularity", wide, (64,), ("distinct",)),
+        *(_trained(64, 128, layer=layer) for layer in wide),
+        *grid("popularity", LAYERS, (16,), ("distinct",)),
+        *grid("prefill", wide, (2048,), spreads=(16,)),
+    ]
 
 
 def _trained(adapters: int, each: int, popularity: str = "even", order: str = "runs", layer: str = "8B q,o") -> MultiPoint:

@@ -17,7 +17,7 @@ import torch
 
 from lora_kernels.tuning import Arch, Config
 
-from . import multi_workloads, variants, workloads
+from . import variants
 from .session import say
 from .workloads import Operands, Point
 
@@ -167,5 +167,4 @@ def _signature(value, parameter=None) -> Any:
 
 def standing(point: Point) -> Operands:
     """Operands without storage."""
-    module = multi_workloads if isinstance(point, multi_workloads.MultiPoint) else workloads
-    return module.empty_operands(point, torch.device("meta"))
+    return point.empty_operands(torch.device("meta"))

@@ -1,8 +1,9 @@
 """Rows of lora_kernels/tuning/tables.py from what was measured: ``python -m bench.rows [--results DIR]`` prints them, ready to be pasted.
 
-A row needs a gain beyond the spread: of the joined tuned configuration over the heuristic's (tune.jsonl, the passes as a whole), or of the
-arm that `auto` would not take (tune.jsonl and single.jsonl, in every way the launches reached the device). "Beyond the spread": the 80th
-percentile of one below the 20th of the other. Where there is none, or no green check of the same code on the same GPU, it says why.
+A row needs a gain beyond the spread: of the joined tuned configuration over the heuristic's (tune.jsonl and mtune.jsonl, the passes as a
+whole), or of the arm that `auto` would not take (tune.jsonl and single.jsonl, in every way the launches reached the device; with many
+adapters none, for the chain waits for the device). "Beyond the spread": the 80th percentile of one below the 20th of the other. Where
+there is none, or no green check of the same code on the same GPU, it says why.
 """
 
 from __future__ import annotations
@@ -22,13 +23,16 @@ from .session import say
 
 PASSES = ("forward", "backward")
 REACH = 4  # a bucket ends at the geometric middle between measured token counts, but at most this factor away from its own
+ONE, ANY = (0, 1), (1, 1 << 31)  # adapters: one without a plan, or as many as you like with one
 EDGE = 2  # and so far beyond the fewest and the most tokens that were measured
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """What one row is for, besides its token count; N and K are the problem's: a backward pass has the layer's the other way round."""
+    """What one row is for, besides its token count. N and K are the problem's: a backward pass has the layer's the other way round.
+    ``adapters``: how many may be loaded, [low, high), as in `Row`.
+    """
 
     gpu: str
     capability: tuple[int, int]
@@ -38,10 +42,11 @@ class Bucket:
     r: int
     dropout: bool
     itemsize: int
+    adapters: tuple[int, int] = ONE
 
     def __str__(self) -> str:
-        dropout = " dropout" if self.dropout else ""
-        return f"sm_{self.capability[0]}{self.capability[1]} {self.what} {self.K}->{self.N} r={self.r}{dropout} itemsize {self.itemsize}"
+        more = (" dropout" if self.dropout else "") + ("" if self.adapters == ONE else f" {self.adapters[0]} adapters and more")
+        return f"sm_{self.capability[0]}{self.capability[1]} {self.what} {self.K}->{self.N} r={self.r}{more} itemsize {self.itemsize}"
 
 
 @dataclass
@@ -88,7 +93,7 @@ def buckets(results: Path) -> dict[Bucket, dict[int, Measured]]:
     def at(row: dict) -> Measured:
         return found.setdefault(bucket_of(row), {}).setdefault(row["M"], Measured())
 
-    for row in read_all(results, "tune"):
+    for row in (*read_all(results, "tune"), *read_all(results, "mtune")):
         if usable(row) and row["kernel"] == "pass":
             at(row).tune[row["name"]] = row
     for row in read_all(results, "single"):
@@ -110,7 +115,15 @@ def usable(row: dict) -> bool:
 def bucket_of(row: dict) -> Bucket:
     N, K = (row["N"], row["K"]) if row["what"] == "forward" else (row["K"], row["N"])
     capability = (row["capability"][0], row["capability"][1])
-    return Bucket(row["gpu"], capability, row["what"], N, K, row["r"], row["p"] > 0, ITEMSIZE[row["dtype"]])
+    adapters = adapters_of(row["what"], row["loaded"] or 0)
+    return Bucket(row["gpu"], capability, row["what"], N, K, row["r"], row["p"] > 0, ITEMSIZE[row["dtype"]], adapters)
+
+
+def adapters_of(what: str, loaded: int) -> tuple[int, int]:
+    """What a measurement with so many adapters speaks for: a forward pass reads those in use alone, gradients are whole stacks."""
+    if not loaded:
+        return ONE
+    return ANY if what == "forward" else (-(-loaded // REACH), loaded * REACH)
 
 
 def reach(M: int, counts: list[int]) -> tuple[int, int]:
@@ -145,7 +158,7 @@ def chosen(bucket: Bucket, M: int, tokens: tuple[int, int], measured: Measured) 
         return "no configuration of the kernels was timed"
     row = bare_row(bucket, tokens, Config.from_dict(kernels["config"]))
     default = unmeasured(row.problem(M, bucket.r), Arch.cuda(*bucket.capability))[0]
-    arm, compared = arm_of(measured, kernels, default)
+    arm, compared = arm_of(measured, kernels, default) if bucket.adapters == ONE else (default, "")
     if arm == default and tuned is None:
         return f"nothing is faster than {default} with the heuristic's configuration beyond the spread{told(measured)}"
     parts = [f"{gain(tuned, own)} over the heuristic's configuration"] if tuned and own else []
@@ -184,7 +197,8 @@ def bare_row(bucket: Bucket, tokens: tuple[int, int], config: Config) -> Row:
     tile = rank_block(bucket.r, MAX_RANK)
     rank = (1 if tile == 16 else tile // 2 + 1, tile + 1)
     w_major = "k" if bucket.what == "forward" else "n"
-    return Row(bucket.capability, tokens, bucket.N, bucket.K, rank, bucket.dropout, bucket.itemsize, "", config, "", w_major=w_major)
+    shape = (bucket.capability, tokens, bucket.N, bucket.K, rank, bucket.dropout, bucket.itemsize)
+    return Row(*shape, arm="", config=config, source="", adapters=bucket.adapters, w_major=w_major)
 
 
 def served(row: Row) -> Row | str:
@@ -203,7 +217,7 @@ def main(argv: list[str] | None = None) -> int:
     for line in lines:
         say(f"no row: {line}")
     if not found and not lines:
-        say(f"no row: {args.results} holds no tune.jsonl nor single.jsonl of a GPU")
+        say(f"no row: {args.results} holds no tune.jsonl, mtune.jsonl nor single.jsonl of a GPU")
         return 1
     print("from .config import Config, Expand, Shrink, Wgrad\n")
     print("ROWS: tuple[Row, ...] = (\n" + "".join(f"    {row},\n" for row in found) + ")")

@@ -40,7 +40,7 @@ def run(session: Session) -> int:
         precompile.run(precompile.of_points(points, arch, session.variants), arch, session.seconds / 3)
     peers = Peers(recorder, session.device)
     for point in budget.walk(points):
-        o = workloads.operands(point, session.device)
+        o = point.operands(session.device)
         timed = arms(session, point, o, peers, said)
         for launch in launches.get(point.grid, ("queued" if cuda else "host",)):
             _measure(recorder, session, point, o, timed, clocks[launch], ceilings, seconds)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from lora_kernels import parity
 
-from . import peer_modules, workloads
+from . import peer_modules
 from .baselines import Formula, gradients, training
 from .conditions import Recorder
 from .multi_check import NAMES, in_float64, outputs, textbook
@@ -78,7 +78,7 @@ def how_checked(tiny: Point) -> str:
 
 def wrong(tiny: Point, module: ModuleType, device: torch.device) -> str | None:
     """What is wrong with a peer at a small point, or None: without dropout, and where the point has it, with dropout and a zero weight."""
-    run, o = formula(module), workloads.operands(tiny, device)
+    run, o = formula(module), tiny.operands(device)
     plain = replace(o, p=0.0)
     error = _compare(outputs(run, plain, False), textbook, plain, f"{tiny.M}x{tiny.K}->{tiny.N}, p = 0")
     if error or not o.p:

@@ -21,7 +21,7 @@ def test_single(benchmark, device, layer, what, arm):
     on_gpu = device == "cuda"
     K, N = LAYERS[device][layer]
     point = Point("pytest", layer, 2048 if on_gpu else 128, K, N, dtype=torch.bfloat16 if on_gpu else torch.float32)
-    o = workloads.operands(point, torch.device(device))
+    o = point.operands(torch.device(device))
     step = (inference if what == "forward" else training)(FORMULAS[arm], o)
 
     def call():

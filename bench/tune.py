@@ -1,4 +1,5 @@
-"""Section ``tune``: each kernel's configurations timed alone, and the joined best against the heuristic's and the chain as whole passes.
+"""Sections ``tune`` and, with many adapters, ``mtune``: each kernel's configurations timed alone, and the joined best as whole passes
+against the heuristic's and the chain.
 
 Successive halving, told apart by ``round``: "first" is a short pass over all candidates, "last" a longer one over the fastest few and
 the heuristic's own. A candidate is timed only after its result was within the error budget of `lora_kernels.parity`. What a call takes
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,7 +18,7 @@ import torch
 from lora_kernels import parity
 from lora_kernels.tuning import Arch, Config, heuristic
 
-from . import kernel_calls, precompile, roof, variants, workloads
+from . import kernel_calls, multi_workloads, precompile, roof, variants, workloads
 from .baselines import inference, ours, training
 from .candidates import OVERLAPS, candidates, overlapped, short
 from .conditions import Recorder
@@ -45,13 +47,20 @@ class Tuning:
 
 
 def run(session: Session) -> int:
+    return section(session, "tune", workloads.tune(session.device.type == "cuda", session.quick))
+
+
+def many(session: Session) -> int:
+    return section(session, "mtune", multi_workloads.tune(session.device.type == "cuda", session.quick))
+
+
+def section(session: Session, name: str, points: Sequence[Point]) -> int:
     """Writes a row for each candidate and round and each whole pass; returns the number of those that failed or were wrong."""
     cuda = session.device.type == "cuda"
     arch = variants.kernels_run(session.device)
-    recorder, budget, until = session.recorder("tune"), Budget(session.seconds), time.perf_counter() + session.seconds
-    points = workloads.tune(cuda, session.quick)
+    recorder, budget, until = session.recorder(name), Budget(session.seconds), time.perf_counter() + session.seconds
     if arch is None:
-        say(f"tune: no kernel runs on {session.device}, so there is nothing to tune; the chain alone is timed")
+        say(f"{name}: no kernel runs on {session.device}, so there is nothing to tune; the chain alone is timed")
     elif cuda:
         precompile.run(jobs(points, arch), arch, session.seconds / 3)
     tuning = Tuning(session, recorder, clock_for(session.device), roof.load(session), arch, until)
@@ -65,7 +74,7 @@ def run(session: Session) -> int:
     return len(failed)
 
 
-def jobs(points: list[Point], arch: Arch) -> list[KernelJob]:
+def jobs(points: Sequence[Point], arch: Arch) -> list[KernelJob]:
     """Every candidate's launches, for `precompile`."""
     found = []
     for point in points:
@@ -77,7 +86,7 @@ def jobs(points: list[Point], arch: Arch) -> list[KernelJob]:
 
 def tune_point(tuning: Tuning, point: Point) -> None:
     """Every kernel of the point one after the other, then both passes as they would be called."""
-    o = workloads.operands(point, tuning.session.device)
+    o = point.operands(tuning.session.device)
     passes = ("forward",) if point.forward_alone else ("forward", "backward")
     if tuning.arch is None:
         time_passes(tuning, point, o, {}, {})
@@ -241,5 +250,6 @@ def finals(rows: list[dict]) -> dict[tuple[str, str, str], dict[str, dict]]:
     for row in rows:
         if row["round"] == "last" and row["ms"]:
             point = f"{row['grid']} {row['M']}x{row['K']}->{row['N']} r={row['r']} p={row['p']:g}"
+            point += f" {row['adapters']} of {row['loaded']}" if row["loaded"] else ""
             found.setdefault((point, row["kernel"], row["what"]), {})[row["name"]] = row
     return found

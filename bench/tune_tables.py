@@ -1,4 +1,4 @@
-"""The Markdown tables of the sections tune, compiles and sanitize; see `bench.report_tables`."""
+"""The Markdown tables of the sections tune, mtune, compiles and sanitize; see `bench.report_tables`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from .report_tables import PASSES, ms
 from .table import markdown_table, ratio
 from .tune import HEURISTIC, finals
 
-COMMANDS = {name: f"python -m bench.device {name} --out bench/results" for name in ("tune", "compiles", "sanitize")}
+COMMANDS = {name: f"python -m bench.device {name} --out bench/results" for name in ("tune", "mtune", "compiles", "sanitize")}
 
 
 def tune(rows: list[dict], brief: bool) -> str:
@@ -18,7 +18,8 @@ def tune(rows: list[dict], brief: bool) -> str:
         if brief and first["kernel"] != "pass":
             continue
         own = mine.get(HEURISTIC)
-        cells = [f"{first['layer']} {first['K']}->{first['N']}", first["M"], first["r"], f"{first['p']:g}", PASSES[first["what"]]]
+        tokens = f"{first['M']} of {first['adapters']} adapters" if first["loaded"] else first["M"]
+        cells = [f"{first['layer']} {first['K']}->{first['N']}", tokens, first["r"], f"{first['p']:g}", PASSES[first["what"]]]
         cells += [first["kernel"].replace("pass", "whole pass"), ms(own, brief), ms(best, brief)]
         cells += [ratio(own["ms"]["p50"] / best["ms"]["p50"]) if own else ""]
         lines.append([*cells, best["name"] if first["kernel"] == "pass" else short(first["kernel"], best["config"])])
@@ -50,4 +51,4 @@ def sanitize(rows: list[dict], brief: bool) -> str:
     return "compute-sanitizer over the quick parity check.\n\n" + markdown_table(["tool", "clean", "summary"], lines, left=3)
 
 
-RENDERERS = {"tune": tune, "compiles": compiles, "sanitize": sanitize}
+RENDERERS = {"tune": tune, "mtune": tune, "compiles": compiles, "sanitize": sanitize}

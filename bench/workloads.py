@@ -40,6 +40,28 @@ class Point:
     def forward_alone(self) -> bool:
         return self.grid == "decode"
 
+    @property
+    def low_rank(self) -> tuple[int, int, int]:
+        """(elements of u, the ranks of the adapters in use added up, those of all that are loaded)."""
+        return self.M * self.r, self.r, self.r
+
+    def empty_operands(self, device: torch.device) -> Operands:
+        """Operands whose values do not matter; device "meta": without storage."""
+        M, K, N, r = self.M, self.K, self.N, self.r
+        shapes = ((M, K), (N, K), (r, K), (N, r), (M, N))
+        x, weight, lora_A, lora_B, dy = (torch.empty(s, dtype=self.dtype, device=device) for s in shapes)
+        return Operands(x, weight, lora_A, lora_B, dy, scale=2.0, p=self.p)
+
+    def operands(self, device: torch.device) -> Operands:
+        """Random operands, the same for the same point."""
+        o = self.empty_operands(device)
+        generator = torch.Generator(device).manual_seed(0)
+        for t, std in ((o.x, 1.0), (o.weight, self.K**-0.5), (o.lora_A, self.K**-0.5), (o.lora_B, self.r**-0.5), (o.dy, 1.0)):
+            t.normal_(0.0, std, generator=generator)
+        for t in (o.x, o.lora_A, o.lora_B):
+            t.requires_grad_(True)
+        return o
+
 
 @dataclass
 class Operands:
@@ -53,28 +75,6 @@ class Operands:
     scale: float
     p: float
     adapters: Adapters = ONE
-
-
-def empty_operands(point: Point, device: torch.device) -> Operands:
-    """Operands whose values do not matter; device "meta": without storage."""
-    M, K, N, r = point.M, point.K, point.N, point.r
-    x, weight, lora_A, lora_B, dy = (torch.empty(s, dtype=point.dtype, device=device) for s in ((M, K), (N, K), (r, K), (N, r), (M, N)))
-    return Operands(x, weight, lora_A, lora_B, dy, scale=2.0, p=point.p)
-
-
-def operands(point: Point, device: torch.device, seed: int = 0) -> Operands:
-    """Random operands, the same for the same seed."""
-    o = empty_operands(point, device)
-    fill(o, point, seed)
-    return o
-
-
-def fill(o: Operands, point: Point, seed: int = 0) -> None:
-    generator = torch.Generator(o.x.device).manual_seed(seed)
-    for t, std in ((o.x, 1.0), (o.weight, point.K**-0.5), (o.lora_A, point.K**-0.5), (o.lora_B, point.r**-0.5), (o.dy, 1.0)):
-        t.normal_(0.0, std, generator=generator)
-    for t in (o.x, o.lora_A, o.lora_B):
-        t.requires_grad_(True)
 
 
 def train(layers: dict, tokens: Iterable[int], ranks: Iterable[int], grid: str = "train", dropouts=(0.1, 0.0), dtype=torch.bfloat16):

@@ -153,7 +153,7 @@ def test_bad_arguments(args, tmp_path):
 
 
 def float64(p: float) -> workloads.Operands:
-    return workloads.operands(Point("test", "small", 24, 40, 32, 8, p, torch.float64), CPU)
+    return Point("test", "small", 24, 40, 32, 8, p, torch.float64).operands(CPU)
 
 
 @pytest.mark.parametrize("name", [name for name in baselines.FORMULAS if name != "linear"] + ["torch.compile"])

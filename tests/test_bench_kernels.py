@@ -21,7 +21,7 @@ import torch
 from bench import baselines, variants, workloads
 from bench.workloads import Point
 
-o = workloads.operands(Point("train", "small", 24, 40, 32, 8, 0.0, torch.float32), torch.device("cpu"))
+o = Point("train", "small", 24, 40, 32, 8, 0.0, torch.float32).operands(torch.device("cpu"))
 arch = variants.kernels_run(torch.device("cpu"))
 for grid, every in (("train", {every}), ("decode", False)):
     point = Point(grid, "small", *o.x.shape, 32, 8, 0.0, torch.float32)
@@ -62,7 +62,7 @@ assert precompile.run(jobs, arch, 100.0) == len(precompile.distinct(jobs, arch))
 cache = Path({cache!r})
 before = sorted(cache.iterdir())
 assert before
-o = workloads.empty_operands(point, torch.device("cpu"))
+o = point.empty_operands(torch.device("cpu"))
 for f, _ in variants.choices(point, o, arch, False)[0].values():
     run = lambda: launch.forward(o.x, o.weight, o.lora_A, o.lora_B, None, None, o.adapters, o.scale, 0.0, False, f)
     assert compile_only.compile_calls(run, arch, "")

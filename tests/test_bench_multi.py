@@ -144,7 +144,7 @@ def test_grids_hold_the_workloads():
 
 
 def test_beyond_an_adapters_rank_the_stacks_are_zero():
-    o = workloads.operands(replace(SMALL, ranks=(2, 8), popularity="distinct", M=6), CPU)
+    o = replace(SMALL, ranks=(2, 8), popularity="distinct", M=6).operands(CPU)
     assert o.host_ranks == [2, 8] * 4 and o.adapters.ranks.tolist() == o.host_ranks
     assert not o.lora_A[::2, 2:].any() and not o.lora_B[::2, :, 2:].any() and o.lora_A[1::2].all()
 
@@ -152,9 +152,9 @@ def test_beyond_an_adapters_rank_the_stacks_are_zero():
 @pytest.mark.parametrize("what", ["forward", "backward", "both"])
 def test_work_of_one_adapter_is_that_of_a_single_one(what):
     many = MultiPoint("train", "l", 24, 64, 48, 8, loaded=1, popularity="identical")
-    assert workloads.work(many, what) == roof.work(Point("train", "l", 24, 64, 48, 8), what)
+    assert roof.work(many, what) == roof.work(Point("train", "l", 24, 64, 48, 8), what)
     more = replace(many, loaded=4, popularity="none")
-    assert workloads.work(more, "forward") == (2 * 24 * 64 * 48, 2 * (24 * 64 + 64 * 48 + 24 * 48))
+    assert roof.work(more, "forward") == (2 * 24 * 64 * 48, 2 * (24 * 64 + 64 * 48 + 24 * 48))
 
 
 POINTS = [
@@ -209,7 +209,7 @@ def test_a_wrong_gradient_is_caught(part, what):
 
 def test_groups_hold_every_token_once_and_are_padded_in_training():
     for point in POINTS[:2] + POINTS[5:]:
-        o = workloads.operands(point, CPU)
+        o = point.operands(CPU)
         g = multi_baselines.groups(o, 1 if point.forward_alone else 8)
         ends = g.ends.tolist()
         assert torch.equal(g.order[g.back], torch.arange(point.M))
@@ -312,9 +312,9 @@ def test_peers_are_loaded_and_checked(tmp_path, monkeypatch):
 
 def test_small_versions_keep_what_the_configuration_rests_on():
     point = MultiPoint("prefill", "8B gate,up", 8192, 4096, 14336, spread=64)
-    plan = workloads.empty_operands(point, torch.device("meta")).adapters.segments
+    plan = point.empty_operands(torch.device("meta")).adapters.segments
     tiny = workloads.small(point, plan)
-    own = workloads.empty_operands(tiny, torch.device("meta")).adapters.segments
+    own = tiny.empty_operands(torch.device("meta")).adapters.segments
     assert (own.row_block, own.gather_block) == (plan.row_block, plan.gather_block) == (128, 32)
     assert (tiny.M, tiny.K, tiny.N, tiny.loaded) == (192, 1024, 1024, 64)
 
@@ -331,13 +331,13 @@ from dataclasses import replace
 from bench import multi_variants, variants
 from bench.baselines import ours
 from bench.multi_check import Arm, Checker
-from bench.multi_workloads import MultiPoint, operands, small
+from bench.multi_workloads import MultiPoint, small
 
 cpu = torch.device("cpu")
 arch = variants.kernels_run(cpu)
 base = MultiPoint("decode", "small", 24, 40, 32, 8, dtype=torch.float32, loaded=5, spread=3)
 for point in (base, replace(base, grid="train", popularity="power", spread=5), replace(base, popularity="distinct", M=5, ranks=(3, 8))):
-    o = operands(point, cpu)
+    o = point.operands(cpu)
     configs, refused = multi_variants.configs(point, o, arch)
     names = ["given", "given+pdl", "awaited"] + (["overlapped by stream", "overlapped by pdl"] if point.grid == "train" else [])
     assert list(configs) == [f"triton:{name}" for name in names] and not refused, refused
@@ -362,7 +362,7 @@ from pathlib import Path
 import torch
 from bench import multi_baselines, multi_variants, precompile
 from bench.baselines import inference, ours, training
-from bench.multi_workloads import MultiPoint, operands, small
+from bench.multi_workloads import MultiPoint, small
 from lora_kernels import compile_only, dispatch
 from lora_kernels.tuning import Arch
 
@@ -378,11 +378,11 @@ assert precompile.run(jobs, arch, 200.0) == len(precompile.distinct(jobs, arch))
 before = sorted(cache.iterdir())
 assert before
 for timed in points:
-    o = operands(timed, cpu)
+    o = timed.operands(cpu)
     configs = [None, *multi_variants.configs(timed, o, arch)[0].values()]
     assert len(configs) == (4 if timed.forward_alone else 6)
     for point in (timed, small(timed, o.adapters.segments)):
-        o = operands(point, cpu)
+        o = point.operands(cpu)
         make = inference if point.forward_alone else training
         steps = [make(ours("triton", config), o) for config in configs]
         if not point.forward_alone:

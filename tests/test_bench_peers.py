@@ -155,7 +155,7 @@ def test_a_check_is_made_once_for_equal_small_points(tmp_path, monkeypatch):
     peers = single_peers.Peers(session.Session(CPU, tmp_path / "out").recorder("single"), CPU)
     points = [Point("train", "a", 8192, 4096, 14336, 16, p) for p in (0.1, 0.0)] + [Point("lorafusion", "b", 2048, 5120, 5120, 16, 0.1)]
     for point in points:
-        steps, notes = peers.steps(point, workloads.empty_operands(point, torch.device("meta")))
+        steps, notes = peers.steps(point, point.empty_operands(torch.device("meta")))
         assert set(steps) == set(notes) == {"peer:lorafusion"}
     assert [(tiny.M, tiny.K, tiny.N, tiny.p) for tiny in asked] == [(192, 1024, 1024, 0.1), (192, 1024, 1024, 0.0)]
     assert peers.steps(Point("decode", "a", 1, 64, 64), None) == ({}, {})

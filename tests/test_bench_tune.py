@@ -65,7 +65,7 @@ def test_candidates_hold_what_is_to_be_decided():
 
 def float64(point: Point) -> kernel_calls.Inputs:
     point = replace(point, dtype=torch.float64)
-    return kernel_calls.inputs(point, workloads.operands(point, CPU))
+    return kernel_calls.inputs(point, point.operands(CPU))
 
 
 def test_expected_results_are_the_references():

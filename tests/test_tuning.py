@@ -59,7 +59,7 @@ def test_a_row_for_one_adapter_is_not_one_for_many(monkeypatch):
     sm_90 = Arch.parse("sm_90")
     monkeypatch.setattr(tables, "ROWS", (row,))
     assert lookup(PROBLEM, sm_90) is row and lookup(many, sm_90) is None
-    monkeypatch.setattr(tables, "ROWS", (replace(row, segments=True),))
+    monkeypatch.setattr(tables, "ROWS", (replace(row, adapters=(1, 64)),))
     assert lookup(PROBLEM, sm_90) is None and lookup(many, sm_90).config == config
     assert lookup(replace(many, row_block=128), sm_90) is None
 

@@ -1,6 +1,6 @@
 """Measured rows, by compute capability and shape bucket. Each row carries the measurement it rests on; no measurement, no row.
 
-``python -m bench.rows`` prints them from what `bench.device tune` and `single` measured; none is typed by hand.
+``python -m bench.rows`` prints them from what `bench.device tune`, `mtune` and `single` measured; none is typed by hand.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ class Row:
     """A measured choice for a bucket of problems on one compute capability.
 
     ``tokens``: the range [low, high) of M it holds for. ``arm``: "triton" or "torch", whichever was faster. ``source``: the file in
-    bench/results/ and the ratio it shows. ``segments``: whether it is for many adapters; then its tiles must be the plan's blocks.
+    bench/results/ and the ratio it shows. ``adapters``: how many may be loaded, [low, high): [0, 1) is one adapter without a plan; with
+    one, the configuration's tiles must be the plan's blocks.
     ``w_major``: as in `Problem`: "k" for the forward pass of a layer K -> N, "n" for the backward pass of a layer N -> K.
     """
 
@@ -33,13 +34,14 @@ class Row:
     arm: str
     config: Config
     source: str
-    segments: bool = False
+    adapters: tuple[int, int] = (0, 1)
     w_major: str = "k"
 
     def problem(self, M: int, R: int) -> Problem:
         """A problem of the bucket, its operands as a call's usually lie."""
         dropout = ("x" if self.w_major == "k" else "uv") if self.dropout else ""
-        blocks = (2, self.config.expand.block_m, self.config.shrink.block_m) if self.segments else (0, 0, 0)
+        least = self.adapters[0]
+        blocks = (least, self.config.expand.block_m, self.config.shrink.block_m) if least else (0, 0, 0)
         many: dict[str, Any] = dict(zip(("adapters", "row_block", "gather_block"), blocks, strict=True))
         return Problem(M, self.N, self.K, R, usual_dtype(self.itemsize), dropout, w_major=self.w_major, **many)
 
@@ -62,7 +64,7 @@ def lookup(problem: Problem, arch: Arch) -> Row | None:
             and row.rank[0] <= problem.R < row.rank[1]
             and row.dropout == bool(problem.dropout)
             and row.itemsize == problem.itemsize
-            and row.segments == bool(problem.adapters)
+            and row.adapters[0] <= problem.adapters < row.adapters[1]
             and row.w_major == problem.w_major
             and (row.arm == "torch" or why_not(row.config, problem, arch) is None)
         ):
