@@ -54,6 +54,7 @@ def short(kernel: str, part: dict) -> str:
         words += [part["u"]] if part["u"] != "given" else []
         words += ["library"] if part["base"] == "library" else []
     words += [flag for flag in ("tma", "persistent", "pdl", "masked") if part.get(flag)]
+    words += [f"walk{part['walk']}"] if part.get("walk") else []
     words += [f"beside by {part['beside']}"] if part.get("beside") else []
     return " ".join(words)
 
@@ -77,7 +78,7 @@ def _wgrads(problem: Problem, arch: Arch, own: Wgrad) -> Iterator[Wgrad]:
 
 def _expands(problem: Problem, arch: Arch, own: Expand) -> Iterator[Expand]:
     if problem.M <= FEW_TOKENS:
-        yield from _few_tokens(problem, arch)
+        yield from _few_tokens(problem, arch, own)
         return
     modes = list(_modes(own.tma))
     wide = problem.itemsize == 2 and arch.shared_memory >= 160 << 10
@@ -98,16 +99,18 @@ def _modes(tma: bool) -> Iterator[dict]:
         yield dict(tma=tma, persistent=persistent, num_warps=8)
 
 
-def _few_tokens(problem: Problem, arch: Arch) -> Iterator[Expand]:
+def _few_tokens(problem: Problem, arch: Arch, own: Expand) -> Iterator[Expand]:
     rows = problem.row_block or _power(problem.M)
     tiles = itertools.product(dict.fromkeys((rows, max(16, rows // 2))), (16, 32, 64, 128), ((64, 3), (64, 5), (128, 3)))
     for m, n, (k, stages) in tiles:
         tile = Expand(m, n, k, num_warps=4, num_stages=stages)
         yield replace(tile, u="loop")
         blocks = -(-problem.M // m) * -(-problem.N // n)
-        yield from (replace(tile, split=split) for split in _splits(blocks, problem.K, k, arch) if split <= 16)
+        yield from (replace(tile, split=split, walk=own.walk) for split in _splits(blocks, problem.K, k, arch) if split <= 16)
+    if own.walk:
+        yield from (replace(own, walk=walk, split=split) for walk in (0, 9, 21) for split in (1, 2))
     for n in (32, 64) if arch.has_pdl else ():
-        tile, blocks = Expand(rows, n, 64, num_warps=4, num_stages=5, pdl=True), -(-problem.N // n)
+        tile, blocks = Expand(rows, n, 64, num_warps=4, num_stages=5, pdl=True, walk=own.walk), -(-problem.N // n)
         yield from (replace(tile, split=split) for split in _splits(blocks, problem.K, 64, arch) if split <= 16)
 
 

@@ -1,5 +1,6 @@
-"""The kernels' arms with many adapters: the heuristic's configuration with u given and with u awaited, where its products are masked a
-narrower tile, of which two fit a multiprocessor, and selected products, and what they compile.
+"""The kernels' arms with many adapters: the heuristic's configuration with u given and with u awaited; where its products are masked a
+narrower tile, of which two fit a multiprocessor, and selected products; where it walks the adapters far ahead, no further than it loads
+W, and the walk in a program of its own, beside W's; and what they compile.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from .workloads import Operands, Point
 
 SOURCES: dict[str, dict] = {"given": {"u": "given"}, "given+pdl": {"u": "given", "pdl": True}, "awaited": {"u": "awaited"}}
 NARROW = {"u": "given", "block_n": 128, "num_stages": 3}
+WALKED: dict[str, dict] = {"short walk": {"u": "given", "walk": 0}, "walk beside": {"u": "given", "split": 2}}
 MASKED: dict[str, dict] = {"narrow": NARROW, "selected": NARROW | {"masked": False}}
 
 
@@ -28,7 +30,8 @@ def configs(point: MultiPoint, o: Operands, arch: Arch) -> tuple[dict[str, Confi
     forward, backward = variants.problems(o)
     base = heuristic(forward, arch)
     tried: dict[str, tuple[Config | None, str | None]] = {}
-    for name, changes in (SOURCES | (MASKED if base.expand.masked else {})).items():
+    more = MASKED if base.expand.masked else WALKED if base.expand.walk and base.expand.split == 1 else {}
+    for name, changes in (SOURCES | more).items():
         # A split of K wants u given.
         whole = {"split": 1} if changes["u"] != "given" and getattr(base.expand, "split", 1) > 1 else {}
         tried[name] = variants.fitted(base, {"base": "kernel"} | changes | whole, forward, arch)

@@ -249,7 +249,7 @@ def run_expand(
     )  # fmt: skip
     blocks = max(c.block_m, c.block_n, c.block_k)
     options = dict(
-        LOAD_X=load_x, LOAD_W=load_w, LOAD_U=load_u, U=c.u, SEGMENTS=seg is not None, MASKED=c.masked,
+        LOAD_X=load_x, LOAD_W=load_w, LOAD_U=load_u, U=c.u, SEGMENTS=seg is not None, MASKED=c.masked, WALK=c.walk or None,
         SPLIT=parts is not None, EXACT=exact, SAVE_U=c.u == "loop" and u is not None,
         DROP_X=drop_x is not None and c.u != "given",
         DROP_UV=drop_uv is not None, PRECISION="ieee" if exact else precision(x.dtype),

@@ -64,6 +64,7 @@ class Case:
         if self.config:
             e = self.config.expand
             parts += [f"u {e.u}"] + [flag for flag in ("tma", "persistent", "pdl", "masked") if getattr(e, flag)]
+            parts += [f"walk {e.walk}"] if e.walk else []
             parts += [f"gradients beside dX by {self.config.wgrad.beside}"] if self.config.wgrad.beside else []
             parts += ["library base"] if e.base == "library" else []
             parts += [f"K split {e.split}"] if e.split > 1 else []
@@ -256,7 +257,8 @@ def cases(device: torch.device, quick: bool = False) -> list[Case]:
     found += [replace(odd, dtype=dtypes[0], layout=layout) for layout in ("transposed", "sliced", "expanded")]
     ways = configs(arch, small=small)
     masked = [replace(c, expand=replace(c.expand, masked=True)) for c in ways if not (c.expand.persistent or c.wgrad.beside)]
-    for config in ways + masked:
+    walked = [replace(c, expand=replace(c.expand, walk=7)) for c in (*ways, *masked) if c.expand.split > 1]
+    for config in ways + masked + walked:
         base = replace(odd if not config.expand.tma else even, config=config, adapters=5)
         found += [
             replace(base, dtype=dtypes[0], p=0.1, mixed_ranks=True),

@@ -43,7 +43,7 @@ STEP = "tl.num_programs(0) if PERSISTENT else 1"
 WAIT = "< wanted:\n                pass"
 TICKET = 'tl.atomic_add(ticket_ptr, 1, sem="relaxed", scope="gpu")'
 SELECTED = "equivalent: the select that follows drops those columns"
-SELECT, LOADED_V = "uv = tl.where(own, product, uv)", "load_dense(its_v, {}, n0, rank, N"
+SELECT, WALKED = "uv += tl.where(own, product, 0.0)", "m0 // BLOCK_M) * STEPS"
 ALL_PARTS = "if arrived == parts[3] - 1:\n            acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)"
 SHRINK_SELECT = "(r0 + tl.arange(0, BLOCK_R) < rank)[None, :] & live"
 WGRAD_SELECT = "acc = tl.where((r0 + tl.arange(0, BLOCK_R) < rank)[None, :], acc, 0.0)"
@@ -104,7 +104,7 @@ ONE_ADAPTER = [
     Mutant("expand: bias of the first tile", EXPAND, "n = n0 + tl.arange", "n = 0 * n0 + tl.arange"),
     Mutant("expand: bias not masked", EXPAND, "tl.load(bias_ptr + n, mask=n < N, other=0.0)", "tl.load(bias_ptr + n)", tests="machine"),
     Mutant("expand: store not masked", EXPAND, "acc.to(y_ptrs.dtype.element_ty), mask=y_mask)", "acc.to(y_ptrs.dtype.element_ty))"),
-    Mutant("expand: TF32 always", EXPAND, "_precision=PRECISION", '_precision="tf32"', 8, tests="machine"),
+    Mutant("expand: TF32 always", EXPAND, "_precision=PRECISION", '_precision="tf32"', 7, tests="machine"),
     Mutant("expand: persistent step of 1", EXPAND, STEP, "1", note=SPEED),
     Mutant("expand: persistent step too long", EXPAND, STEP, "tl.num_programs(0) + 1"),
     Mutant("expand: persistent range without producers", EXPAND, "last = producers + num_m", "last = num_m"),
@@ -197,6 +197,7 @@ MANY = [
     Mutant("wgrad: mask of the sorted place", WGRAD, "threshold, tokens, j0", "threshold, m0 + tl.arange(0, BLOCK_M), j0"),
     Mutant("expand: masked sum, not a select", EXPAND, SELECT, "uv += tl.where(own, 1.0, 0.0) * product"),
     Mutant("expand: no select", EXPAND, SELECT, "uv += product"),
+    Mutant("expand: last rank block's product alone", EXPAND, SELECT, "uv = tl.where(own, product, uv)"),
     Mutant("masked: others' rows of u", EXPAND, "EVEN_R, WIDE, own).to(TYPE)", "EVEN_R, WIDE).to(TYPE)"),
     Mutant("masked: infinities in the product", EXPAND, "tl.where(finite, v_tile, 0.0)", "v_tile"),
     Mutant("masked: infinities lost", EXPAND, "tl.where(own, uv + poison[None, :], uv)", "uv"),
@@ -205,12 +206,13 @@ MANY = [
            "LOAD_U(u, m0, 0, M, R, BLOCK_M, BLOCK_R, False, EVEN_R, WIDE, own)"),
     Mutant("expand: adapters of the first block", EXPAND, "rows[1] + m0 + i", "rows[1] + i"),
     Mutant("expand: number of the first block", EXPAND, "rows[2] + m0 // BLOCK_M", "rows[2]"),
-    Mutant("expand: last adapter left out", EXPAND, "m0 // BLOCK_M)):", "m0 // BLOCK_M) - 1):"),
+    Mutant("expand: last adapter left out", EXPAND, WALKED, f"{WALKED} - STEPS"),
+    Mutant("expand: last rank block left out", EXPAND, WALKED, f"{WALKED} - 1"),
+    Mutant("expand: an adapter for each rank block", EXPAND, "m0 + i // STEPS", "m0 + i"),
     Mutant("expand: rank of adapter 0", EXPAND, "tl.load(ranks_ptr + adapter)", "tl.load(ranks_ptr)"),
-    Mutant("expand: no rank bound", EXPAND, LOADED_V.format(0), LOADED_V.format(0).replace("rank", "R")),
-    Mutant("expand: no rank bound in rank blocks", EXPAND, LOADED_V.format("r0"), LOADED_V.format("r0").replace("rank", "R")),
-    Mutant("expand: first rank block of an adapter only", EXPAND, "(0, rank, BLOCK_R", "(0, tl.minimum(rank, 1), BLOCK_R", 2),
-    Mutant("expand: last rank block for all", EXPAND, "product = tl.dot(u_tile, v_tile, product,", "product = tl.dot(u_tile, v_tile,"),
+    Mutant("expand: no rank bound", EXPAND, "load_dense(its_v, r0, n0, rank, N", "load_dense(its_v, r0, n0, R, N"),
+    Mutant("masked: first rank block of an adapter only", EXPAND, "(0, rank, BLOCK_R", "(0, tl.minimum(rank, 1), BLOCK_R"),
+    Mutant("expand: first rank block for all", EXPAND, "r0 = i % STEPS * BLOCK_R", "r0 = 0"),
     Mutant("expand: adapter 0 for all", EXPAND, "adapter.to(tl.int64) * stride_ve", "0"),
     Mutant("expand: adapter in 32 bits", EXPAND, "adapter.to(tl.int64) * stride_ve", "adapter * stride_ve"),
     Mutant("expand: base lost beside many adapters", EXPAND, "return uv if FIRST else acc + uv", "return uv"),

@@ -19,7 +19,7 @@ TILES = Config(Shrink(16, 16, split=2, num_stages=2), Expand(16, 16, 16, num_war
 MANY = Case(37, 40, 50, 5, config=TILES, adapters=6)
 AWAITED = replace(TILES, expand=replace(TILES.expand, u="awaited"))
 LIBRARY = replace(TILES, expand=replace(TILES.expand, base="library"))
-SPLIT = replace(TILES, expand=replace(TILES.expand, split=2))
+SPLIT = replace(TILES, expand=replace(TILES.expand, split=2, walk=7))
 MASKED = replace(TILES, expand=replace(TILES.expand, masked=True))
 WAYS = {"given": TILES, "masked": MASKED, "awaited": AWAITED, "library": LIBRARY, "split": SPLIT}
 CONFIGS = pytest.mark.parametrize("config", WAYS.values(), ids=WAYS)
@@ -31,7 +31,7 @@ def plan(ids, E: int, **blocks) -> Segments:
 
 
 def for_one(config: Config | None) -> Config | None:
-    return config and replace(config, expand=replace(config.expand, masked=False))
+    return config and replace(config, expand=replace(config.expand, masked=False, walk=0))
 
 
 def blocks_of(config: Config | None) -> dict:

@@ -85,6 +85,8 @@ def test_an_unknown_gpu_is_answered_too():
         (Config(expand=Expand(pdl=True, base="library")), PROBLEM, "sm_90", "serves u='given' and base='kernel'"),
         (Config(expand=Expand(masked=True)), PROBLEM, "sm_90", "and there is one adapter"),
         (Config(expand=Expand(masked=True)), replace(PROBLEM, adapters=4), "sm_100", "expand.masked is not compiled for sm_100"),
+        (Config(expand=Expand(walk=5)), PROBLEM, "sm_90", "is 0 where there is one adapter, got 5"),
+        (Config(expand=Expand(walk=-1)), replace(PROBLEM, adapters=4), "sm_90", "counts the stages of the loop"),
         (Config(wgrad=Wgrad(beside="graph")), PROBLEM, "sm_90", "wgrad.beside must be '', 'stream' or 'pdl', got 'graph'"),
         (Config(wgrad=Wgrad(beside="stream"), expand=Expand(u="awaited")), PROBLEM, "sm_90", "needs expand.u='given', got 'awaited'"),
         (Config(wgrad=Wgrad(beside="stream"), expand=Expand(pdl=True)), PROBLEM, "sm_90", "an event between shrink and expand"),

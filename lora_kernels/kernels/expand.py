@@ -77,6 +77,7 @@ def low_rank(
     LOAD_U: tl.constexpr,
     SEGMENTS: tl.constexpr,
     MASKED: tl.constexpr,
+    WALK: tl.constexpr,
     DROP_UV: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -97,8 +98,10 @@ def low_rank(
         ids = tl.load(rows[0] + tokens, mask=tokens < M, other=-1)
         if R_BLOCKS == 1 and not MASKED:
             u_tile = LOAD_U(u, m0, 0, M, R, BLOCK_M, BLOCK_R, False, EVEN_R, WIDE).to(TYPE)
-        for i in tl.range(0, tl.load(rows[2] + m0 // BLOCK_M)):
-            adapter = tl.load(rows[1] + m0 + i)
+        # One step an adapter; where products are selected, one for each block of its rank, so that no inner loop ends the pipeline.
+        STEPS: tl.constexpr = 1 if MASKED else R_BLOCKS
+        for i in tl.range(0, tl.load(rows[2] + m0 // BLOCK_M) * STEPS, num_stages=WALK):
+            adapter = tl.load(rows[1] + m0 + i // STEPS)
             rank = R
             if ranks_ptr is not None:
                 rank = tl.minimum(tl.load(ranks_ptr + adapter), R)
@@ -116,17 +119,13 @@ def low_rank(
                         TYPE, LOAD_U, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R, EVEN_N, EVEN_R, WIDE,
                     )  # fmt: skip
             else:
-                # v: [BLOCK_R, BLOCK_N]
-                if R_BLOCKS == 1:
-                    v_tile = load_dense(its_v, 0, n0, rank, N, BLOCK_R, BLOCK_N, EVEN_R, EVEN_N, WIDE).to(TYPE)
-                    product = tl.dot(u_tile, v_tile, input_precision=PRECISION)
-                else:
-                    product = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-                    for r0 in tl.range(0, rank, BLOCK_R, num_stages=1):
-                        u_tile = LOAD_U(u, m0, r0, M, R, BLOCK_M, BLOCK_R, False, EVEN_R, WIDE).to(TYPE)
-                        v_tile = load_dense(its_v, r0, n0, rank, N, BLOCK_R, BLOCK_N, EVEN_R, EVEN_N, WIDE).to(TYPE)
-                        product = tl.dot(u_tile, v_tile, product, input_precision=PRECISION)
-                uv = tl.where(own, product, uv)
+                # u: [BLOCK_M, BLOCK_R], v: [BLOCK_R, BLOCK_N]
+                r0 = i % STEPS * BLOCK_R
+                if R_BLOCKS > 1:
+                    u_tile = LOAD_U(u, m0, r0, M, R, BLOCK_M, BLOCK_R, False, EVEN_R, WIDE).to(TYPE)
+                v_tile = load_dense(its_v, r0, n0, rank, N, BLOCK_R, BLOCK_N, EVEN_R, EVEN_N, WIDE).to(TYPE)
+                product = tl.dot(u_tile, v_tile, input_precision=PRECISION)
+                uv += tl.where(own, product, 0.0)
     else:
         # A loop, not unrolled: Triton 3.6 compiles consecutive dots before a pipelined loop to an empty kernel on sm_100.
         for r0 in tl.range(0, R_BLOCKS * BLOCK_R, BLOCK_R, num_stages=1):
@@ -174,6 +173,7 @@ def expand_tile(
     U: tl.constexpr,
     SEGMENTS: tl.constexpr,
     MASKED: tl.constexpr,
+    WALK: tl.constexpr,
     SPLIT: tl.constexpr,
     EXACT: tl.constexpr,
     SAVE_U: tl.constexpr,
@@ -209,7 +209,7 @@ def expand_tile(
                 WAIT()
             acc = low_rank(
                 acc, u, v, rows, stride_ve, ranks_ptr, seed, threshold, inv_keep, m0, n0, M, N, R, TYPE,
-                LOAD_U, SEGMENTS, MASKED, DROP_UV, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R, R_BLOCKS, EVEN_N, EVEN_R, WIDE, True,
+                LOAD_U, SEGMENTS, MASKED, WALK, DROP_UV, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R, R_BLOCKS, EVEN_N, EVEN_R, WIDE, True,
             )  # fmt: skip
     if LOAD_W is None:
         # x: [BLOCK_M, BLOCK_N]
@@ -254,7 +254,7 @@ def expand_tile(
                 WAIT()
             acc = low_rank(
                 acc, u, v, rows, stride_ve, ranks_ptr, seed, threshold, inv_keep, m0, n0, M, N, R, TYPE,
-                LOAD_U, SEGMENTS, MASKED, DROP_UV, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R, R_BLOCKS, EVEN_N, EVEN_R, WIDE, False,
+                LOAD_U, SEGMENTS, MASKED, WALK, DROP_UV, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R, R_BLOCKS, EVEN_N, EVEN_R, WIDE, False,
             )  # fmt: skip
     if SPLIT:
         part_ptrs = tile_base(parts[0], m0, n0, y[1], y[2]) + tile_offsets(y[1], y[2], BLOCK_M, BLOCK_N, WIDE)
@@ -317,6 +317,7 @@ def expand(
     U: tl.constexpr,
     SEGMENTS: tl.constexpr,
     MASKED: tl.constexpr,
+    WALK: tl.constexpr,
     SPLIT: tl.constexpr,
     EXACT: tl.constexpr,
     SAVE_U: tl.constexpr,
@@ -339,8 +340,9 @@ def expand(
 ):
     """Grid [programs]: as many as there are work items, or fewer (PERSISTENT), each taking every grid-th item or ticket.
 
-    SPLIT: parts: as in `expand_tile`, blocks_per_part: of K. WAIT: None, or a function that waits for the launch that writes u, for which
-    the base product does not wait. late: None, or the first program that calls it at once, having its room from one that has waited.
+    WALK: stages of the loop over a row block's adapters, or None. SPLIT: parts: as in `expand_tile`, blocks_per_part: of K. WAIT: None, or
+    a function that waits for the launch that writes u, for which the base product does not wait. late: None, or the first program that
+    calls it at once, having its room from one that has waited.
 
     With segments: rows: (ids, present, counts), gather_x: x by pointers, gather: as in `gathered_tile`, gathered: how many
     such tiles, of GATHER_M tokens.
@@ -385,6 +387,6 @@ def expand(
             expand_tile(
                 x, w, a, u, v, bias_ptr, y, rows, stride_ve, scales_ptr, ranks_ptr, flag_ptr,
                 parts, part, blocks_per_part, seed, threshold, inv_keep, scale, pid_m, pid_n, M, N, K, R,
-                LOAD_X, LOAD_W, LOAD_U, U, SEGMENTS, MASKED, SPLIT, EXACT, SAVE_U, DROP_X, DROP_UV, PRECISION,
+                LOAD_X, LOAD_W, LOAD_U, U, SEGMENTS, MASKED, WALK, SPLIT, EXACT, SAVE_U, DROP_X, DROP_UV, PRECISION,
                 BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, R_BLOCKS, EVEN_N, EVEN_K, EVEN_R, WIDE, WAIT,
             )  # fmt: skip

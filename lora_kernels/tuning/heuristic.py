@@ -12,8 +12,10 @@ from dataclasses import replace
 from ..problem import Problem
 from .arch import Arch
 from .config import Config, Expand, Shrink, Wgrad
-from .validity import why_not
+from .validity import walk_memory, why_not
 
+# The first that fits: six tiles of v, of a KiB each, cover most of the memory's latency in a loop that ends before W is streamed.
+WALKS = (13, 9, 5, 0)
 # W is read and written once, whatever its size; float32 products without a matmul instruction, for which small tiles hold.
 MERGE = Config(expand=Expand(block_m=32, block_n=128, base="library", num_warps=4, num_stages=1))
 
@@ -90,7 +92,9 @@ def _segments(problem: Problem, arch: Arch) -> Expand:
         block_k = 32 if problem.itemsize == 4 else 64
         tiles = -(-problem.M // block_m) * -(-problem.N // 32)
         split = max(1, min(arch.sms // tiles, problem.K // (4 * block_k), 8))
-        return Expand(block_m, 32, block_k, split=split, num_warps=4, num_stages=5)
+        tile = Expand(block_m, 32, block_k, split=split, num_warps=4, num_stages=5)
+        walks = (replace(tile, walk=stages) for stages in (WALKS if arch.kind == "cuda" else (0,)))
+        return next(each for each in walks if walk_memory(each, problem) <= arch.shared_memory)
     if problem.itemsize == 4:
         return Expand(block_m, 32, 32, num_warps=8, num_stages=3)
     if arch.kind == "hip":

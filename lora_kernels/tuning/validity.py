@@ -50,6 +50,8 @@ def _expand(e: Expand, problem: Problem, arch: Arch) -> str | None:
         return "expand.split > 1 serves u='given' and base='kernel' on a grid that is not persistent"
     if e.masked and not problem.adapters:
         return "expand.masked tells the adapters of a batch with segments apart, and there is one adapter"
+    if e.walk < 0 or (e.walk and not problem.adapters):
+        return f"expand.walk counts the stages of the loop over a batch's adapters, and is 0 where there is one adapter, got {e.walk}"
     if e.masked and arch.has_tcgen05:
         return f"expand.masked is not compiled for {arch.name}: Triton 3.6 fails where it hoists tensor memory"
     if e.u == "loop" and problem.R > LOOP_RANK:
@@ -127,7 +129,14 @@ def expand_shared_memory(e: Expand, problem: Problem, arch: Arch) -> int:
     columns = e.block_m + e.block_n + (rank if e.u == "loop" else 0)
     stages = _tiles_in_flight(e.num_stages, e.block_m, e.num_warps, problem, arch) * columns * e.block_k * problem.itemsize
     beside = (e.block_m + e.block_n) * rank * problem.itemsize if arch.has_wgmma and e.u == "given" and e.block_m >= 64 else 0
-    return stages + beside
+    return max(stages + beside, walk_memory(e, problem))
+
+
+def walk_memory(e: Expand, problem: Problem) -> int:
+    """The tiles in flight while a row block's adapters are walked: v behind an id and perhaps a rank, and u where it is taken in blocks."""
+    block = rank_block(problem.R, MIXED_RANK if problem.mixed_ranks else TILE_RANK)
+    u = max(0, e.walk - 2) * e.block_m * block if problem.R > block and not e.masked else 0
+    return (u + max(0, e.walk - 1) // 3 * block * e.block_n) * problem.itemsize
 
 
 def _memory(config: Config, problem: Problem, arch: Arch) -> str | None:
