@@ -101,7 +101,7 @@ def _modes(tma: bool) -> Iterator[dict]:
 
 def _few_tokens(problem: Problem, arch: Arch, own: Expand) -> Iterator[Expand]:
     rows = problem.row_block or _power(problem.M)
-    tiles = itertools.product(dict.fromkeys((rows, max(16, rows // 2))), (16, 32, 64, 128), ((64, 3), (64, 5), (128, 3)))
+    tiles = itertools.product(dict.fromkeys((rows, max(16, rows // 2))), (16, 32, 64, 128), ((64, 5), (64, 8), (128, 5)))
     for m, n, (k, stages) in tiles:
         tile = Expand(m, n, k, num_warps=4, num_stages=stages)
         yield replace(tile, u="loop")

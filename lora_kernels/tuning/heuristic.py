@@ -14,6 +14,9 @@ from .arch import Arch
 from .config import Config, Expand, Shrink, Wgrad
 from .validity import walk_memory, why_not
 
+# Stages where W is streamed once by narrow tiles: seven of 4 KiB on their way are 28 KiB a program. What a multiprocessor's share of the
+# memory's bandwidth takes is 18 to 23 KiB on an H100 (3 TB/s, 132 of them, 0.8 to 1 us), and there may be one program on it.
+STREAMED = 8
 # The first that fits: six tiles of v, of a KiB each, cover most of the memory's latency in a loop that ends before W is streamed.
 WALKS = (13, 9, 5, 0)
 # W is read and written once, whatever its size; float32 products without a matmul instruction, for which small tiles hold.
@@ -82,7 +85,7 @@ def _few_tokens(problem: Problem) -> Expand:
     # One launch is right where the rank accumulator is small, and where no mask has to be regenerated beside a large tile.
     loop = problem.R <= 64 and (not problem.dropout or (problem.dropout == "x" and block_m < 64))
     block_k = 32 if problem.itemsize == 4 else 64
-    return Expand(block_m, 32 if loop else 64, block_k, num_warps=4, num_stages=5, u="loop" if loop else "given")
+    return Expand(block_m, 32 if loop else 64, block_k, num_warps=4, num_stages=STREAMED, u="loop" if loop else "given")
 
 
 def _segments(problem: Problem, arch: Arch) -> Expand:
@@ -92,7 +95,7 @@ def _segments(problem: Problem, arch: Arch) -> Expand:
         block_k = 32 if problem.itemsize == 4 else 64
         tiles = -(-problem.M // block_m) * -(-problem.N // 32)
         split = max(1, min(arch.sms // tiles, problem.K // (4 * block_k), 8))
-        tile = Expand(block_m, 32, block_k, split=split, num_warps=4, num_stages=5)
+        tile = Expand(block_m, 32, block_k, split=split, num_warps=4, num_stages=STREAMED)
         walks = (replace(tile, walk=stages) for stages in (WALKS if arch.kind == "cuda" else (0,)))
         return next(each for each in walks if walk_memory(each, problem) <= arch.shared_memory)
     if problem.itemsize == 4:
