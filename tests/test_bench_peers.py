@@ -222,8 +222,8 @@ def as_on_a_gpu(monkeypatch, small: list[Point], many: list) -> None:
         clock.launch = launch
         return clock
 
-    for module in (workloads, multi_workloads):
-        monkeypatch.setattr(module, "operands", lambda point, device, make=module.operands: make(point, CPU))
+    for kind in (Point, multi_workloads.MultiPoint):
+        monkeypatch.setattr(kind, "operands", lambda point, device, make=kind.operands: make(point, CPU))
     for module in (single, multi):
         monkeypatch.setattr(module, "clock_for", clock_for)
     monkeypatch.setattr(single, "graphed", lambda step: step)
