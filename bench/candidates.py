@@ -68,9 +68,8 @@ def _shrinks(problem: Problem, arch: Arch, own: Shrink) -> Iterator[Shrink]:
 
 def _wgrads(problem: Problem, arch: Arch, own: Wgrad) -> Iterator[Wgrad]:
     longest = max(problem.N, problem.K)
-    for m, j, (warps, stages) in itertools.product((16, 32, 64, 128), (32, 64, 128), ((4, 3), (8, 3))):
-        if m == 16 and not problem.adapters:  # for adapters with few tokens each
-            continue
+    tokens = (16, 32, 64, 128) if problem.adapters else (32, 64, 128)  # an adapter may have few
+    for m, j, (warps, stages) in itertools.product(tokens, (32, 64, 128), ((4, 3), (8, 3))):
         # Adapters side by side fill the chip, and how often their tokens are split follows from how many they are.
         for split in (own.split,) if problem.adapters else _splits(-(-longest // j), problem.M, m, arch):
             yield Wgrad(m, j, split, warps, stages)

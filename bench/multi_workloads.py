@@ -27,6 +27,7 @@ MIXED = (8, 16, 32, 64, 128)
 S_LORA = ((8,), (64, 32, 16, 8))  # Sheng et al. 2023, arXiv:2311.03285, table 1: settings S1 and S2
 LAYERS = {name: LLAMA_8B[name] for name in ("8B q,o", "8B gate,up", "8B down")}
 Q_O = {"8B q,o": LLAMA_8B["8B q,o"]}
+WIDE = {name: LAYERS[name] for name in ("8B gate,up", "8B down")}
 POPULARITIES = ("distinct", "identical", "uniform", "zipf")
 
 
@@ -68,7 +69,7 @@ class MultiPoint(Point):
         what = f"{self.grid} {self.M}x{self.K}->{self.N} {self.popularity} {self.adapters} of {self.loaded} {self.order} {ranks}"
         return f"{what} {str(self.dtype).removeprefix('torch.')}"
 
-    @property
+    @functools.cached_property
     def low_rank(self) -> tuple[int, int, int]:
         ranks = rank_of(self)
         used = torch.bincount(adapter_ids(self) + 1, minlength=self.loaded + 1)[1:].tolist()
@@ -188,7 +189,6 @@ def decode(device: torch.device, quick: bool) -> list[MultiPoint]:
     """One token a sequence, forward alone."""
     if device.type != "cuda":
         return _small_decode(quick)
-    wide = {name: LAYERS[name] for name in ("8B gate,up", "8B down")}
     few, rest = (64, 16, 256, 1), (4, 32, 128, 2, 8)
     if quick:
         return grid("popularity", Q_O, (16,), ("distinct", "identical"), loaded=256)
@@ -196,13 +196,13 @@ def decode(device: torch.device, quick: bool) -> list[MultiPoint]:
         *grid("popularity", Q_O, few, POPULARITIES, loaded=256),
         *grid("loaded", Q_O, (64, 1), ("identical", "none"), loaded=1024),
         *grid("ranks", Q_O, (16, 64, 256), ("distinct",), loaded=256, r=128, ranks=MIXED),
-        *grid("popularity", wide, few, POPULARITIES, loaded=256),
+        *grid("popularity", WIDE, few, POPULARITIES, loaded=256),
         *(p for ranks in S_LORA for p in grid("ranks", Q_O, (64,), ("distinct",), loaded=256, r=max(ranks), ranks=_mixed(ranks))),
         *(p for r in (16, 64) for p in grid("vllm", {"4096->4096": (4096, 4096)}, (64, 16), spreads=(128,), loaded=128, r=r)),
         *grid("shards", shards(), (64, 16), ("distinct",), loaded=256),
         *grid("popularity", Q_O, rest, POPULARITIES, loaded=256),
-        *grid("ranks", wide, (64,), ("distinct",), loaded=256, r=128, ranks=MIXED),
-        *grid("popularity", wide, rest, POPULARITIES, loaded=256),
+        *grid("ranks", WIDE, (64,), ("distinct",), loaded=256, r=128, ranks=MIXED),
+        *grid("popularity", WIDE, rest, POPULARITIES, loaded=256),
     ]
 
 
@@ -210,18 +210,18 @@ def prefill(device: torch.device, quick: bool) -> list[MultiPoint]:
     """Many tokens a sequence, forward alone."""
     if device.type != "cuda":
         return _small_prefill(quick)
-    both, wide = ("shuffled", "runs"), {name: LAYERS[name] for name in ("8B gate,up", "8B down")}
+    both = ("shuffled", "runs")
     if quick:
         return grid("prefill", Q_O, (2048,), orders=both, spreads=(16,))
     return [
         *grid("prefill", Q_O, (8192, 2048), orders=both, spreads=(16, 64, 1)),
         *grid("loaded", Q_O, (2048,), ("identical", "none"), loaded=1024),
         *grid("ranks", Q_O, (8192, 2048), orders=both, spreads=(64,), r=128, ranks=MIXED),
-        *grid("prefill", wide, (8192, 2048), orders=both, spreads=(16, 64, 1)),
+        *grid("prefill", WIDE, (8192, 2048), orders=both, spreads=(16, 64, 1)),
         *(p for ranks in S_LORA for p in grid("ranks", Q_O, (2048,), orders=both, spreads=(64,), r=max(ranks), ranks=_mixed(ranks))),
         *(p for r in (16, 64) for p in grid("vllm", {"4096->4096": (4096, 4096)}, (2048, 8192), spreads=(128,), loaded=128, r=r)),
         *grid("shards", shards(), (2048, 8192), orders=("runs",), spreads=(16,)),
-        *grid("ranks", wide, (8192,), orders=("runs",), spreads=(64,), r=128, ranks=MIXED),
+        *grid("ranks", WIDE, (8192,), orders=("runs",), spreads=(64,), r=128, ranks=MIXED),
     ]
 
 
@@ -234,16 +234,15 @@ def train(device: torch.device, quick: bool) -> list[MultiPoint]:
     first = [(16, 512), (64, 128), (4, 512), (1024, 16), (256, 128), (1, 512), (64, 16), (1024, 64), (16, 16), (4, 16)]
     sizes = [(adapters, min(each, MOST_TOKENS // adapters)) for each, adapters in product((512, 128, 16, 1), (1, 4, 16, 64, 256, 1024))]
     uneven = [(16, 512), (64, 128), (256, 16), (1024, 16)]
-    wide = [name for name in LAYERS if name not in Q_O]
     found = [
         *(_trained(adapters, each) for adapters, each in first[:4]),
         *(_trained(adapters, each, "power") for adapters, each in uneven),
         *(_trained(adapters, each) for adapters, each in first[4:]),
         *(_trained(adapters, each, "gaps") for adapters, each in uneven[:2]),
-        *(_trained(adapters, each, layer=layer) for adapters, each in first[:2] for layer in wide),
+        *(_trained(adapters, each, layer=layer) for adapters, each in first[:2] for layer in WIDE),
         *(_trained(adapters, each, order="shuffled") for adapters, each in first[:2]),
         *(_trained(adapters, each) for adapters, each in sizes),
-        *(_trained(adapters, each, "power", layer=layer) for adapters, each in uneven[:2] for layer in wide),
+        *(_trained(adapters, each, "power", layer=layer) for adapters, each in uneven[:2] for layer in WIDE),
     ]
     return list(dict.fromkeys(found))
 
@@ -256,15 +255,14 @@ def tune(cuda: bool, quick: bool) -> list[MultiPoint]:
         return _in_float32([many, few])
     if quick:
         return [_trained(4, 128), *grid("popularity", Q_O, (16,), ("distinct",))]
-    wide = {name: LAYERS[name] for name in ("8B gate,up", "8B down")}
     return [
         *grid("popularity", Q_O, (64,), ("distinct",)),
         _trained(64, 128),
         *grid("prefill", Q_O, (2048,), spreads=(16,)),
-        *grid("popularity", wide, (64,), ("distinct",)),
-        *(_trained(64, 128, layer=layer) for layer in wide),
+        *grid("popularity", WIDE, (64,), ("distinct",)),
+        *(_trained(64, 128, layer=layer) for layer in WIDE),
         *grid("popularity", LAYERS, (16,), ("distinct",)),
-        *grid("prefill", wide, (2048,), spreads=(16,)),
+        *grid("prefill", WIDE, (2048,), spreads=(16,)),
     ]
 
 

@@ -23,8 +23,8 @@ from .session import say
 
 PASSES = ("forward", "backward")
 REACH = 4  # a bucket ends at the geometric middle between measured token counts, but at most this factor away from its own
-ONE, ANY = (0, 1), (1, 1 << 31)  # adapters: one without a plan, or as many as you like with one
 EDGE = 2  # and so far beyond the fewest and the most tokens that were measured
+ONE, ANY = (0, 1), (1, 1 << 31)  # adapters: one without a plan, or as many as you like with one
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 

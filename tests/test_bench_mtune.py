@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,13 +14,13 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:  # bench is not installed with the package
     sys.path.insert(0, str(ROOT))
 
-from bench import candidates, conditions, kernel_calls, multi_variants, multi_workloads, report, roof, rows, tune  # noqa: E402
+from bench import candidates, conditions, kernel_calls, multi_variants, multi_workloads, report, roof, tune  # noqa: E402
 from bench.multi_workloads import MultiPoint  # noqa: E402
 from bench.session import Session  # noqa: E402
 from lora_kernels import reference  # noqa: E402
 from lora_kernels.problem import Problem  # noqa: E402
 from lora_kernels.segments import Segments  # noqa: E402
-from lora_kernels.tuning import Arch, Config, heuristic, lookup, tables, why_not  # noqa: E402
+from lora_kernels.tuning import Arch, Config  # noqa: E402
 
 CPU = torch.device("cpu")
 SM_90 = Arch.cuda(9, 0)
@@ -32,21 +31,6 @@ TRAIN_8B = replace(DECODE_8B, M=8192, row_block=128, gather_block=32)
 
 
 # Candidates.
-
-
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942", "interpreter"])
-@pytest.mark.parametrize("problem", [DECODE_8B, TRAIN_8B, replace(TRAIN_8B, dropout="x"), replace(DECODE_8B, M=2, row_block=16)], ids=str)
-def test_candidates_keep_the_plans_blocks(arch, problem):
-    problem = replace(problem, dtype=torch.float16)
-    for each in (problem, problem.backward()):
-        for kernel in ("shrink", "expand", "wgrad"):
-            found = candidates.candidates(kernel, each, Arch.parse(arch))
-            own = heuristic(each, Arch.parse(arch))
-            assert found[0] == own and len(found) == len(set(found)) > 1
-            assert all(why_not(config, each, Arch.parse(arch)) is None for config in found)
-            assert {(config.expand.block_m, config.shrink.block_m) for config in found} == {(each.row_block, each.gather_block)}
-            names = {candidates.short(kernel, dataclasses.asdict(getattr(config, kernel))) for config in found}
-            assert len(names) == len(found), "a short name tells candidates apart"
 
 
 def test_candidates_hold_what_is_to_be_decided():
@@ -170,38 +154,3 @@ def test_another_adapters_tokens_are_found_out(session, monkeypatch):
     errors = [row for row in conditions.read_rows(session.path("mtune")) if row["error"]]
     assert len(errors) == failed and all("of the error budget" in row["error"] for row in errors)
     assert {(row["kernel"], row["what"]) for row in errors} == {(call.kernel, call.what) for call in kernel_calls.TRAINING}
-
-
-# Rows of the table.
-
-
-def tuned_rows(what: str, problem: Problem, torch_ms: float = 0.5) -> list[dict]:
-    config = heuristic(problem, SM_90)
-    better = replace(config, expand=replace(config.expand, group_m=4))
-    fixed = dict.fromkeys([*conditions.FIELDS, *conditions.CONDITIONS]) | dict(gpu="GPU", code="c", capability=[9, 0])
-    fixed |= dict(section="mtune", what=what, kernel="pass", launch="queued", round="last", grid="train", layer="l", dtype="bfloat16")
-    fixed |= dict(M=problem.M, N=1024, K=4096, r=16, p=0.0, loaded=64, adapters=64)
-    timed = (("torch", torch_ms, None), ("heuristic", 1.0, config), ("tuned", 0.8, better))
-    return [
-        fixed | dict(name=name, arm="torch" if name == "torch" else "triton", config=c and dataclasses.asdict(c))
-        | dict(ms=dict(p20=ms * 0.99, p50=ms, p80=ms * 1.01))
-        for name, ms, c in timed
-    ]  # fmt: skip
-
-
-def test_rows_say_how_many_adapters_they_are_for(tmp_path, monkeypatch):
-    forward = replace(TRAIN_8B, N=1024)
-    verdict = dict.fromkeys([*conditions.FIELDS, *conditions.CONDITIONS]) | dict(gpu="GPU", code="c", what="verdict", name="all", ok=True)
-    (tmp_path / "check.jsonl").write_text(json.dumps(verdict | dict(section="check")) + "\n")
-    lines = [*tuned_rows("forward", forward), *tuned_rows("backward", forward.backward())]
-    (tmp_path / "mtune.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    found, reasons = rows.rows_of(tmp_path)
-    assert not reasons and [row.adapters for row in found] == [(1, 1 << 31), (16, 256)]
-    assert [row.arm for row in found] == ["triton", "triton"], "the chain was faster, but it waits for the device"
-    assert all("mtune.jsonl: 1.25x over the heuristic" in row.source and "torch" not in row.source for row in found)
-    monkeypatch.setattr(tables, "ROWS", tuple(found))
-    for adapters, served in ((1, (True, False)), (64, (True, True)), (255, (True, True)), (256, (True, False))):
-        problem = replace(forward, adapters=adapters)
-        assert tuple(lookup(p, SM_90) is not None for p in (problem, problem.backward())) == served
-    assert lookup(replace(forward, adapters=0, row_block=0, gather_block=0), SM_90) is None
-    assert lookup(replace(forward, row_block=64), SM_90) is None, "another plan's blocks"

@@ -29,17 +29,21 @@ def row_of(section: str, ms: float, **fields) -> dict:
     return COMMON | dict(section=section, grid="train", layer="l", M=2048, N=4096, K=1024, r=16, p=0.0, dtype="bfloat16", ms=times) | fields
 
 
-def tuned_rows(what: str = "forward", own: float = 1.0, tuned: float | None = 0.8, torch_: float = 0.9, **fields) -> list[dict]:
+def tuned_rows(
+    what: str = "forward", own: float = 1.0, tuned: float | None = 0.8, torch_: float = 0.9, plan: dict | None = None, **fields
+) -> list[dict]:
+    """plan: of section mtune, the problem's adapters and blocks."""
     point = COMMON | dict(M=2048, N=4096, K=1024, r=16, p=0.0) | fields
-    problem = Problem(point["M"], point["N"], point["K"], point["r"], torch.bfloat16, "x" if point["p"] else "")
+    problem = Problem(point["M"], point["N"], point["K"], point["r"], torch.bfloat16, "x" if point["p"] else "", **(plan or {}))
     problem = problem if what == "forward" else problem.backward()
     config = heuristic(problem, SM_90)
     better = replace(config, expand=replace(config.expand, group_m=4))
     shared = dict(what=what, kernel="pass", launch="queued", round="last") | fields
-    found = [row_of("tune", torch_, arm="torch", name="torch", **shared)]
-    found += [row_of("tune", own, arm="triton", name="heuristic", config=dataclasses.asdict(config), **shared)]
+    section = "mtune" if plan else "tune"
+    found = [row_of(section, torch_, arm="torch", name="torch", **shared)]
+    found += [row_of(section, own, arm="triton", name="heuristic", config=dataclasses.asdict(config), **shared)]
     if tuned is not None:
-        found += [row_of("tune", tuned, arm="triton", name="tuned", config=dataclasses.asdict(better), **shared)]
+        found += [row_of(section, tuned, arm="triton", name="tuned", config=dataclasses.asdict(better), **shared)]
     return found
 
 
@@ -51,7 +55,7 @@ def single_rows(torch_: float, triton: float, launch: str = "queued", what: str 
 
 def written(results: Path, *found: dict, green: bool = True, code: str = "c") -> Path:
     verdict = COMMON | dict(section="check", what="verdict", name="all", ok=green, code=code)
-    for section in ("tune", "single", "check"):
+    for section in ("tune", "mtune", "single", "check"):
         mine = [row for row in (*found, verdict) if row["section"] == section]
         (results / f"{section}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in mine))
     return results
@@ -93,6 +97,22 @@ def test_a_backward_row_swaps_the_layers_sizes(tmp_path, monkeypatch):
     forward = Problem(2048, 4096, 1024, 16, torch.bfloat16, "x")
     assert tables.lookup(forward.backward(), SM_90) is found[0] and tables.lookup(forward, SM_90) is None
     assert tables.lookup(replace(forward, N=1024, K=4096), SM_90) is found[1], "the same sizes, the other pass"
+
+
+def test_rows_say_how_many_adapters_they_are_for(tmp_path, monkeypatch):
+    plan = dict(adapters=64, row_block=128, gather_block=32)
+    measured = dict(torch_=0.5, plan=plan, M=8192, N=1024, K=4096, loaded=64, adapters=64)
+    found, reasons = rows.rows_of(written(tmp_path, *tuned_rows("forward", **measured), *tuned_rows("backward", **measured)))
+    assert not reasons and [row.adapters for row in found] == [(1, 1 << 31), (16, 256)]
+    assert [row.arm for row in found] == ["triton", "triton"], "the chain was faster, but it waits for the device"
+    assert all("mtune.jsonl: 1.25x over the heuristic" in row.source and "torch" not in row.source for row in found)
+    monkeypatch.setattr(tables, "ROWS", tuple(found))
+    forward = Problem(8192, 1024, 4096, 16, torch.bfloat16, **plan)
+    for adapters, served in ((1, (True, False)), (64, (True, True)), (255, (True, True)), (256, (True, False))):
+        problem = replace(forward, adapters=adapters)
+        assert tuple(tables.lookup(p, SM_90) is not None for p in (problem, problem.backward())) == served
+    assert tables.lookup(replace(forward, adapters=0, row_block=0, gather_block=0), SM_90) is None
+    assert tables.lookup(replace(forward, row_block=64), SM_90) is None, "another plan's blocks"
 
 
 @pytest.mark.parametrize(

@@ -36,10 +36,21 @@ DECODE = Point("decode", "small", 2, 32, 48, 8, 0.0, torch.float32)
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90", "sm_100", "gfx942", "interpreter"])
 @pytest.mark.parametrize(
-    "M, dtype, dropout", [(1, torch.float16, ""), (64, torch.float16, ""), (8192, torch.float16, "x"), (300, torch.float32, "x")]
+    "forward",
+    [
+        Problem(1, 4096, 14336, 16, torch.float16),
+        Problem(64, 4096, 14336, 16, torch.float16),
+        Problem(8192, 4096, 14336, 16, torch.float16, "x"),
+        Problem(300, 4096, 14336, 16, torch.float32, "x"),
+        Problem(2, 4096, 4096, 16, torch.float16, adapters=64, row_block=16, gather_block=16),
+        Problem(64, 4096, 4096, 16, torch.float16, adapters=64, row_block=64, gather_block=16),
+        Problem(8192, 4096, 4096, 16, torch.float16, adapters=64, row_block=128, gather_block=32),
+        Problem(8192, 4096, 4096, 16, torch.float16, "x", adapters=64, row_block=128, gather_block=32),
+    ],
+    ids=lambda p: f"{p.M}-{p.adapters}-{p.dropout or 'p0'}",
 )
-def test_candidates_are_valid_and_begin_with_the_heuristic(arch, M, dtype, dropout):
-    forward = Problem(M, 4096, 14336, 16, dtype, dropout)
+def test_candidates_are_valid_and_begin_with_the_heuristic(arch, forward):
+    """Parts other than the kernel's are the heuristic's; with many adapters the tiles' rows are the plan's."""
     for problem in (forward, forward.backward()):
         for kernel in ("shrink", "expand", "wgrad"):
             found = candidates.candidates(kernel, problem, Arch.parse(arch))
@@ -47,6 +58,8 @@ def test_candidates_are_valid_and_begin_with_the_heuristic(arch, M, dtype, dropo
             assert found[0] == own and len(found) == len(set(found)) > 2
             assert all(why_not(config, problem, Arch.parse(arch)) is None for config in found)
             assert {replace(config, **{kernel: getattr(own, kernel)}) for config in found} == {own}, "one kernel's part alone differs"
+            if problem.adapters:
+                assert {(c.expand.block_m, c.shrink.block_m) for c in found} == {(problem.row_block, problem.gather_block)}
             names = {candidates.short(kernel, dataclasses.asdict(getattr(config, kernel))) for config in found}
             assert len(names) == len(found), "a short name tells candidates apart"
 
