@@ -21,13 +21,13 @@ IMPLS = ("auto", "triton", "torch", "reference")
 
 
 class LoRALinearFunction(torch.autograd.Function):
-    """``y [..., N]`` with gradients for x, lora_A, lora_B and bias; the weight is frozen."""
+    """``y [..., N]`` with gradients for x, lora_A, lora_B, bias and base; the weight is frozen."""
 
     @staticmethod
-    def forward(ctx, x, weight, lora_A, lora_B, bias, seed, scale, dropout_p, impl, config, geometry, scales, ranks, *plan):
-        need_x, _, need_A, need_B, need_bias = ctx.needs_input_grad[:5]
+    def forward(ctx, x, weight, lora_A, lora_B, bias, base, seed, scale, dropout_p, impl, config, geometry, scales, ranks, *plan):
+        need_x, _, need_A, need_B, need_bias, ctx.need_base = ctx.needs_input_grad[:6]
         adapters = Adapters.from_flat(scales, ranks, plan, geometry)
-        y, u = ops.forward(x, weight, lora_A, lora_B, bias, seed, adapters, scale, dropout_p, need_B, impl, config)
+        y, u = ops.forward(x, weight, lora_A, lora_B, bias, seed, adapters, scale, dropout_p, need_B, impl, config, base)
         ctx.save_for_backward(
             x if need_A else None,
             weight if need_x else None,
@@ -40,7 +40,7 @@ class LoRALinearFunction(torch.autograd.Function):
             *plan,
         )
         ctx.constants = (scale, dropout_p, (need_x, need_A, need_B, need_bias), lora_A.dtype, impl, config)
-        ctx.geometry, ctx.inputs = geometry, 13 + len(plan)
+        ctx.geometry, ctx.inputs = geometry, 14 + len(plan)
         return y
 
     @staticmethod
@@ -59,7 +59,8 @@ def _gradients(ctx, dy):
         da if need_A else None,
         db if need_B else None,
         dbias if need_bias else None,
-        *(None,) * (ctx.inputs - 5),
+        dy if ctx.need_base else None,
+        *(None,) * (ctx.inputs - 6),
     )
 
 
@@ -73,6 +74,7 @@ def lora_linear(
     lora_B,
     bias=None,
     *,
+    base=None,
     scale=1.0,
     dropout_p=0.0,
     training=False,
@@ -87,11 +89,13 @@ def lora_linear(
 
     Args:
         x: Tokens ``[..., K]``, float16, bfloat16, float32 (every arm) or float64 (reference and torch).
-        weight: The frozen base ``[N, K]``, as nn.Linear stores it, x's dtype, any strides.
+        weight: The frozen base ``[N, K]``, as nn.Linear stores it, x's dtype, any strides; None with ``base``.
         lora_A: ``[r, K]``, or with segments a stack ``[E, r, K]``, r from 1 to 512, any strides, x's dtype or float32 (rounded to
             x's dtype tile by tile, as autocast would).
         lora_B: ``[N, r]`` or ``[E, N, r]``, lora_A's dtype.
         bias: ``[N]``, x's dtype, or None; added before the result is rounded.
+        base: ``[..., N]``, x's dtype: what another layer, a quantised one, say, makes of x. It takes the place of ``x W^T + bias``,
+            whose weight and bias are then None, and is not written to. None: the product is made here.
         scale: ``lora_alpha / r`` (or ``/ sqrt(r)`` for rsLoRA); applied in float32, never folded into a 16-bit tensor. Or a float32
             tensor on x's device, one element or with segments ``[E]``, which may change between calls and CUDA-graph replays.
         dropout_p: Dropout on the adapter's input, in [0, 1), rounded to a multiple of 2^-16; acts when ``training``.
@@ -106,39 +110,49 @@ def lora_linear(
             formula); a named one never falls back. `explain` tells what "auto" takes.
     Returns:
         ``[..., N]`` in x's dtype, contiguous; accumulated in float32 and rounded once, besides ``u = scale * drop(x) A^T``.
-        Under torch.autocast, x, weight and bias are cast as F.linear casts them.
+        Under torch.autocast, x, weight and bias are cast as F.linear casts them; with base, x to base's dtype.
     Gradients:
-        For x, lora_A, lora_B, bias and lora_bias, in each one's dtype; not for weight. Not differentiable twice, except "reference".
+        For x, lora_A, lora_B, bias, base and lora_bias, in each one's dtype; not for weight. Not differentiable twice, except "reference".
     Raises:
         ValueError: shapes, devices or values disagree. TypeError: dtypes or types. UnsupportedError: legal, but not here.
     Source: Hu et al. 2021, arXiv:2106.09685, eq. 3; gradients in docs/math.md.
     """
-    x, weight, bias, key = prepare(x, weight, lora_A, lora_B, bias, scale, dropout_p, seed, segments, ranks, config, impl)
+    x, weight, bias, key = prepare(x, weight, lora_A, lora_B, bias, base, scale, dropout_p, seed, segments, ranks, config, impl)
     if lora_bias is not None:
         bias = with_lora_bias(bias, lora_bias, scale, weight, lora_A, segments)
     p = float(dropout_p) if training else 0.0
     if impl == "reference":
         return reference.lora_linear(
-            x, weight, lora_A, lora_B, bias, scale=scale, dropout_p=p, training=training, seed=seed, segments=segments, ranks=ranks
-        )
+            x, weight, lora_A, lora_B, bias,
+            base=base, scale=scale, dropout_p=p, training=training, seed=seed, segments=segments, ranks=ranks,
+        )  # fmt: skip
     drawn = reference.as_seed(seed, x.device) if p else None
     adapters, factor = ONE, scale
     if segments is not None or isinstance(scale, torch.Tensor):
         adapters, factor = carried(segments, scale, ranks)
-    trained = x.requires_grad or lora_A.requires_grad or lora_B.requires_grad or (bias is not None and bias.requires_grad)
+    added = bias if base is None else base
+    trained = x.requires_grad or lora_A.requires_grad or lora_B.requires_grad or (added is not None and added.requires_grad)
     if trained and torch.is_grad_enabled():
         scales, _, plan, geometry = adapters.flat()
-        return LoRALinearFunction.apply(x, weight, lora_A, lora_B, bias, drawn, float(factor), p, impl, key, geometry, scales, ranks, *plan)
-    return ops.forward(x, weight, lora_A, lora_B, bias, drawn, adapters, float(factor), p, False, impl, key)[0]
+        return LoRALinearFunction.apply(
+            x, weight, lora_A, lora_B, bias, base, drawn, float(factor), p, impl, key, geometry, scales, ranks, *plan
+        )
+    return ops.forward(x, weight, lora_A, lora_B, bias, drawn, adapters, float(factor), p, False, impl, key, base)[0]
 
 
 def with_lora_bias(bias, lora_bias, scale, weight, lora_A, segments):
     """``bias + scale lora_bias`` in weight's dtype, from a float32 sum: the adapter's bias costs what a bias costs."""
+    check_lora_bias(lora_bias, weight, lora_A, segments)
+    wide = lora_bias.to(torch.promote_types(lora_bias.dtype, torch.float32)) * scale
+    return (wide if bias is None else wide + bias).to(weight.dtype)
+
+
+def check_lora_bias(lora_bias, weight, lora_A, segments) -> None:
+    if weight is None:
+        raise UnsupportedError("lora_bias: wanted None with base, to which it can be added, got a value")
     if segments is not None:
         raise UnsupportedError("lora_bias: wanted None with segments, whose tokens have adapters of their own, got a value")
     problem.check_vector("lora_bias", lora_bias, weight, lora_A)
-    wide = lora_bias.to(torch.promote_types(lora_bias.dtype, torch.float32)) * scale
-    return (wide if bias is None else wide + bias).to(weight.dtype)
 
 
 def carried(segments, scale, ranks) -> tuple[Adapters, float]:
@@ -150,7 +164,7 @@ def carried(segments, scale, ranks) -> tuple[Adapters, float]:
 
 def explain(
     x, weight, lora_A, lora_B, bias=None, *,
-    scale=1.0, dropout_p=0.0, training=False, seed=None, segments=None, ranks=None, lora_bias=None,
+    base=None, scale=1.0, dropout_p=0.0, training=False, seed=None, segments=None, ranks=None, lora_bias=None,
     config=None, impl="auto",
 ):  # fmt: skip
     """Which arm `lora_linear` takes for these arguments, and why: the same arguments, nothing computed.
@@ -160,7 +174,9 @@ def explain(
     Raises:
         The errors of `lora_linear`.
     """
-    x, weight, bias, key = prepare(x, weight, lora_A, lora_B, bias, scale, dropout_p, seed, segments, ranks, config, impl)
+    x, weight, bias, key = prepare(x, weight, lora_A, lora_B, bias, base, scale, dropout_p, seed, segments, ranks, config, impl)
+    if lora_bias is not None:
+        check_lora_bias(lora_bias, weight, lora_A, segments)
     if impl == "reference":
         return dispatch.Choice("reference", None, {"reference": "named"})
     asked = problem.describe(
@@ -169,10 +185,10 @@ def explain(
     return dispatch.choose(asked, x.device, impl, key)
 
 
-def prepare(x, weight, lora_A, lora_B, bias, scale, dropout_p, seed, segments, ranks, config, impl):
+def prepare(x, weight, lora_A, lora_B, bias, base, scale, dropout_p, seed, segments, ranks, config, impl):
     """x, weight and bias as autocast wants them, and the config's key, all checked."""
-    x, weight, bias = autocast(x, weight, bias)
-    problem.check_arguments(x, weight, lora_A, lora_B, bias, scale, dropout_p, seed, segments, ranks)
+    x, weight, bias = autocast(x, weight, bias, base)
+    problem.check_arguments(x, weight, lora_A, lora_B, bias, base, scale, dropout_p, seed, segments, ranks)
     if impl not in IMPLS:
         raise ValueError(f"impl: wanted one of {', '.join(IMPLS)}, got {impl!r}")
     if config is None:
@@ -184,11 +200,11 @@ def prepare(x, weight, lora_A, lora_B, bias, scale, dropout_p, seed, segments, r
     return x, weight, bias, config.key()
 
 
-def autocast(x, weight, bias):
-    """x, weight and bias as torch.autocast hands them to F.linear: cast to its dtype where it is enabled."""
+def autocast(x, weight, bias, base=None):
+    """x, weight and bias as torch.autocast hands them to F.linear: cast to its dtype, or to base's, where it is enabled."""
     if not isinstance(x, torch.Tensor) or x.is_meta or not problem.autocasts(x.device):
         return x, weight, bias
-    dtype = torch.get_autocast_dtype(x.device.type)
+    dtype = base.dtype if isinstance(base, torch.Tensor) else torch.get_autocast_dtype(x.device.type)
 
     def cast(t):
         if isinstance(t, torch.Tensor) and t.is_floating_point() and t.dtype not in (dtype, torch.float64):

@@ -120,7 +120,7 @@ def add_product(t: torch.Tensor, rows: slice | torch.Tensor | None, a, b, bits=N
         part.add_(drop(scaled_mm(a, b, keep), bits))
 
 
-def forward(x, weight, lora_A, lora_B, bias, seed, adapters: Adapters, scale: float, p: float, save_u=True, config=None):
+def forward(x, weight, lora_A, lora_B, bias, seed, adapters: Adapters, scale: float, p: float, save_u=True, config=None, base=None):
     """``y [M, N]`` and ``u [M, r]`` for x ``[M, K]``; p = 0 means no dropout. The signature is an arm's: u costs nothing here."""
     A, B = (lora_A, lora_B) if lora_A.dtype == x.dtype else (lora_A.to(x.dtype), lora_B.to(x.dtype))
     adapter_in = x
@@ -130,8 +130,11 @@ def forward(x, weight, lora_A, lora_B, bias, seed, adapters: Adapters, scale: fl
         u = scaled_mm(adapter_in, A.t(), scale)
         if adapters.scales is not None:
             u.mul_(adapters.scales)
+        if base is not None:
+            return torch.addmm(base, u, B.t()), u
         return base_linear(x, weight, bias).addmm_(u, B.t()), u
-    y, u = base_linear(x, weight, bias), x.new_zeros(x.shape[0], A.shape[1])
+    u = x.new_zeros(x.shape[0], A.shape[1])
+    y = base_linear(x, weight, bias) if base is None else base.clone(memory_format=torch.contiguous_format)
     for e, rows, rank, its_scale in runs(adapters.segments, adapters, A.shape[1], scale):
         its_u = scaled_mm(adapter_in[rows], A[e, :rank].t(), its_scale)
         u[rows, :rank] = its_u
@@ -140,11 +143,14 @@ def forward(x, weight, lora_A, lora_B, bias, seed, adapters: Adapters, scale: fl
 
 
 def backward(dy, x, weight, lora_A, lora_B, u, seed, adapters: Adapters, scale: float, p: float, needs, adapter_dtype, config=None):
-    """``dX [M, K], dA [(E,) r, K], dB [(E,) N, r]``, each None where not needed; operands that no needed gradient uses may be None."""
+    """``dX [M, K], dA [(E,) r, K], dB [(E,) N, r]``, each None where not needed; operands that no needed gradient uses may be None.
+
+    Without a weight dX is the adapter's part alone.
+    """
     need_dx, need_da, need_db = needs
     bits = None
     if p and (need_dx or need_da):
-        bits = kept_bits(seed, dy.shape[0], x.shape[1] if need_da else weight.shape[1], p, dy.dtype)  # one mask serves dX and dA
+        bits = kept_bits(seed, dy.shape[0], x.shape[1] if need_da else lora_A.shape[-1], p, dy.dtype)  # one mask serves dX and dA
     A, B = lora_A, lora_B
     if adapter_dtype != dy.dtype:
         A, B = (None if t is None else t.to(dy.dtype) for t in (A, B))
@@ -152,16 +158,21 @@ def backward(dy, x, weight, lora_A, lora_B, u, seed, adapters: Adapters, scale: 
     dx: Any = None
     da: Any = None
     db: Any = None
-    if need_dx:
+    if need_dx and weight is not None:
         dx = base_linear(dy, weight.t(), None) if _by_onednn(dy, weight) else torch.mm(dy, weight)
+    elif need_dx and adapters.segments is not None:
+        dx = dy.new_zeros(dy.shape[0], A.shape[-1])
     if adapters.segments is None:
         ds: Any = None
         if need_dx or need_da:
             ds = scaled_mm(dy, B, scale)
             if adapters.scales is not None:
                 ds.mul_(adapters.scales)
-        if need_dx:
+        if dx is not None:
             add_product(dx, None, ds, A, bits, keep)
+        elif need_dx:
+            dx = scaled_mm(ds, A, keep)
+            dx = dx if bits is None else drop(dx, bits)
         if need_da:
             da = _grad_A(ds, x, bits, keep, adapter_dtype)
         if need_db:

@@ -12,7 +12,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from triton import knobs
@@ -114,7 +114,9 @@ def compile_pass(problem: Problem, arch: Arch, config: Config, label: str = "", 
     N, K = (problem.K, problem.N) if backward else (problem.N, problem.K)
     x, dy, weight = torch.empty(M, K, dtype=dtype), torch.empty(M, N, dtype=dtype), torch.empty(N, K, dtype=dtype)
     A, B, bias = torch.empty(R, K, dtype=adapter), torch.empty(N, R, dtype=adapter), torch.empty(N, dtype=dtype)
-    adapters = ONE
+    base, adapters = None, ONE
+    if problem.base:
+        weight, bias, base = None, None, dy
     if problem.adapters:
         E, ids = problem.adapters, torch.zeros(M, dtype=torch.int32)
         plan = Segments.from_ids(ids, E, row_block=problem.row_block, gather_block=problem.gather_block)
@@ -127,14 +129,14 @@ def compile_pass(problem: Problem, arch: Arch, config: Config, label: str = "", 
             u = torch.empty(M, R, dtype=dtype)
             launch.backward(dy, x, weight, A, B, u, seed, adapters, 1.0, p, (True, True, True), adapter, config)
         else:
-            launch.forward(x, weight, A, B, bias, seed, adapters, 1.0, p, True, config)
+            launch.forward(x, weight, A, B, bias, seed, adapters, 1.0, p, True, config, base)
 
     return compile_calls(run, arch, label)
 
 
 def heuristic_reports(arch: Arch, progress=lambda done, total, what: None) -> list[Report]:
     """Every kernel of every heuristic configuration worth telling apart, compiled for ``arch``; the same kernel once."""
-    problems = [*heuristic_problems(), *segment_problems()]
+    problems = [*heuristic_problems(), *segment_problems(), *base_problems()]
     calls: list[tuple[str, Callable[[], list[Report]]]] = []
     for label, problem, backward in problems:
         calls.append((label, functools.partial(compile_pass, problem, arch, heuristic(problem, arch), label, backward)))
@@ -198,6 +200,23 @@ def segment_problems() -> Iterator[tuple[str, Problem, bool]]:
             yield f"backward {label}", problem.backward(), True
     narrow = Problem(16, 1024, 4096, 16, torch.bfloat16, adapters=64, row_block=16, gather_block=16)
     yield "forward segments M=16 N=1024", narrow, False
+
+
+def base_problems() -> Iterator[tuple[str, Problem, bool]]:
+    """Few and many tokens beside a base product that is given: one adapter, and a plan's blocks with ranks of their own."""
+    one, many = Problem(16, 4096, 4096, 16, torch.bfloat16, base=True), dict(adapters=64, mixed_ranks=True, gather_block=16)
+    for problem in (
+        one,
+        replace(one, M=8192),
+        replace(one, M=8192, R=96, dtype=torch.float32),
+        replace(one, M=64, R=128, row_block=64, **many),
+        replace(one, M=8192, R=128, row_block=128, **many),
+        replace(one, M=8192, R=128, row_block=128, dtype=torch.float32, **many),
+    ):
+        label = f"base given tokens={problem.M} r={problem.R}{f' adapters={problem.adapters}' if problem.adapters else ''}"
+        yield f"forward {label}", problem, False
+        yield f"backward {label}", problem.backward(), True
+        yield f"backward {label} dropout", replace(problem, dropout="x").backward(), True
 
 
 def _first_tensor(args) -> torch.Tensor:

@@ -171,7 +171,7 @@ def backward_arm(dy, x, weight, lora_A, lora_B, u, adapters: Adapters, dropout_p
     """(function, config) that computes a backward pass from dY ``[M, N]``; operands may be None where no gradient uses them."""
     if plainly_chain(dy.device, impl, key):
         return CHAIN_BACKWARD
-    K = weight.shape[1] if weight is not None else x.shape[1] if x is not None else dy.shape[1]
+    K = lora_A.shape[-1] if lora_A is not None else x.shape[1] if x is not None else dy.shape[1]
     R = u.shape[1] if lora_B is None else lora_B.shape[-1]
     w = dy if weight is None else weight
     p = Problem(
@@ -185,6 +185,7 @@ def backward_arm(dy, x, weight, lora_A, lora_B, u, adapters: Adapters, dropout_p
         w_major=problem.contiguous_axis(w, "k", "n"),
         aligned=problem.descriptors_possible(dy, w, lora_A, lora_B),
         wide=problem.offsets_pass_int32(dy, w),
+        base=weight is None and lora_A is not None,
         **problem.segment_fields(adapters),
     )
     choice = choose(p, dy.device, impl, key)

@@ -82,10 +82,10 @@ def _stack_stride(t: torch.Tensor | None) -> int:
     return t.stride(0) if t is not None and t.dim() == 3 else 0
 
 
-def _wide(*tiles: tuple[torch.Tensor, int]) -> bool:
+def _wide(*tiles: tuple[torch.Tensor | None, int]) -> bool:
     """Whether an offset inside one tile passes 2^31; the offset of a tile itself is always 64-bit."""
     for t, block in tiles:
-        if (t.stride(-2) + t.stride(-1)) * block >= INT32:
+        if t is not None and (t.stride(-2) + t.stride(-1)) * block >= INT32:
             return True
     return False
 
@@ -205,11 +205,12 @@ def run_expand(
     w: ``[K, N]``, v: ``[(E,) R, N]``, a: ``[(E,) K, R]``, all three the other way round if transposed (as the parameters lie for the
     forward pass). u: ``[M, R]``, or float32 ``[parts, M, R]`` to be added, where it is given; a matrix to write it to, or None, where
     the kernel computes it. base: the base product, where the library made it. out: where the result goes, base itself too. exact: u v in
-    float32 whatever the dtypes. drop_x, drop_uv: None or (seed, p). counters: `tile_counters`, made here where they are not given.
+    float32 whatever the dtypes. w and base None: ``D.(u v) + bias`` alone. drop_x, drop_uv: None or (seed, p). counters: `tile_counters`,
+    made here where they are not given.
     """
     c, seg = config.expand, adapters.segments
     if transposed:
-        w, v, a = w.t(), v.mT, None if a is None else a.mT
+        w, v, a = None if w is None else w.t(), v.mT, None if a is None else a.mT
     (M, K), (R, N) = x.shape, v.shape[-2:]
     block_r = rank_block(R, 32 if exact else LOOP_RANK if c.u == "loop" else TILE_RANK if adapters.ranks is None else MIXED_RANK)
     r_blocks = cdiv(R, block_r)
@@ -230,8 +231,11 @@ def run_expand(
         parts = (partial, partial.stride(0), counters, splits + 1)
         items = tiles * (splits + 1)
     seed, threshold, inv_keep = _dropout(drop_x or drop_uv)
-    load_x, x_args = _operand(x, c.block_m, c.block_k, c.tma) if base is None else (load_dense, _matrix(base))
-    load_w, w_args = _operand(w, c.block_k, c.block_n, c.tma) if base is None else (None, None)
+    load_x, x_args, load_w, w_args = None, None, None, None
+    if base is not None:
+        load_x, x_args = load_dense, _matrix(base)
+    elif w is not None:
+        (load_x, x_args), (load_w, w_args) = _operand(x, c.block_m, c.block_k, c.tma), _operand(w, c.block_k, c.block_n, c.tma)
     load_u: Any = load_dense
     u_args: Any = None
     if u is not None and u.dim() == 3:
@@ -256,7 +260,7 @@ def run_expand(
         BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, BLOCK_R=block_r,
         R_BLOCKS=r_blocks, GROUP_M=c.group_m, GATHER_M=c.block_m if seg is None else seg.gather_block,
         EVEN_N=N % c.block_n == 0, EVEN_K=K % c.block_k == 0, EVEN_R=R % block_r == 0 and adapters.ranks is None,
-        WIDE=_wide((x, blocks), (w, blocks), (v, blocks), (y, blocks)), PERSISTENT=c.persistent,
+        WIDE=_wide((x, blocks), (w, blocks), (base, blocks), (v, blocks), (y, blocks)), PERSISTENT=c.persistent,
         WAIT=None, num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip
     if c.pdl:
@@ -283,13 +287,15 @@ def _dropout(dropout) -> tuple:
     return seed, philox.threshold_of(p), philox.inv_keep(p)
 
 
-def forward(x, weight, lora_A, lora_B, bias, seed, adapters: Adapters, scale: float, p: float, save_u: bool, config: Config):
-    """``y [M, N]`` and ``u [M, r]`` (None unless ``save_u``) for x ``[M, K]``; p = 0 means no dropout."""
+def forward(
+    x, weight, lora_A, lora_B, bias, seed, adapters: Adapters, scale: float, p: float, save_u: bool, config: Config, base=None
+):  # fmt: skip
+    """``y [M, N]`` and ``u [M, r]`` (None unless ``save_u``) for x ``[M, K]``; p = 0: no dropout. base: as in `lora_linear`, ``[M, N]``."""
     drop = (seed, p) if p else None
     shared: dict[str, Any] = dict(transposed=True, adapters=adapters, config=config)
     with on_device(x):
         if config.expand.u == "given":
-            counters = tile_counters(x.shape[0], weight.shape[0], config, x.device)
+            counters = tile_counters(x.shape[0], lora_B.shape[-2], config, x.device)
             u = run_shrink(
                 x,
                 lora_A.mT,
@@ -300,6 +306,8 @@ def forward(x, weight, lora_A, lora_B, bias, seed, adapters: Adapters, scale: fl
                 dtype=x.dtype,
                 parts=not save_u,
             )
+            if base is not None:
+                return run_expand(x, None, lora_B, u=u, base=base, **shared)
             if config.expand.base == "library":
                 y = F.linear(x, weight, bias)
                 return run_expand(x, weight, lora_B, u=u, base=y, out=y, **shared)
@@ -309,7 +317,10 @@ def forward(x, weight, lora_A, lora_B, bias, seed, adapters: Adapters, scale: fl
 
 
 def backward(dy, x, weight, lora_A, lora_B, u, seed, adapters: Adapters, scale: float, p: float, needs, adapter_dtype, config: Config):
-    """``dX [M, K], dA [(E,) r, K], dB [(E,) N, r]``, each None where not in ``needs``; operands no needed gradient uses may be None."""
+    """``dX [M, K], dA [(E,) r, K], dB [(E,) N, r]``, each None where not in ``needs``; operands no needed gradient uses may be None.
+
+    Without a weight dX is the adapter's part alone.
+    """
     need_dx, need_da, need_db = needs
     drop = (seed, p) if p else None
     shared: dict[str, Any] = dict(adapters=adapters, config=config)
@@ -317,7 +328,7 @@ def backward(dy, x, weight, lora_A, lora_B, u, seed, adapters: Adapters, scale: 
     ds: torch.Tensor | None = None
     with on_device(dy):
         one_launch = need_dx and config.expand.u != "given"
-        counters = tile_counters(dy.shape[0], weight.shape[1], config, dy.device) if need_dx else None
+        counters = tile_counters(dy.shape[0], lora_A.shape[-1], config, dy.device) if need_dx else None
         if (need_dx or need_da) and not one_launch:
             ds = run_shrink(dy, lora_B, scale=scale, dropout=None, dtype=dy.dtype, parts=not need_da, **shared)
         if one_launch:
@@ -329,7 +340,7 @@ def backward(dy, x, weight, lora_A, lora_B, u, seed, adapters: Adapters, scale: 
         if one_launch:
             dx, _ = run_expand(dy, weight, lora_A, transposed=False, u=ds, a=lora_B, scale=scale, drop_uv=drop, **shared)
         elif need_dx:
-            base = torch.mm(dy, weight) if config.expand.base == "library" else None
+            base = torch.mm(dy, weight) if config.expand.base == "library" and weight is not None else None
             dx, _ = run_expand(dy, weight, lora_A, transposed=False, u=ds, base=base, out=base, drop_uv=drop, counters=counters, **shared)
         with beside(forked):
             for start, _ in filter(None, (for_a, for_b)):

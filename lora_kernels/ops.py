@@ -19,8 +19,9 @@ from .segments import CPU, Adapters, by_library
 
 _library = torch.library.Library("lora_kernels", "DEF")
 _library.define(
-    "forward(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, Tensor? seed, Tensor? scales, Tensor? ranks, "
-    "Tensor[] plan, int[] geometry, float scale, float dropout_p, bool save_u, str impl, str config) -> (Tensor, Tensor)",
+    "forward(Tensor x, Tensor? weight, Tensor lora_A, Tensor lora_B, Tensor? bias, Tensor? seed, Tensor? scales, Tensor? ranks, "
+    "Tensor[] plan, int[] geometry, float scale, float dropout_p, bool save_u, str impl, str config, Tensor? base=None) "
+    "-> (Tensor, Tensor)",
     tags=[torch.Tag.pt2_compliant_tag],
 )
 _library.define(
@@ -34,12 +35,12 @@ forward_op = torch.ops.lora_kernels.forward.default
 backward_op = torch.ops.lora_kernels.backward.default
 
 
-def forward(x, weight, lora_A, lora_B, bias, seed, adapters: Adapters, scale, dropout_p, save_u, impl, config):
+def forward(x, weight, lora_A, lora_B, bias, seed, adapters: Adapters, scale, dropout_p, save_u, impl, config, base=None):
     """``y [M, N]`` and ``u [M, r]``: the forward operator, or the arm itself where nobody is to see an operator."""
-    arm = _unseen((chain.forward, None), impl, config, x, weight, lora_A, lora_B, bias)
+    arm = _unseen((chain.forward, None), impl, config, x, weight, lora_A, lora_B, bias, base)
     if arm is not None:
-        return _forward(x, weight, lora_A, lora_B, bias, seed, adapters, scale, dropout_p, save_u, impl, config, *arm)
-    return forward_op(x, weight, lora_A, lora_B, bias, seed, *adapters.flat(), scale, dropout_p, save_u, impl, config)
+        return _forward(x, weight, lora_A, lora_B, bias, seed, adapters, scale, dropout_p, save_u, impl, config, base, *arm)
+    return forward_op(x, weight, lora_A, lora_B, bias, seed, *adapters.flat(), scale, dropout_p, save_u, impl, config, base)
 
 
 def backward(dy, x, weight, lora_A, lora_B, u, seed, adapters: Adapters, scale, dropout_p, needs, adapter_dtype, impl, config):
@@ -71,24 +72,26 @@ def _unseen(chained: tuple, impl: str, config: str, x: torch.Tensor, *others: to
     return ()
 
 
-def _forward(x, weight, lora_A, lora_B, bias, seed, adapters, scale, dropout_p, save_u, impl, config, arm=None):
-    x2 = rows(x)
-    if x2.numel() == 0 or weight.shape[0] == 0:
-        y, u = _empty_forward(x2, weight, lora_A, bias)
+def _forward(x, weight, lora_A, lora_B, bias, seed, adapters, scale, dropout_p, save_u, impl, config, base, arm=None):
+    x2, N = rows(x), lora_B.shape[-2]
+    base2 = None if base is None else rows(base)
+    if x2.numel() == 0 or N == 0:
+        y, u = _empty_forward(x2, N, lora_A, bias, base2)
     else:
         run, chosen = arm or dispatch.forward_arm(x2, weight, lora_A, lora_B, adapters, dropout_p, impl, config)
-        y, u = run(x2, weight, lora_A, lora_B, bias, seed, adapters, scale, dropout_p, save_u, chosen)
+        y, u = run(x2, weight, lora_A, lora_B, bias, seed, adapters, scale, dropout_p, save_u, chosen, base2)
     if x is x2:
         return y, u
     # no view for autograd, which refuses in-place operations (ReLU's, a residual's) on views that a Function returns
-    return torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], weight.shape[0]]), u
+    return torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], N]), u
 
 
-def _empty_forward(x, weight, lora_A, bias):
-    """No tokens, no features in or none out: the bias alone, as F.linear has it."""
-    y = x.new_zeros(x.shape[0], weight.shape[0])
-    if bias is not None:
-        y += bias
+def _empty_forward(x, N, lora_A, bias, base):
+    """No tokens, no features in or none out: the bias alone, as F.linear has it, or the base."""
+    y = x.new_zeros(x.shape[0], N)
+    for term in (bias, base):
+        if term is not None:
+            y += term
     return y, x.new_zeros(x.shape[0], lora_A.shape[-2])
 
 
@@ -97,7 +100,7 @@ def _backward(dy, x, weight, lora_A, lora_B, u, seed, adapters, scale, dropout_p
     dy2, x2 = rows(dy), None if x is None else rows(x)
     dx = da = db = None
     if dy2.numel() == 0 or (x2 is not None and x2.numel() == 0):
-        K = weight.shape[1] if weight is not None else 0 if x2 is None else x2.shape[1]
+        K = lora_A.shape[-1] if need_dx else 0
         stack = [] if adapters.segments is None else [adapters.number]
         dx = dy.new_zeros(dy2.shape[0], K)
         da = dy.new_zeros(*stack, lora_B.shape[-1], x2.shape[1], dtype=adapter_dtype) if need_da else None
@@ -111,10 +114,10 @@ def _backward(dy, x, weight, lora_A, lora_B, u, seed, adapters, scale, dropout_p
 
 
 def _forward_kernel(
-    x, weight, lora_A, lora_B, bias, seed, scales, ranks, plan, geometry, scale, dropout_p, save_u, impl, config
+    x, weight, lora_A, lora_B, bias, seed, scales, ranks, plan, geometry, scale, dropout_p, save_u, impl, config, base=None
 ):  # fmt: skip
     adapters = Adapters.from_flat(scales, ranks, plan, geometry)
-    y, u = _forward(x, weight, lora_A, lora_B, bias, seed, adapters, scale, dropout_p, save_u, impl, config)
+    y, u = _forward(x, weight, lora_A, lora_B, bias, seed, adapters, scale, dropout_p, save_u, impl, config, base)
     return y, u if save_u else x.new_empty(0)
 
 
@@ -147,10 +150,10 @@ _library.impl("plan", _plan_on_a_gpu, "CUDA")
 
 @torch.library.register_fake("lora_kernels::forward")
 def _forward_fake(
-    x, weight, lora_A, lora_B, bias, seed, scales, ranks, plan, geometry, scale, dropout_p, save_u, impl, config
+    x, weight, lora_A, lora_B, bias, seed, scales, ranks, plan, geometry, scale, dropout_p, save_u, impl, config, base=None
 ):  # fmt: skip
     u = x.new_empty(math.prod(x.shape[:-1]), lora_A.shape[-2]) if save_u else x.new_empty(0)
-    return x.new_empty(*x.shape[:-1], weight.shape[0]), u
+    return x.new_empty(*x.shape[:-1], lora_B.shape[-2]), u
 
 
 @torch.library.register_fake("lora_kernels::backward")
@@ -160,7 +163,7 @@ def _backward_fake(
 ):  # fmt: skip
     stack = geometry[:1]
     return (
-        dy.new_empty(*dy.shape[:-1], weight.shape[1]) if need_dx else dy.new_empty(0),
+        dy.new_empty(*dy.shape[:-1], lora_A.shape[-1]) if need_dx else dy.new_empty(0),
         dy.new_empty(*((*stack, lora_B.shape[-1], x.shape[-1]) if need_da else (0,)), dtype=adapter_dtype),
         dy.new_empty(*((*stack, dy.shape[-1], u.shape[1]) if need_db else (0,)), dtype=adapter_dtype),
         dy.new_empty(dy.shape[-1] if need_dbias else 0),
@@ -168,9 +171,8 @@ def _backward_fake(
 
 
 @register_flop_formula(torch.ops.lora_kernels.forward)
-def _forward_flops(x, weight, lora_A, *args, out_shape=None, **kwargs) -> int:
-    N, K = weight
-    return forward_flops(math.prod(x[:-1]), N, K, lora_A[-2])
+def _forward_flops(x, weight, lora_A, lora_B, *args, out_shape=None, **kwargs) -> int:
+    return forward_flops(math.prod(x[:-1]), lora_B[-2], x[-1], lora_A[-2], base=weight is None)
 
 
 @register_flop_formula(torch.ops.lora_kernels.backward)
@@ -183,7 +185,7 @@ def _backward_flops(
     if need_dx or need_da:
         total += M * N * lora_B[-1]
     if need_dx:
-        total += M * weight[1] * (N + lora_A[-2])
+        total += M * lora_A[-1] * ((0 if weight is None else N) + lora_A[-2])
     if need_da:
         total += M * x[-1] * lora_B[-1]
     if need_db:

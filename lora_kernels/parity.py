@@ -46,6 +46,7 @@ class Case:
     adapters: int = 0  # E of a batch with segments; 0: one adapter
     popularity: str = "mixed"  # or "distinct", "runs" (contiguous), "one", "none": see `adapter_ids`
     mixed_ranks: bool = False
+    base: bool = False  # given in the place of weight and bias
 
     def terms(self, tensor: str) -> int:
         """How many products one element of y or a gradient sums, those of u or dS among them."""
@@ -60,6 +61,7 @@ class Case:
         parts += [f"adapters {str(self.adapter_dtype).removeprefix('torch.')}"] if self.adapter_dtype else []
         if self.adapters:
             parts += [f"{self.adapters} adapters {self.popularity}"] + (["mixed ranks"] if self.mixed_ranks else [])
+        parts += ["base given"] if self.base else []
         parts += [self.impl] if self.impl != "triton" else []
         if self.config:
             e = self.config.expand
@@ -99,12 +101,16 @@ def inputs(case: Case, device: torch.device) -> dict:
         "lora_B": draw(*stack, case.N, case.R, spread=case.R**-0.5, dtype=adapter),
         "bias": draw(case.N) if case.bias else None,
         "dY": draw(case.M, case.N, spread=case.N**-0.5),
+        "base": None,
     }
+    if case.base:
+        tensors |= dict(weight=None, bias=None, base=draw(case.M, case.N))
+    strided = [name for name in ("x", "weight", "dY", "base") if tensors[name] is not None]
     if case.layout == "transposed":
-        for name in ("x", "weight", "dY"):
+        for name in strided:
             tensors[name] = tensors[name].t().contiguous().t()
     elif case.layout == "sliced":
-        for name in ("x", "weight", "dY"):
+        for name in strided:
             t = tensors[name]
             tensors[name] = torch.full((t.shape[0] + 2, t.shape[1] + 3), float("nan"), dtype=t.dtype, device=device)[1:-1, 2:-1].copy_(t)
     elif case.layout == "expanded":
@@ -144,14 +150,14 @@ def many(case: Case, device: torch.device) -> dict:
 
 
 def evaluate(case: Case, tensors: dict, impl: str, dtype: torch.dtype | None = None) -> list:
-    """y, dX, dA, dB, dbias of a case by an impl; in ``dtype`` if given, on copies of the same values."""
+    """y, dX, dA, dB, dbias (or dbase) of a case by an impl; in ``dtype`` if given, on copies of the same values."""
     t: dict = {name: None if v is None else v.detach() if dtype is None else v.to(dtype) for name, v in tensors.items()}
-    names = [name for name in ("x", "lora_A", "lora_B", "bias") if t[name] is not None]
+    names = [name for name in ("x", "lora_A", "lora_B", "bias", "base") if t[name] is not None]
     for name in names:
         t[name] = t[name].requires_grad_()
     y = lora_linear(
-        t["x"], t["weight"], t["lora_A"], t["lora_B"], t["bias"], **many(case, t["x"].device), dropout_p=case.p, training=True, seed=SEED,
-        impl=impl, config=case.config if impl == "triton" else None,
+        t["x"], t["weight"], t["lora_A"], t["lora_B"], t["bias"], **many(case, t["x"].device), base=t["base"], dropout_p=case.p,
+        training=True, seed=SEED, impl=impl, config=case.config if impl == "triton" else None,
     )  # fmt: skip
     grads = torch.autograd.grad(y, [t[name] for name in names], t["dY"])
     return [y.detach(), *grads] + [None] * (5 - 1 - len(grads))
@@ -191,7 +197,8 @@ def run_case(case: Case, device: torch.device) -> Result:
         ours = evaluate(case, tensors, case.impl)
     launched = launched_so_far() - before
     used = {}
-    for name, o, s, t, like in zip(TENSORS, ours, same, truth, (None, "x", "lora_A", "lora_B", "bias"), strict=True):
+    last = "base" if case.base else "bias"
+    for name, o, s, t, like in zip(TENSORS, ours, same, truth, (None, "x", "lora_A", "lora_B", last), strict=True):
         if o is None:
             continue
         if like and (o.dtype != tensors[like].dtype or o.shape != tensors[like].shape):
@@ -266,6 +273,9 @@ def cases(device: torch.device, quick: bool = False) -> list[Case]:
         ]
     for popularity in ("mixed", "distinct", "runs", "one", "none"):
         found += [replace(odd, dtype=dtypes[0], adapters=7, popularity=popularity, p=0.1, impl=impl) for impl in ("triton", "torch")]
+    given = replace(odd, dtype=dtypes[0], base=True)
+    found += [replace(given, p=p, impl=impl) for impl in ("triton", "torch") for p in (0.0, 0.1)]
+    found += [replace(given, M=M, p=0.1, adapters=7, mixed_ranks=True) for M in (odd.M, 10 * odd.M)] + [replace(given, layout="sliced")]
     found += [replace(odd, dtype=torch.float16, adapter_dtype=torch.float32), replace(even, R=100, bias=False), replace(odd, M=1)]
     found += [replace(odd, dtype=dtype, p=p, impl="torch") for dtype in (*dtypes, torch.bfloat16) for p in (0.0, 0.1)]
     return [case for case in dict.fromkeys(found) if _served(case, arch)]

@@ -31,6 +31,7 @@ class Problem:
     strides are multiples of 16 bytes, as TMA descriptors need. ``dropout``: "" (none), "x" (on the adapter's input, forward) or
     "uv" (on the low-rank term, backward). ``wide``: an offset passes 2^31. ``adapters``: E of a batch with segments, 0 for one
     adapter; ``row_block`` and ``gather_block`` are then its plan's, ``mixed_ranks`` whether adapters have ranks of their own.
+    ``base``: whether x w is another's, who hands it in (or, in the backward pass, keeps it), and only u v is to be added.
     """
 
     M: int
@@ -48,6 +49,7 @@ class Problem:
     row_block: int = 0
     gather_block: int = 0
     mixed_ranks: bool = False
+    base: bool = False
 
     @property
     def itemsize(self) -> int:
@@ -55,7 +57,7 @@ class Problem:
 
     @property
     def flops(self) -> int:
-        return forward_flops(self.M, self.N, self.K, self.R)
+        return forward_flops(self.M, self.N, self.K, self.R, self.base)
 
     def backward(self) -> Problem:
         """The problem of dX: K and N change places, and w is read along its other axis."""
@@ -68,9 +70,9 @@ def usual_dtype(itemsize: int) -> torch.dtype:
     return {2: torch.bfloat16, 4: torch.float32}[itemsize]
 
 
-def forward_flops(M: int, N: int, K: int, R: int) -> int:
-    """Floating-point operations of a forward pass, a multiplication and an addition each."""
-    return 2 * M * (N * K + R * (N + K))
+def forward_flops(M: int, N: int, K: int, R: int, base: bool = False) -> int:
+    """Floating-point operations of a forward pass, a multiplication and an addition each; base: without those of the base product."""
+    return 2 * M * ((0 if base else N * K) + R * (N + K))
 
 
 def autocasts(device: torch.device) -> bool:
@@ -118,20 +120,21 @@ def segment_fields(adapters: Adapters) -> dict:
 
 
 def describe(x, weight, lora_A, lora_B, *, dropout: bool, adapters: Adapters = ONE) -> Problem:
-    """The forward `Problem` of a checked call; x is ``[M, K]``."""
-    N, K = weight.shape
+    """The forward `Problem` of a checked call; x is ``[M, K]``, weight None where the base product is given."""
+    w = x if weight is None else weight
     return Problem(
         M=x.shape[0],
-        N=N,
-        K=K,
+        N=lora_B.shape[-2],
+        K=x.shape[1],
         R=lora_A.shape[-2],
         dtype=x.dtype,
         dropout="x" if dropout else "",
         x_row_major=x.stride(-1) == 1,
-        w_major=contiguous_axis(weight, "n", "k"),
-        aligned=descriptors_possible(x, weight, lora_A, lora_B),
-        wide=offsets_pass_int32(x, weight),
+        w_major=contiguous_axis(w, "n", "k"),
+        aligned=descriptors_possible(x, w, lora_A, lora_B),
+        wide=offsets_pass_int32(x, w),
         adapter_dtype=lora_A.dtype,
+        base=weight is None,
         **segment_fields(adapters),
     )
 
@@ -161,10 +164,13 @@ def _check_class(name: str, t, what: str) -> None:
         )
 
 
-def check_arguments(x, weight, lora_A, lora_B, bias, scale, dropout_p, seed, segments, ranks) -> None:
+def check_arguments(x, weight, lora_A, lora_B, bias, base, scale, dropout_p, seed, segments, ranks) -> None:
     """Refuse what `lora_linear` cannot compute. Raises ValueError, TypeError or UnsupportedError."""
     check_tensor("x", x, "a tensor [..., in_features]")
-    check_tensor("weight", weight, "a tensor [out_features, in_features]")
+    if base is None:
+        check_tensor("weight", weight, "a tensor [out_features, in_features], or None with base")
+    else:
+        check_base(x, weight, bias, base)
     if segments is None:
         check_tensor("lora_A", lora_A, "a tensor [r, in_features]")
         check_tensor("lora_B", lora_B, "a tensor [out_features, r]")
@@ -175,10 +181,13 @@ def check_arguments(x, weight, lora_A, lora_B, bias, scale, dropout_p, seed, seg
         check_tensor("bias", bias, "a tensor [out_features] or None")
     if segments is not None:
         check_segments(x, segments)
-    check_shapes(x, weight, lora_A, lora_B, bias, segments)
+    if base is None:
+        check_shapes(x, weight, lora_A, lora_B, bias, segments)
+    else:
+        check_adapters(base.shape[-1], x.shape[-1], f"to match x {_shape(x)} and base {_shape(base)}", lora_A, lora_B, segments)
     check_dtypes(x, weight, lora_A, lora_B, bias)
     check_devices(x, weight, lora_A, lora_B, bias)
-    if weight.requires_grad:
+    if weight is not None and weight.requires_grad:
         raise ValueError(
             "weight: wanted a frozen base weight, got one with requires_grad=True; "
             "call weight.requires_grad_(False): LoRA trains lora_A and lora_B only"
@@ -238,28 +247,48 @@ def check_ranks(ranks, x, lora_A, segments) -> None:
         raise ValueError(f"ranks: wanted ranks from 0 to lora_A's {R}, got {ranks.min().item()} to {ranks.max().item()}")
 
 
+def check_base(x, weight, bias, base) -> None:
+    """The base product in the place of weight and bias."""
+    check_tensor("base", base, "a tensor [..., out_features] or None")
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is not None:
+            raise ValueError(f"{name}: wanted None with base, which is the base layer's output and holds it, got {type(t).__name__}")
+    if x.dim() < 1 or base.dim() < 1 or base.shape[:-1] != x.shape[:-1]:
+        lead = "".join(f"{size}, " for size in x.shape[:-1])
+        raise ValueError(f"base: wanted shape [{lead}out_features] to match x {_shape(x)}, got {_shape(base)}")
+    if base.dtype != x.dtype:
+        raise TypeError(f"base: wanted x's dtype {x.dtype}, got {base.dtype}; cast one of them, or use torch.autocast")
+    if base.device != x.device:
+        raise ValueError(f"base: wanted x's device {x.device}, got {base.device}")
+
+
 def check_shapes(x, weight, lora_A, lora_B, bias, segments=None) -> None:
     if weight.dim() != 2:
         raise ValueError(f"weight: wanted shape [out_features, in_features], got {_shape(weight)}")
     N, K = weight.shape
     if x.dim() < 1 or x.shape[-1] != K:
         raise ValueError(f"x: wanted shape [..., {K}] to match weight {_shape(weight)}, got {_shape(x)}")
-    R = lora_A.shape[-2] if lora_A.dim() > 1 else 0
-    one = segments is None and lora_A.dim() == lora_B.dim() == 2  # the usual case, told without the words of an error
-    if not (one and lora_A.shape[1] == K and lora_B.shape[0] == N and lora_B.shape[1] == R):
-        check_stacks(weight, lora_A, lora_B, segments)
-    if not 1 <= R <= MAX_RANK:
-        raise UnsupportedError(f"lora_A: wanted a rank r from 1 to {MAX_RANK}, got r = {R} (shape {_shape(lora_A)})")
+    if segments is not None or lora_A.dim() != 2 or lora_A.shape[1] != K or lora_B.shape != (N, lora_A.shape[0]) or not lora_A.shape[0]:
+        check_adapters(N, K, f"to match weight {_shape(weight)}", lora_A, lora_B, segments)  # the words of an error cost microseconds
+    elif lora_A.shape[0] > MAX_RANK:
+        check_rank(lora_A)
     if bias is not None and tuple(bias.shape) != (N,):
         raise ValueError(f"bias: wanted shape [{N}] to match weight {_shape(weight)}, got {_shape(bias)}")
 
 
-def check_stacks(weight, lora_A, lora_B, segments) -> None:
-    N, K = weight.shape
+def check_adapters(N: int, K: int, why: str, lora_A, lora_B, segments) -> None:
+    """``why``: what their sizes have to match."""
     stack = [] if segments is None else [segments.num_adapters]
-    check_adapter("lora_A", lora_A, [*stack, "r", K], f"to match weight {_shape(weight)}", "[r, in_features]")
+    check_adapter("lora_A", lora_A, [*stack, "r", K], why, "[r, in_features]")
     R = lora_A.shape[-2]
-    check_adapter("lora_B", lora_B, [*stack, N, R], f"to match weight {_shape(weight)} and lora_A {_shape(lora_A)}", "[out_features, r]")
+    check_adapter("lora_B", lora_B, [*stack, N, R], f"{why} and lora_A {_shape(lora_A)}", "[out_features, r]")
+    check_rank(lora_A)
+
+
+def check_rank(lora_A) -> None:
+    R = lora_A.shape[-2]
+    if not 1 <= R <= MAX_RANK:
+        raise UnsupportedError(f"lora_A: wanted a rank r from 1 to {MAX_RANK}, got r = {R} (shape {_shape(lora_A)})")
 
 
 def check_adapter(name: str, t, wanted: list, why: str, peft: str) -> None:
@@ -291,7 +320,7 @@ def check_vector(name: str, t, weight, like) -> None:
 
 
 def check_dtypes(x, weight, lora_A, lora_B, bias) -> None:
-    if weight.dtype != x.dtype:
+    if weight is not None and weight.dtype != x.dtype:
         raise TypeError(f"weight: wanted x's dtype {x.dtype}, got {weight.dtype}; cast one of them, or use torch.autocast")
     if bias is not None and bias.dtype != x.dtype:
         raise TypeError(f"bias: wanted x's dtype {x.dtype}, got {bias.dtype}")

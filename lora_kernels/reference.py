@@ -19,7 +19,8 @@ def dropout(x: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:
 
 
 def lora_linear(
-    x, weight, lora_A, lora_B, bias=None, *, scale=1.0, dropout_p=0.0, training=False, seed=None, segments=None, ranks=None
+    x, weight, lora_A, lora_B, bias=None, *,
+    base=None, scale=1.0, dropout_p=0.0, training=False, seed=None, segments=None, ranks=None,
 ):  # fmt: skip
     """Linear layer with a low-rank update, as the textbook has it: each product rounded to the tensors' dtype.
 
@@ -28,6 +29,7 @@ def lora_linear(
         weight: ``[N, K]`` as nn.Linear stores it, x's dtype.
         lora_A, lora_B: ``[r, K]`` and ``[N, r]`` as PEFT stores them, or stacks ``[E, r, K]`` and ``[E, N, r]``; cast to x's dtype.
         bias: ``[N]`` or None.
+        base: ``[..., N]``, what ``x W^T + bias`` is, with weight and bias None; or None.
         scale: ``lora_alpha / r``, a float, or float32 with one for each adapter.
         dropout_p: Probability of the adapter branch's dropout, in [0, 1); it acts when ``training``.
         seed: int64 tensor with one element, or int; None draws one from torch's generator.
@@ -45,7 +47,7 @@ def lora_linear(
         low_rank = F.linear(F.linear(adapter_in, lora_A), lora_B) * (scale.reshape(()) if isinstance(scale, torch.Tensor) else scale)
     else:
         low_rank = _by_adapter(adapter_in, lora_A, lora_B, scale, segments.ids, ranks)
-    return F.linear(x, weight, bias) + low_rank
+    return (F.linear(x, weight, bias) if base is None else base) + low_rank
 
 
 def _by_adapter(x, lora_A, lora_B, scale, ids, ranks):

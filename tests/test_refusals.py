@@ -27,6 +27,10 @@ def stacked(E=2, **changed):
     return {"lora_A": torch.randn(E, R, K), "lora_B": torch.randn(E, N, R), "segments": plan(), **changed}
 
 
+def given(**changed):
+    return {"weight": None, "bias": None, "base": torch.randn(M, N), **changed}
+
+
 CASES = [
     ({"x": torch.randn(M, K + 1)}, ValueError, r"x: wanted shape \[..., 8\] to match weight \[6, 8\], got \[4, 9\]"),
     ({"x": torch.tensor(1.0)}, ValueError, r"x: wanted shape \[..., 8\] .* got \[\]"),
@@ -42,6 +46,19 @@ CASES = [
     ({"weight": torch.quantize_per_tensor(torch.randn(N, K), 0.1, 0, torch.qint8)}, UnsupportedError, "weight: .*quantised.*qint8"),
     ({"weight": torch.ones(N, K, dtype=torch.uint8)}, TypeError, "weight: wanted float16.*got torch.uint8"),
     ({"weight": torch.randn(N, K, device="meta")}, ValueError, f"weight: wanted x's device {DEVICE}, got meta"),
+    ({"weight": None}, TypeError, "weight: wanted a tensor .* or None with base, got NoneType"),
+    (given(weight=torch.randn(N, K)), ValueError, "weight: wanted None with base, which is the base layer's output .*, got Tensor"),
+    (given(bias=torch.randn(N)), ValueError, "bias: wanted None with base, .*, got Tensor"),
+    (given(base=[1.0]), TypeError, r"base: wanted a tensor \[..., out_features\] or None, got list"),
+    (given(base=torch.randn(M + 1, N)), ValueError, r"base: wanted shape \[4, out_features\] to match x \[4, 8\], got \[5, 6\]"),
+    (given(base=torch.randn(1, M, N)), ValueError, r"base: wanted shape \[4, out_features\] to match x \[4, 8\], got \[1, 4, 6\]"),
+    (given(x=torch.tensor(1.0)), ValueError, r"base: wanted shape \[out_features\] to match x \[\], got \[4, 6\]"),
+    (given(base=torch.randn(M, N).half()), TypeError, "base: wanted x's dtype torch.float32, got torch.float16; cast one of them"),
+    (given(base=torch.randn(M, N, device="meta")), ValueError, f"base: wanted x's device {DEVICE}, got meta"),
+    (given(base=torch.randn(M, N + 1)), ValueError, r"lora_B: wanted shape \[7, 3\] to match x \[4, 8\] and base \[4, 7\] and lora_A"),
+    (given(lora_A=torch.randn(R, K + 1)), ValueError, r"lora_A: wanted shape \[r, 8\] to match x \[4, 8\] and base \[4, 6\], got \[3, 9\]"),
+    (given(lora_bias=torch.randn(N)), UnsupportedError, "lora_bias: wanted None with base, to which it can be added"),
+    (given(config=Config()), UnsupportedError, "expand.base must be 'library' where the base product is given, got 'kernel'"),
     ({"lora_A": torch.randn(R, K + 1)}, ValueError, r"lora_A: wanted shape \[r, 8\] to match weight \[6, 8\], got \[3, 9\]"),
     ({"lora_A": torch.randn(K, R)}, ValueError, r"lora_A: .*got \[8, 3\]; it looks transposed"),
     ({"lora_A": torch.randn(R, K).half()}, TypeError, "lora_A: wanted x's dtype torch.float32 or float32, got torch.float16"),

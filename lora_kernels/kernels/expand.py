@@ -10,7 +10,8 @@ With segments (given and awaited) the low-rank product is made once for each ada
 reach another's tokens. Either a token selects its own product, which takes a second accumulator, or (MASKED) the rows of u that belong to
 others are zero in each product, and what is not finite in v, for 0 * inf is NaN, is taken out of it and added to its own tokens as NaN.
 
-Without a loader of w, x is the base product itself, made by the library, or a weight into which ``u v`` is merged (EXACT: u v in float32).
+Without a loader of w, x is the base product itself, made by the library or by another layer, or a weight into which ``u v`` is merged
+(EXACT: u v in float32). Without one of x either, y is ``u v`` alone.
 
 SPLIT (u given, few tokens): parts of one tile go to several programs, the low-rank product to the first and ranges of K to the others. Each
 writes a float32 partial sum; whichever comes last adds them in their order, so the result does not depend on which it was.
@@ -211,7 +212,9 @@ def expand_tile(
                 acc, u, v, rows, stride_ve, ranks_ptr, seed, threshold, inv_keep, m0, n0, M, N, R, TYPE,
                 LOAD_U, SEGMENTS, MASKED, WALK, DROP_UV, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R, R_BLOCKS, EVEN_N, EVEN_R, WIDE, True,
             )  # fmt: skip
-    if LOAD_W is None:
+    if LOAD_X is None:
+        pass
+    elif LOAD_W is None:
         # x: [BLOCK_M, BLOCK_N]
         acc += LOAD_X(x, m0, n0, M, N, BLOCK_M, BLOCK_N, False, EVEN_N, WIDE)
     else:

@@ -57,6 +57,8 @@ def _split(blocks: int, length: int, least: int, arch: Arch) -> int:
 
 
 def _expand(problem: Problem, arch: Arch) -> Expand:
+    if problem.base:
+        return _beside_base(problem, arch)
     if problem.adapters:
         return _segments(problem, arch)
     if problem.M <= 64:
@@ -95,9 +97,7 @@ def _segments(problem: Problem, arch: Arch) -> Expand:
         block_k = 32 if problem.itemsize == 4 else 64
         tiles = -(-problem.M // block_m) * -(-problem.N // 32)
         split = max(1, min(arch.sms // tiles, problem.K // (4 * block_k), 8))
-        tile = Expand(block_m, 32, block_k, split=split, num_warps=4, num_stages=STREAMED)
-        walks = (replace(tile, walk=stages) for stages in (WALKS if arch.kind == "cuda" else (0,)))
-        return next(each for each in walks if walk_memory(each, problem) <= arch.shared_memory)
+        return _walked(Expand(block_m, 32, block_k, split=split, num_warps=4, num_stages=STREAMED), problem, arch)
     if problem.itemsize == 4:
         return Expand(block_m, 32, 32, num_warps=8, num_stages=3)
     if arch.kind == "hip":
@@ -105,6 +105,22 @@ def _segments(problem: Problem, arch: Arch) -> Expand:
     if arch.has_tcgen05:  # where masked products do not compile; a select leaves no room for the mask of a wide tile
         return Expand(block_m, 64 if problem.dropout == "uv" else 128, 64, num_warps=8, num_stages=3, tma=_tma(problem, arch))
     return replace(_many_tokens(problem, arch), block_m=block_m, masked=True)
+
+
+def _beside_base(problem: Problem, arch: Arch) -> Expand:
+    # Bound by memory: base is read and y written once, and the product between them is but r deep.
+    block_m = problem.row_block or (16 if problem.M <= 16 else 32 if problem.M <= 32 else 64)
+    if problem.adapters and block_m <= 64:
+        return _walked(Expand(block_m, 32, base="library", num_warps=4, num_stages=1), problem, arch)
+    if block_m > 64:  # products are selected, which keeps a second accumulator
+        return Expand(block_m, 32 if problem.itemsize == 4 else 64, base="library", num_warps=8, num_stages=2)
+    wide = problem.M > 64 and problem.itemsize == 2 and problem.dropout != "uv"
+    return Expand(block_m, 128 if wide else 64, base="library", num_warps=4, num_stages=2)
+
+
+def _walked(tile: Expand, problem: Problem, arch: Arch) -> Expand:
+    walks = (replace(tile, walk=stages) for stages in (WALKS if arch.kind == "cuda" else (0,)))
+    return next(each for each in walks if walk_memory(each, problem) <= arch.shared_memory)
 
 
 def _tma(problem: Problem, arch: Arch) -> bool:

@@ -44,6 +44,8 @@ def _expand(e: Expand, problem: Problem, arch: Arch) -> str | None:
         return f"expand.u must be 'given', 'loop' or 'awaited', got {e.u!r}"
     if e.base not in ("kernel", "library"):
         return f"expand.base must be 'kernel' or 'library', got {e.base!r}"
+    if problem.base and e.base != "library":
+        return f"expand.base must be 'library' where the base product is given, got {e.base!r}"
     if e.base == "library" and e.u != "given":
         return f"expand.base='library' has no K loop to compute u in, so it needs expand.u='given', got {e.u!r}"
     if e.split > 1 and (e.u != "given" or e.base != "kernel" or e.persistent):
@@ -124,7 +126,7 @@ def _tiles_in_flight(stages: int, rows: int, warps: int, problem: Problem, arch:
 def expand_shared_memory(e: Expand, problem: Problem, arch: Arch) -> int:
     """A lower bound of expand's shared memory in bytes: the tiles in flight of x and w, and what u and v take beside them."""
     if e.base == "library":
-        return 0
+        return walk_memory(e, problem)
     rank = rank_block(problem.R, LOOP_RANK if e.u == "loop" else TILE_RANK)
     columns = e.block_m + e.block_n + (rank if e.u == "loop" else 0)
     stages = _tiles_in_flight(e.num_stages, e.block_m, e.num_warps, problem, arch) * columns * e.block_k * problem.itemsize
