@@ -212,7 +212,8 @@ def run_expand(
     if transposed:
         w, v, a = None if w is None else w.t(), v.mT, None if a is None else a.mT
     (M, K), (R, N) = x.shape, v.shape[-2:]
-    block_r = rank_block(R, 32 if exact else LOOP_RANK if c.u == "loop" else TILE_RANK if adapters.ranks is None else MIXED_RANK)
+    narrow = exact or (w is None and x.itemsize == 4)  # float32 products are unrolled as deep as this
+    block_r = rank_block(R, 32 if narrow else LOOP_RANK if c.u == "loop" else TILE_RANK if adapters.ranks is None else MIXED_RANK)
     r_blocks = cdiv(R, block_r)
     y = x.new_empty(M, N) if out is None else out
     num_m, tiles = cdiv(M, c.block_m), cdiv(M, c.block_m) * cdiv(N, c.block_n)

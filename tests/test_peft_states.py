@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners import lora
 from peft.tuners.lora import variants as peft_variants
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
-from peft_models import Net, X, agree, both, config, counted, layers, pair, train_all
+from peft_models import Net, X, agree, both, config, counted, layers, pair, results, train_all
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
@@ -73,9 +73,14 @@ def test_hooks_are_not_passed_by(where, kind, calls):
             getattr(part, f"register_{kind}_hook")(lambda *args: seen.append(kind))
 
     both(stock, fused, watch)
-    assert "has hooks" in why_not_fused(layers(fused)[0])
+    below = where == "base_layer"
+    assert why_not_fused(layers(fused)[0]) is None if below else "has hooks" in why_not_fused(layers(fused)[0])
+    assert fuse(fused).beside == ({"base_model.model.first": "its base layer has hooks"} if below else {})
     agree(stock, fused)
-    assert len(seen) >= 2 and len(calls) == 1
+    assert len(calls) == 1 + below
+    seen.clear()
+    results(fused, X)
+    assert seen, "the hook of the fused layer itself ran"
 
 
 class Watch(ModelHook):
@@ -121,25 +126,26 @@ class Quantised(Net):
 
 
 @pytest.mark.parametrize("early", [True, False])
-def test_quantised_bases_are_left_to_peft(early, calls):
+def test_a_subclass_of_linear_makes_its_own_product(early, calls):
     torch.manual_seed(0)
     stock = get_peft_model(Quantised(), config())
     torch.manual_seed(0)
     fused = get_peft_model(Quantised(), use_fused(config()) if early else config())
     assert [type(layer) for layer in layers(fused)] == ([lora.Linear, FusedLoraLinear] if early else [lora.Linear] * 2)
     report = fuse(fused)
-    assert report.left == {"base_model.model.first": "its base layer is a Linear4bit, not exactly an nn.Linear"}
+    assert report.beside == {"base_model.model.first": "its base layer is a Linear4bit, not exactly an nn.Linear"}
+    assert "2 LoRA layers fused, 0 left to PEFT\n  1 beside their base: its base layer is a Linear4bit" in str(report)
     with torch.no_grad():
         torch.testing.assert_close(fused(X), stock(X))
-    assert len(calls) == 1
+    assert [call["base"] is None for call in calls] == [False, True]
 
 
-def test_a_trained_base_weight_is_left_to_peft(calls):
+def test_a_trained_base_weight_gets_its_gradient(calls):
     stock, fused, _ = pair()
     both(stock, fused, lambda model: layers(model)[0].base_layer.weight.requires_grad_(True))
-    assert why_not_fused(layers(fused)[0]) == "its base weight is trained"
+    assert fuse(fused).beside == {"base_model.model.first": "its base weight is trained"}
     agree(stock, fused)
-    assert len(calls) == 1
+    assert len(calls) == 2 and layers(fused)[0].base_layer.weight.grad.any()
 
 
 def test_target_parameters_are_not_captured():

@@ -3,14 +3,17 @@
     config = use_fused(LoraConfig(...)); model = get_peft_model(model, config)      before the model is wrapped
     print(fuse(model))                                                              or after, in place; `unfuse` undoes it
 
-`FusedLoraLinear` changes ``forward`` alone. What it does not compute itself (variants such as DoRA, an adapter's bias, hooked or sharded
-parts) PEFT's own forward computes, and `why_not_fused` names the reason.
+`Fused` changes ``forward`` alone. Beside a quantised base, or one that has hooks or is trained, the layer below makes the base product
+and the fused call adds the adapter. What it does not compute at all (variants such as DoRA, an adapter's bias, sharded parts) PEFT's own
+forward computes, and `why_not_fused` names the reason.
 """
 
 from __future__ import annotations
 
 import collections
 import contextlib
+import functools
+import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -23,15 +26,24 @@ from transformers.pytorch_utils import Conv1D
 
 from ..autograd import lora_linear
 from .peft_mixed import mixed, why_not_mixed
-from .peft_state import PLAIN, Adapter, active, adapters_of, base_of, why_not_fused, why_not_together
+from .peft_state import PLAIN, Adapter, Base, Beside, active, adapters_of, base_of, in_dtype, product_of, why_not_fused, why_not_together
 
 __all__ = ["FusedLoraLinear", "Report", "dispatch_fused", "fuse", "mixed_adapters", "unfuse", "use_fused", "why_not_fused"]
 
 BASE = "__base__"  # PEFT's name for "no adapter" in adapter_names
+QUANTISED = {  # PEFT's layers that add the adapters to what a quantised layer makes of x, and the modules of peft.tuners.lora they are in
+    "Linear4bit": "bnb",
+    "Linear8bitLt": "bnb",
+    "GPTQLoraLinear": "gptq",
+    "AwqLoraLinear": "awq",
+    "AqlmLoraLinear": "aqlm",
+    "HqqLoraLinear": "hqq",
+    "TorchaoLoraLinear": "torchao",
+}
 
 
-class FusedLoraLinear(lora.Linear):
-    """``peft.tuners.lora.Linear`` whose forward is `lora_kernels.lora_linear`, also for ``adapter_names``, in training too."""
+class Fused:
+    """The forward pass of a LoRA layer of PEFT's by `lora_kernels.lora_linear`, also for ``adapter_names``, in training too."""
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         names = kwargs.get("adapter_names")
@@ -42,21 +54,47 @@ class FusedLoraLinear(lora.Linear):
         return super().forward(x, *args, **kwargs) if y is None else y
 
 
-def _single(layer: FusedLoraLinear, x: torch.Tensor) -> torch.Tensor | None:
+class FusedLoraLinear(Fused, lora.Linear):
+    """``peft.tuners.lora.Linear`` with the forward pass of `Fused`."""
+
+
+@functools.cache
+def fused_class(kind: type) -> type:
+    """The subclass of a LoRA layer of PEFT's that has the forward pass of `Fused`."""
+    return FusedLoraLinear if kind is lora.Linear else type(f"Fused{kind.__name__}", (Fused, kind), {"__module__": __name__})
+
+
+def __getattr__(name: str) -> type:
+    """`fused_class` of the quantised layers, by name, as pickle asks for them: their modules are imported where they are used."""
+    kind = name.removeprefix("Fused")
+    if kind == name or kind not in QUANTISED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return fused_class(getattr(importlib.import_module(f"peft.tuners.lora.{QUANTISED[kind]}"), kind))
+
+
+def _single(layer: Fused, x: torch.Tensor) -> torch.Tensor | None:
     """Every token through the active adapters; None where PEFT's forward is to compute it."""
     names = active(layer)
     base = base_of(layer, x) if names else ""
     if isinstance(base, str):
         return None
-    adapters = adapters_of(layer, names, base)
+    adapters = adapters_of(layer, names, base, x)
     if isinstance(adapters, str):
         return None
     if len(adapters) > 1:
         if why_not_together(adapters) is not None:
             return None
         adapters = [_together(adapters)]
-    (one,) = adapters
-    return lora_linear(x, base.weight, one.A, one.B, base.bias, scale=one.scale, dropout_p=one.p, training=one.training)
+    x, base = _settled(layer, x, base)
+    one = in_dtype(adapters[0], base.dtype)
+    return lora_linear(
+        x, base.weight, one.A, one.B, base.bias, base=base.product, scale=one.scale, dropout_p=one.p, training=one.training
+    )  # fmt: skip
+
+
+def _settled(layer: Fused, x: torch.Tensor, base: Base | Beside) -> tuple[torch.Tensor, Base]:
+    """x and the base of a call that is to be fused: from here on PEFT's forward is out of the question."""
+    return product_of(layer, x) if isinstance(base, Beside) else (x, base)
 
 
 def _together(adapters: list[Adapter]) -> Adapter:
@@ -67,17 +105,18 @@ def _together(adapters: list[Adapter]) -> Adapter:
     return Adapter(A, B, 1.0, 0.0, False)
 
 
-def _mixed(layer: FusedLoraLinear, x: torch.Tensor, names: list[str]) -> torch.Tensor | None:
+def _mixed(layer: Fused, x: torch.Tensor, names: list[str]) -> torch.Tensor | None:
     """Each sample through the adapter it names; one that this layer does not have is the base alone. None: as in `_single`."""
     layer._check_forward_args(x, adapter_names=names)
     places = {name: e for e, name in enumerate(name for name in dict.fromkeys(names) if name in layer.lora_A)}
     base = base_of(layer, x) if places else ""
     if isinstance(base, str):
         return None
-    adapters = adapters_of(layer, list(places), base)
+    adapters = adapters_of(layer, list(places), base, x)
     if isinstance(adapters, str) or why_not_mixed(adapters) is not None:
         return None
-    return mixed(x, base, adapters, tuple(places.get(name, -1) for name in names))
+    x, base = _settled(layer, x, base)
+    return mixed(x, base, [in_dtype(each, base.dtype) for each in adapters], tuple(places.get(name, -1) for name in names))
 
 
 def dispatch_fused(target, adapter_name, config=None, parameter_name=None, **kwargs):
@@ -109,20 +148,25 @@ def use_fused(config: LoraConfig) -> LoraConfig:
 
 @dataclass(frozen=True)
 class Report:
-    """``fused``: names of the layers on the kernels; ``left``: the other LoRA layers and why PEFT's forward computes them."""
+    """``fused``: names of the layers on the kernels; ``left``: the other LoRA layers and why PEFT's forward computes them.
+
+    ``beside``: those of the fused layers to whose base product, made by the layer below, the kernels add the adapter, and why.
+    """
 
     fused: list[str] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
+    beside: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"{len(self.fused)} LoRA layers fused, {len(self.left)} left to PEFT"]
-        for reason, count in collections.Counter(self.left.values()).items():
-            lines.append(f"  {count} left: {reason}")
+        for what, reasons in (("beside their base", self.beside), ("left", self.left)):
+            for reason, count in collections.Counter(reasons.values()).items():
+                lines.append(f"  {count} {what}: {reason}")
         return "\n".join(lines)
 
 
 def fuse(model: nn.Module) -> Report:
-    """Turn every ``peft.tuners.lora.Linear`` of the model into a `FusedLoraLinear`, in place: parameters, hooks and optimizers stay.
+    """Give every linear LoRA layer of the model, over quantised bases too, the forward pass of `Fused`, in place: all else stays.
 
     Call it before torch.compile and before FSDP wraps the model, and again after an adapter was added to layers that had none.
 
@@ -139,20 +183,24 @@ def fuse(model: nn.Module) -> Report:
     for name, layer in layers.items():
         reason = _why_not_this_type(layer)
         if reason is None:
-            layer.__class__ = FusedLoraLinear
+            if not isinstance(layer, Fused):
+                layer.__class__ = fused_class(type(layer))
             reason = why_not_fused(layer)
         if reason is None:
             report.fused.append(name)
+            base = base_of(layer, None)
+            if isinstance(base, Beside):
+                report.beside[name] = base.reason
         else:
             report.left[name] = reason
     return report
 
 
 def unfuse(model: nn.Module) -> int:
-    """Undo `fuse`: every `FusedLoraLinear` is PEFT's own layer again. Returns how many."""
-    fused = [m for m in model.modules() if type(m) is FusedLoraLinear]
+    """Undo `fuse`: every fused layer is PEFT's own again. Returns how many."""
+    fused: list = [m for m in model.modules() if isinstance(m, Fused)]
     for module in fused:
-        module.__class__ = lora.Linear
+        module.__class__ = type(module).__bases__[1]
     return len(fused)
 
 
@@ -170,7 +218,7 @@ def mixed_adapters(model: nn.Module, adapter_names: list[str]) -> Iterator[None]
             not as many samples as names, or a layer is merged or has DoRA, as in PEFT.
     """
     layers = _lora_layers(model)
-    if not any(isinstance(layer, FusedLoraLinear) for layer in layers.values()):
+    if not any(isinstance(layer, Fused) for layer in layers.values()):
         raise ValueError(f"model: wanted fused LoRA layers (fuse(model)), got {len(layers)} LoRA layers and none of them fused")
     known = {name for layer in layers.values() for name in (*layer.lora_A, *layer.lora_embedding_A)} | {BASE}
     unknown = sorted(set(adapter_names) - known)
@@ -198,7 +246,8 @@ def _lora_layers(model: nn.Module) -> dict[str, lora.LoraLayer]:
 
 
 def _why_not_this_type(layer: nn.Module) -> str | None:
-    if type(layer) not in (lora.Linear, FusedLoraLinear):
+    kind = type(layer)
+    if kind is not lora.Linear and not isinstance(layer, Fused) and kind.__module__ != f"peft.tuners.lora.{QUANTISED.get(kind.__name__)}":
         return f"it is a {type(layer).__module__}.{type(layer).__name__}"
     if "forward" in layer.__dict__:
         return "its forward is not its class's (accelerate's hooks?), and would stay as it is"

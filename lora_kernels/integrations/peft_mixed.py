@@ -38,6 +38,7 @@ def mixed(x: torch.Tensor, base: Base, adapters: list[Adapter], ids: tuple[int, 
         scale=scale,
         dropout_p=adapters[0].p,
         training=adapters[0].training,
+        base=base.product,
         segments=_from_host(_plan, x.device, ids, len(adapters), math.prod(x.shape[1:-1])),
         ranks=_from_host(_table, x.device, ranks, torch.int32) if min(ranks) < max(ranks) else None,
     )

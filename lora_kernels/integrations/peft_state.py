@@ -13,18 +13,28 @@ from peft.tuners import lora
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..problem import FLOATS, MAX_RANK
+from ..problem import FLOATS, MAX_RANK, UnsupportedError
 
 PLAIN = (torch.Tensor, nn.Parameter)
 DROPOUTS = (nn.Dropout, nn.Identity)
 
 
 class Base(NamedTuple):
-    """``weight [N, K]``, by strides where it is stored transposed; ``bias``; and ``dtype``, of the product for this x."""
+    """``weight [N, K]``, by strides where it is stored transposed; ``bias``; and ``dtype``, of the product for this x.
 
-    weight: torch.Tensor
+    Or the product itself, ``[..., N]``, from the layer below: then weight and bias are None.
+    """
+
+    weight: torch.Tensor | None
     bias: torch.Tensor | None
     dtype: torch.dtype
+    product: torch.Tensor | None = None
+
+
+class Beside(NamedTuple):
+    """Why a fused call takes the base product from the layer below, whose own kernels and hooks make it."""
+
+    reason: str
 
 
 class Adapter(NamedTuple):
@@ -52,29 +62,37 @@ def why_not_fused(layer: lora.Linear, x: torch.Tensor | None = None) -> str | No
     base = base_of(layer, x)
     if isinstance(base, str):
         return base
-    adapters = adapters_of(layer, active(layer), base)
+    adapters = adapters_of(layer, active(layer), base, x)
     if isinstance(adapters, str):
         return adapters
     return why_not_together(adapters)
 
 
-def base_of(layer: lora.Linear, x: torch.Tensor | None) -> Base | str:
+def base_of(layer: lora.LoraLayer, x: torch.Tensor | None) -> Base | Beside | str:
+    """The base whose product a fused call makes, or why it takes the product from it, or why PEFT computes the layer."""
     module = layer._modules["base_layer"]
-    if type(module) is not nn.Linear and type(module) is not Conv1D:
-        return f"its base layer is a {type(module).__name__}, not exactly an nn.Linear"
-    weight, bias = module.weight, module.bias
-    if type(weight) not in PLAIN:
+    weight = getattr(module, "weight", None)
+    if hasattr(weight, "placements"):
         return f"its base layer's weight is a {type(weight).__name__}"
-    if weight.requires_grad:
-        return "its base weight is trained"
-    if _hooked(module):
-        return "its base layer has hooks, which a fused call would pass by"
-    dtype = weight.dtype
     if x is not None:
         if type(x) not in PLAIN:
             return f"x is a {type(x).__name__}"
-        if x.device != weight.device or x.numel() == 0:
-            return "x is empty, or on another device"
+        if x.numel() == 0:
+            return "x is empty"
+        if x.dtype not in FLOATS:
+            return f"x is {x.dtype}"
+    if type(module) is not nn.Linear and type(module) is not Conv1D:
+        return Beside(f"its base layer is a {type(module).__name__}, not exactly an nn.Linear")
+    if type(weight) not in PLAIN:
+        return Beside(f"its base layer's weight is a {type(weight).__name__}")
+    if weight.requires_grad:
+        return Beside("its base weight is trained")
+    if _hooked(module):
+        return Beside("its base layer has hooks")
+    bias, dtype = module.bias, weight.dtype
+    if x is not None:
+        if x.device != weight.device:
+            return "x is on another device"
         if torch.is_autocast_enabled(x.device.type) and dtype is not torch.float64:
             dtype = torch.get_autocast_dtype(x.device.type)
         elif x.dtype != dtype:
@@ -84,11 +102,22 @@ def base_of(layer: lora.Linear, x: torch.Tensor | None) -> Base | str:
     return Base(weight.t() if type(module) is Conv1D else weight, bias, dtype)
 
 
-def adapters_of(layer: lora.Linear, names: list[str], base: Base) -> list[Adapter] | str:
+def product_of(layer: lora.LoraLayer, x: torch.Tensor) -> tuple[torch.Tensor, Base]:
+    """x in the dtype of what the layer below makes of it, and that."""
+    product = layer.base_layer(x)
+    if type(product) not in PLAIN or product.dtype not in FLOATS:
+        given = product.dtype if type(product) in PLAIN else type(product).__name__
+        below = type(layer.base_layer).__name__
+        raise UnsupportedError(f"base_layer: wanted a plain floating-point tensor from the {below}, got {given}; unfuse(model) first")
+    return x.to(product.dtype), Base(None, None, product.dtype, product)
+
+
+def adapters_of(layer: lora.LoraLayer, names: list[str], base: Base | Beside, x: torch.Tensor | None) -> list[Adapter] | str:
     """The adapters of these names, in this order; names that the layer does not have are an error."""
     found = []
+    device = base.weight.device if isinstance(base, Base) else None if x is None else x.device
     for name in names:
-        adapter = _adapter(layer, name, base)
+        adapter = _adapter(layer, name, device)
         if isinstance(adapter, str):
             return adapter
         found.append(adapter)
@@ -107,7 +136,14 @@ def why_not_together(adapters: list[Adapter]) -> str | None:
     return None
 
 
-def _adapter(layer: lora.Linear, name: str, base: Base) -> Adapter | str:
+def in_dtype(adapter: Adapter, dtype: torch.dtype) -> Adapter:
+    """A and B as they take part in a product of this dtype: in it, or in float32."""
+    if adapter.A.dtype is adapter.B.dtype and (adapter.A.dtype is dtype or adapter.A.dtype is torch.float32):
+        return adapter
+    return adapter._replace(A=adapter.A.float(), B=adapter.B.float())
+
+
+def _adapter(layer: lora.LoraLayer, name: str, device: torch.device | None) -> Adapter | str:
     if name in layer.lora_variant:
         return f"adapter {name!r} is a {type(layer.lora_variant[name]).__name__}"
     parts = layer._modules
@@ -126,8 +162,8 @@ def _adapter(layer: lora.Linear, name: str, base: Base) -> Adapter | str:
         return f"adapter {name!r} has a dropout of type {type(dropout).__name__}"
     if A.shape[0] > MAX_RANK:
         return f"adapter {name!r} has rank {A.shape[0]}; the kernels take 1 to {MAX_RANK}"
-    if A.device != base.weight.device or B.device != base.weight.device:
-        return f"adapter {name!r} is on {A.device} and {B.device}, its base on {base.weight.device}"
+    if device is not None and (A.device != device or B.device != device):
+        return f"adapter {name!r} is on {A.device} and {B.device}, its base on {device}"
     p = dropout.p if type(dropout) is nn.Dropout else 0.0
     if p >= 1.0:
         return f"adapter {name!r} has a dropout of {p}"
@@ -137,8 +173,6 @@ def _adapter(layer: lora.Linear, name: str, base: Base) -> Adapter | str:
         scale = scale.to(A.device, torch.float32)
     else:
         scale = float(scale)
-    if A.dtype is not B.dtype or (A.dtype is not base.dtype and A.dtype is not torch.float32):
-        A, B = A.float(), B.float()
     return Adapter(A, B, scale, p, dropout.training)
 
 

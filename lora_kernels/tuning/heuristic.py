@@ -112,10 +112,9 @@ def _beside_base(problem: Problem, arch: Arch) -> Expand:
     block_m = problem.row_block or (16 if problem.M <= 16 else 32 if problem.M <= 32 else 64)
     if problem.adapters and block_m <= 64:
         return _walked(Expand(block_m, 32, base="library", num_warps=4, num_stages=1), problem, arch)
-    if block_m > 64:  # products are selected, which keeps a second accumulator
-        return Expand(block_m, 32 if problem.itemsize == 4 else 64, base="library", num_warps=8, num_stages=2)
-    wide = problem.M > 64 and problem.itemsize == 2 and problem.dropout != "uv"
-    return Expand(block_m, 128 if wide else 64, base="library", num_warps=4, num_stages=2)
+    wide = block_m == 64 < problem.M and problem.itemsize == 2 and problem.dropout != "uv"
+    block_n = 32 if problem.itemsize == 4 else 128 if wide else 64  # a row block of a plan selects: a second accumulator
+    return Expand(block_m, block_n, base="library", num_warps=8 if block_m > 64 else 4, num_stages=2)
 
 
 def _walked(tile: Expand, problem: Problem, arch: Arch) -> Expand:
