@@ -12,6 +12,7 @@ from .files import load_adapter, save_adapter
 from .lora_config import LoRAConfig
 from .multi import MultiLoRALinear
 from .nn import FusedLoRALinear
+from .over import LoRAOver, MultiLoRAOver
 from .problem import UnsupportedError
 from .segments import Segments
 
@@ -20,7 +21,9 @@ __all__ = [
     "Choice",
     "FusedLoRALinear",
     "LoRAConfig",
+    "LoRAOver",
     "MultiLoRALinear",
+    "MultiLoRAOver",
     "Segments",
     "UnsupportedError",
     "apply_lora",

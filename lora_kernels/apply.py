@@ -1,4 +1,4 @@
-"""LoRA on a plain torch model: a config with PEFT's field names says which of its nn.Linear become `FusedLoRALinear`, and back.
+"""LoRA on a plain torch model: a config with PEFT's field names says which of its layers become `FusedLoRALinear`, and back.
 
 names = apply_lora(model, LoRAConfig(target_modules=["q_proj", "v_proj"], r=16));   remove_lora(model, merge=True)
 """
@@ -9,7 +9,6 @@ import collections
 import contextlib
 import difflib
 import functools
-import inspect
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
@@ -19,12 +18,15 @@ from torch import nn
 from .lora_config import LoRAConfig, all_linear, names_mean, pattern_means
 from .multi import MultiLoRALinear
 from .nn import FusedLoRALinear
+from .over import LoRAOver, MultiLoRAOver, Over, quantised
 from .problem import UnsupportedError
 from .segments import Segments
 
 
 def apply_lora(model: nn.Module, config: LoRAConfig, *, num_adapters: int | None = None, adapter_dtype=None) -> list[str]:
-    """Turn the nn.Linear layers that the config names into `FusedLoRALinear`, in place, and freeze every other parameter.
+    """Turn the linear layers that the config names into `FusedLoRALinear`, in place, and freeze every other parameter.
+
+    A quantised layer goes under a `LoRAOver`, which keeps it.
 
     Weights are shared, nothing of the base is copied. A module with several names is one adapted layer under all of them; tied
     weights stay tied. What else is to be trained is unfrozen afterwards, and saved by whoever does so.
@@ -32,14 +34,14 @@ def apply_lora(model: nn.Module, config: LoRAConfig, *, num_adapters: int | None
     Args:
         model: A module that contains the layers, with its weights where they are to stay.
         config: Which, and with what adapters.
-        num_adapters: E: `MultiLoRALinear` with E slots instead, which `use_segments` tells each token's adapter.
-        adapter_dtype: As in `FusedLoRALinear`.
+        num_adapters: E: `MultiLoRALinear` (`MultiLoRAOver`) with E slots instead, which `use_segments` tells each token's adapter.
+        adapter_dtype: As in `FusedLoRALinear`; over a quantised layer None is float32.
     Returns:
         The names of the layers, each under its first.
     Raises:
         ValueError: nothing to fuse; names that the model does not have, with near ones; a module named under some of its names only.
-        TypeError: a named module is not exactly an nn.Linear. UnsupportedError: a layer has hooks, which would be lost, or its
-        parent passes its forward by. In each case the model is as it was.
+        TypeError: a named module is neither exactly an nn.Linear nor quantised. UnsupportedError: a layer has hooks, which would be
+        lost, or its parent passes its forward by. In each case the model is as it was.
     """
     if not isinstance(config, LoRAConfig):
         raise TypeError(f"config: wanted a lora_kernels.LoRAConfig, got {type(config).__name__}")
@@ -61,6 +63,8 @@ def apply_lora(model: nn.Module, config: LoRAConfig, *, num_adapters: int | None
 def remove_lora(model: nn.Module, *, merge: bool = False) -> list[str]:
     """Turn every `FusedLoRALinear` and `MultiLoRALinear` back into an nn.Linear, in place; weights and biases stay shared and frozen.
 
+    A `LoRAOver` gives the layer below back.
+
     Args:
         model: A module that contains such layers.
         merge: False: the adapters are dropped, the base answers bit for bit. True: their update is added to the weights first
@@ -69,8 +73,8 @@ def remove_lora(model: nn.Module, *, merge: bool = False) -> list[str]:
         The names of the layers, each under its first.
     Raises:
         ValueError: no such layer; a merged layer with ``merge=False``, which could mean either; with ``merge=True`` a stack of
-        adapters, a weight that another module shares, or an adapter with NaN or Inf. UnsupportedError: a layer has hooks. In each
-        case the model is as it was.
+        adapters, a weight that another module shares, or an adapter with NaN or Inf. UnsupportedError: a layer has hooks, or with
+        ``merge=True`` a quantised base. In each case the model is as it was.
     """
     places = _places(model, (FusedLoRALinear, MultiLoRALinear))
     if not places:
@@ -142,10 +146,12 @@ def _targets(model: nn.Module, config: LoRAConfig) -> dict[str, list[str]]:
 
 
 def _check_layer(model: nn.Module, module: nn.Module, names: list[str]) -> None:
+    if quantised(module):
+        return
     if type(module) is not nn.Linear:
         adapted = isinstance(module, (FusedLoRALinear, MultiLoRALinear))
         hint = "remove_lora(model) first" if adapted else "name the linear layers alone, or it in exclude_modules"
-        raise TypeError(f"{names[0]}: wanted an nn.Linear, got {type(module).__name__}; {hint}")
+        raise TypeError(f"{names[0]}: wanted an nn.Linear or a quantised layer, got {type(module).__name__}; {hint}")
     _check_hooks(module, names[0])
     for parent in {name.rpartition(".")[0] for name in names}:
         if isinstance(model.get_submodule(parent), nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
@@ -160,12 +166,15 @@ def _check_hooks(module: nn.Module, name: str) -> None:
 
 
 def _build(linear: Any, name: str, config: LoRAConfig, num_adapters: int | None, adapter_dtype) -> nn.Module:
-    kind: Any = FusedLoRALinear if num_adapters is None else MultiLoRALinear
+    over, many = quantised(linear), num_adapters is not None
+    kind: Any = {(0, 0): FusedLoRALinear, (0, 1): MultiLoRALinear, (1, 0): LoRAOver, (1, 1): MultiLoRAOver}[over, many]
     more: dict[str, Any] = {flag: True for flag in ("lora_bias", "use_dora") if getattr(config, flag)}
-    for flag in more.keys() - inspect.signature(kind.from_linear).parameters.keys():
-        raise UnsupportedError(f"{flag}: wanted False, which is what {kind.__name__} computes, got True")
-    if num_adapters is not None:
+    if more and kind is not FusedLoRALinear:
+        raise UnsupportedError(f"{', '.join(more)}: wanted False, which is what {kind.__name__} computes, got True")
+    if many:
         more["num_adapters"] = num_adapters
+    if over:
+        adapter_dtype = adapter_dtype or torch.float32
     return kind.from_linear(
         linear,
         r=config.rank_of(name),
@@ -178,7 +187,9 @@ def _build(linear: Any, name: str, config: LoRAConfig, num_adapters: int | None,
     )
 
 
-def _linear(layer) -> nn.Linear:
+def _linear(layer) -> nn.Module:
+    if isinstance(layer, Over):
+        return layer.base_layer
     linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
     linear.weight, linear.bias = layer.weight, layer.bias
     if getattr(layer, "merged", False) and layer.lora_bias is not None:
@@ -188,6 +199,9 @@ def _linear(layer) -> nn.Linear:
 
 def _merge(model: nn.Module, layers: dict[str, Any]) -> None:
     """Merge all, or none."""
+    for name, layer in layers.items():
+        if isinstance(layer, Over):
+            raise UnsupportedError(f"merge: wanted layers with a weight to write to, got {name} over a {type(layer.base_layer).__name__}")
     users = collections.Counter(id(p) for module in model.modules() for p in module._parameters.values())
     for name, layer in layers.items():
         if isinstance(layer, MultiLoRALinear):

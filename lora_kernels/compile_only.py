@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from triton import knobs
@@ -112,11 +113,9 @@ def compile_pass(problem: Problem, arch: Arch, config: Config, label: str = "", 
     """Compile all kernels of one pass; for the backward pass the problem is dX's, as `Problem.backward` gives it."""
     M, R, dtype, adapter = min(problem.M, 512), problem.R, problem.dtype, problem.adapter_dtype or problem.dtype
     N, K = (problem.K, problem.N) if backward else (problem.N, problem.K)
-    x, dy, weight = torch.empty(M, K, dtype=dtype), torch.empty(M, N, dtype=dtype), torch.empty(N, K, dtype=dtype)
-    A, B, bias = torch.empty(R, K, dtype=adapter), torch.empty(N, R, dtype=adapter), torch.empty(N, dtype=dtype)
-    base, adapters = None, ONE
-    if problem.base:
-        weight, bias, base = None, None, dy
+    x, dy = torch.empty(M, K, dtype=dtype), torch.empty(M, N, dtype=dtype)
+    A, B, adapters = torch.empty(R, K, dtype=adapter), torch.empty(N, R, dtype=adapter), ONE
+    weight, bias, base = (None, None, dy) if problem.base else (torch.empty(N, K, dtype=dtype), torch.empty(N, dtype=dtype), None)
     if problem.adapters:
         E, ids = problem.adapters, torch.zeros(M, dtype=torch.int32)
         plan = Segments.from_ids(ids, E, row_block=problem.row_block, gather_block=problem.gather_block)
@@ -204,7 +203,8 @@ def segment_problems() -> Iterator[tuple[str, Problem, bool]]:
 
 def base_problems() -> Iterator[tuple[str, Problem, bool]]:
     """Few and many tokens beside a base product that is given: one adapter, and a plan's blocks with ranks of their own."""
-    one, many = Problem(16, 4096, 4096, 16, torch.bfloat16, base=True), dict(adapters=64, mixed_ranks=True, gather_block=16)
+    one = Problem(16, 4096, 4096, 16, torch.bfloat16, base=True)
+    many: dict[str, Any] = dict(adapters=64, mixed_ranks=True, gather_block=16)
     for problem in (
         one,
         replace(one, M=8192),

@@ -113,14 +113,17 @@ class MultiLoRALinear(Mergeable, nn.Module):
         for e, rank in enumerate(self._built):
             check_rank(f"r[{e}]" if isinstance(r, (list, tuple)) else "r", rank)
         self.num_adapters, self.r, self.lora_alpha = E, max(self._built), _each("lora_alpha", lora_alpha, E)
-        dtype = adopt(self, base, lora_dropout, adapter_dtype)
-        self.lora_A = nn.Parameter(base.weight.new_zeros(E, self.r, self.in_features, dtype=dtype))
-        self.lora_B = nn.Parameter(base.weight.new_zeros(E, self.out_features, self.r, dtype=dtype))
-        self.register_buffer("scaling", base.weight.new_zeros(E, dtype=torch.float32))
-        self.register_buffer("ranks", base.weight.new_zeros(E, dtype=torch.int32))
+        like = self._take(base, lora_dropout, adapter_dtype)
+        self.lora_A = nn.Parameter(like.new_zeros(E, self.r, self.in_features))
+        self.lora_B = nn.Parameter(like.new_zeros(E, self.out_features, self.r))
+        self.register_buffer("scaling", like.new_zeros(E, dtype=torch.float32))
+        self.register_buffer("ranks", like.new_zeros(E, dtype=torch.int32))
         self._fill_tables()
         for e in range(E):
             init_adapter(*self.adapter(e), init_lora_weights)
+
+    def _take(self, base, lora_dropout: float, adapter_dtype) -> torch.Tensor:
+        return adopt(self, base, lora_dropout, adapter_dtype)
 
     def forward(self, x: torch.Tensor, segments: Segments | None = None) -> torch.Tensor:
         """Each token through its adapter; dropout acts in training. Without segments where an adapter is merged: every token through it."""
@@ -135,18 +138,24 @@ class MultiLoRALinear(Mergeable, nn.Module):
             raise TypeError(f"segments: wanted {wanted}, got {type(segments).__name__}")
         if segments.num_adapters != self.num_adapters:
             raise ValueError(f"segments: wanted a plan of this layer's {self.num_adapters} adapters, got one of {segments.num_adapters}")
+        x, weight, bias, base = self._operands(x)
         return lora_linear(
             x,
-            self.weight,
+            weight,
             self.lora_A,
             self.lora_B,
-            self.bias,
+            bias,
+            base=base,
             scale=self.scaling,
             dropout_p=self.lora_dropout,
             training=self.training,
             segments=segments,
             ranks=self.ranks if self._mixed else None,
         )
+
+    def _operands(self, x: torch.Tensor) -> tuple:
+        """x, weight, bias and base product of a call."""
+        return x, self.weight, self.bias, None
 
     def adapter(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
         """A ``[r_i, K]`` and B ``[N, r_i]`` of adapter i as detached views: writing to them changes the adapter, in place."""

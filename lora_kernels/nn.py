@@ -101,16 +101,19 @@ class FusedLoRALinear(Mergeable, nn.Module):
         check_rank("r", r)
         if lora_bias and use_dora:
             raise UnsupportedError("lora_bias: wanted False with use_dora=True, as in PEFT, got True")
-        dtype = adopt(self, base, lora_dropout, adapter_dtype)
+        like = self._take(base, lora_dropout, adapter_dtype)
         self.r, self.lora_alpha, self.use_rslora = r, lora_alpha, use_rslora
         self.scaling = scaling_of(lora_alpha, r, use_rslora)
         self.enabled = True
-        self.lora_A = nn.Parameter(base.weight.new_empty(r, self.in_features, dtype=dtype))
-        self.lora_B = nn.Parameter(base.weight.new_empty(self.out_features, r, dtype=dtype))
+        self.lora_A = nn.Parameter(like.new_empty(r, self.in_features))
+        self.lora_B = nn.Parameter(like.new_empty(self.out_features, r))
         vector = self.lora_B.new_empty(self.out_features)
         self.register_parameter("lora_bias", nn.Parameter(vector.clone()) if lora_bias else None)
         self.register_parameter("lora_magnitude", nn.Parameter(vector.clone()) if use_dora else None)
         self.reset_adapter(init_lora_weights)
+
+    def _take(self, base: nn.Linear, lora_dropout: float, adapter_dtype) -> torch.Tensor:
+        return adopt(self, base, lora_dropout, adapter_dtype)
 
     def reset_adapter(self, init_lora_weights: bool = True) -> None:
         """Initialise the adapter again; see ``init_lora_weights``."""
@@ -133,11 +136,16 @@ class FusedLoRALinear(Mergeable, nn.Module):
         dropout = dict(scale=self.scaling, dropout_p=self.lora_dropout, training=self.training)
         if self.lora_magnitude is not None:
             return dora_linear(x, self.weight, self.lora_A, self.lora_B, self.lora_magnitude, self.bias, **dropout)
-        return lora_linear(x, self.weight, self.lora_A, self.lora_B, self.bias, lora_bias=self.lora_bias, **dropout)
+        x, weight, bias, base = self._operands(x)
+        return lora_linear(x, weight, self.lora_A, self.lora_B, bias, base=base, lora_bias=self.lora_bias, **dropout)
+
+    def _operands(self, x: torch.Tensor) -> tuple:
+        """x, weight, bias and base product of a call."""
+        return x, self.weight, self.bias, None
 
     def delta_weight(self) -> torch.Tensor:
         """``scaling * B A`` as float32 ``[out_features, in_features]`` (float64 for a float64 base)."""
-        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        wide = torch.promote_types(self.lora_A.dtype if self.weight is None else self.weight.dtype, torch.float32)
         return torch.addmm(self.lora_B.new_zeros((), dtype=wide), self.lora_B.to(wide), self.lora_A.to(wide), beta=0, alpha=self.scaling)
 
     def merge(self, keep: str = "cpu") -> None:
@@ -208,7 +216,7 @@ class FusedLoRALinear(Mergeable, nn.Module):
 
 def check_linear(linear) -> None:
     if type(linear) is not nn.Linear:
-        raise TypeError(f"linear: wanted an nn.Linear, got {type(linear).__name__}")
+        raise TypeError(f"linear: wanted an nn.Linear, got {type(linear).__name__}; LoRAOver and MultiLoRAOver go over any layer")
 
 
 def check_rank(name: str, r) -> None:
@@ -218,10 +226,14 @@ def check_rank(name: str, r) -> None:
         raise UnsupportedError(f"{name}: wanted a rank from 1 to {MAX_RANK}, got {r}")
 
 
-def adopt(layer, base: nn.Linear, lora_dropout: float, adapter_dtype) -> torch.dtype:
-    """Give a layer the parameters of ``base``, frozen, and its dropout, all checked; returns the adapters' dtype."""
+def check_dropout(lora_dropout: float) -> None:
     if not 0.0 <= lora_dropout < 1.0:
         raise ValueError(f"lora_dropout: wanted a probability in [0, 1), got {lora_dropout}")
+
+
+def adopt(layer, base: nn.Linear, lora_dropout: float, adapter_dtype) -> torch.Tensor:
+    """Give a layer the parameters of ``base``, frozen, and its dropout, all checked; returns an empty tensor as the adapters are to be."""
+    check_dropout(lora_dropout)
     if adapter_dtype not in (None, base.weight.dtype, torch.float32):
         raise TypeError(f"adapter_dtype: wanted the base's dtype {base.weight.dtype} or float32, got {adapter_dtype}")
     layer.in_features, layer.out_features, layer.lora_dropout = base.in_features, base.out_features, float(lora_dropout)
@@ -229,7 +241,7 @@ def adopt(layer, base: nn.Linear, lora_dropout: float, adapter_dtype) -> torch.d
     layer.register_parameter("bias", base.bias)
     for parameter in layer.parameters():
         parameter.requires_grad_(False)
-    return adapter_dtype or base.weight.dtype
+    return base.weight.new_empty(0, dtype=adapter_dtype or base.weight.dtype)
 
 
 def scaling_of(lora_alpha: float, r: int, use_rslora: bool) -> float:

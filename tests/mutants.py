@@ -25,6 +25,8 @@ class Mutant:
 LOAD, DROP, TILES = "kernels/load.py", "kernels/dropout.py", "kernels/tiles.py"
 SHRINK, EXPAND, WGRAD, LAUNCH = "kernels/shrink.py", "kernels/expand.py", "kernels/wgrad.py", "launch.py"
 CHAIN, PLAN, MERGING, PLANNER, STREAMS = "chain.py", "segments.py", "merging.py", "kernels/plan.py", "streams.py"
+OPS, AUTOGRAD = "ops.py", "autograd.py"
+READ_BASE = "if base is not None:\n        load_x"
 MERGED_FROM = "write_merged(self.weight.detach(), base,"
 SPEED = "equivalent: the same result, more slowly"
 OWN_BARRIER = "equivalent: Triton puts a barrier there of its own"
@@ -308,11 +310,36 @@ OVERLAPPED = [
     Mutant("overlap: on the first stream", STREAMS, "with torch.cuda.stream(second):", "with torch.cuda.stream(first):"),
 ]  # fmt: skip
 
+BASE = [
+    Mutant("base: written to", LAUNCH, "u=u, base=base, **", "u=u, base=base, out=base, **"),
+    Mutant("base: by its rows alone", LAUNCH, "load_dense, _matrix(base)", "load_dense, (base, base.shape[1], 1)"),
+    Mutant("base: not read", LAUNCH, READ_BASE, READ_BASE.replace("None:", "None and w is not None:")),
+    Mutant("base: dX with dY for a base", LAUNCH, "and weight is not None else None", "and weight is not None else dy"),
+    Mutant("base: torch arm writes to it", CHAIN, "return torch.addmm(base, u, B.t()), u", "return base.addmm_(u, B.t()), u"),
+    Mutant("base: torch arm without a copy", CHAIN, "base.clone(memory_format=torch.contiguous_format)", "base"),
+    Mutant("base: torch arm drops nothing of dX", CHAIN, "dx = dx if bits is None else drop(dx, bits)", "dx = dx"),
+    Mutant("base: torch arm, dX without 1 / (1 - p)", CHAIN, "dx = scaled_mm(ds, A, keep)", "dx = scaled_mm(ds, A, 1.0)"),
+    Mutant("base: forgotten where x is empty", OPS, "for term in (bias, base):", "for term in (bias,):"),
+    Mutant("base: of one row", OPS, "else rows(base)", "else rows(base)[:1].expand(x2.shape[0], -1)"),
+    Mutant("base: without a gradient", AUTOGRAD, "dy if ctx.need_base else None", "None"),
+    Mutant("base: a gradient that nobody asked for", AUTOGRAD, "dy if ctx.need_base else None", "dy"),
+    Mutant("base: trained alone, and no Function", AUTOGRAD, "added = bias if base is None else base", "added = bias"),
+    Mutant("base: kept for backward", AUTOGRAD, "weight if need_x else None", "base if need_x else None"),
+    Mutant("base: autocast's dtype, not its own", AUTOGRAD, "base.dtype if isinstance(base, torch.Tensor) else torch.get", "torch.get"),
+]  # fmt: skip
+
 MUTANTS = [
     *ONE_ADAPTER,
     *(
         m if m.tests == "machine" else replace(m, tests=tests)
-        for tests, each in (("split", SPLIT), ("segments", MANY), ("merge", MERGE), ("plan", PLANNED), ("overlap", OVERLAPPED))
+        for tests, each in (
+            ("split", SPLIT),
+            ("segments", MANY),
+            ("merge", MERGE),
+            ("plan", PLANNED),
+            ("overlap", OVERLAPPED),
+            ("base", BASE),
+        )
         for m in each
     ),
 ]

@@ -293,9 +293,14 @@ def with_shared(model):
         (None, {"rank_pattern": {"qproj": 4}}, ValueError, "rank_pattern: .* got 'qproj', which means none; near ones: q_proj"),
         (None, {"alpha_pattern": {"blocks.2.q_proj": 4}}, ValueError, r"alpha_pattern: .*; near ones: blocks\.1\.q_proj"),
         (None, {"target_modules": ["q_proj"], "exclude_modules": ".*"}, ValueError, "wanted layers to fuse, got none beside the head"),
-        (None, {"target_modules": ["blocks.0"]}, TypeError, "blocks.0: wanted an nn.Linear, got Block; name the linear layers alone"),
-        (None, {"target_modules": ["embed"]}, TypeError, "embed: wanted an nn.Linear, got Embedding"),
-        (with_subclass, {}, TypeError, "blocks.1.q_proj: wanted an nn.Linear, got Quantised; .* exclude_modules"),
+        (
+            None,
+            {"target_modules": ["blocks.0"]},
+            TypeError,
+            "blocks.0: wanted an nn.Linear or a quantised layer, got Block; name the linear layers alone",
+        ),
+        (None, {"target_modules": ["embed"]}, TypeError, "embed: wanted an nn.Linear or a quantised layer, got Embedding"),
+        (with_subclass, {}, TypeError, "blocks.1.q_proj: wanted an nn.Linear or .*, got Quantised; .* exclude_modules"),
         (with_adapters, {"target_modules": ["q_proj"]}, TypeError, r"got FusedLoRALinear; remove_lora\(model\) first"),
         (with_hook, {}, UnsupportedError, "blocks.1.q_proj: wanted a layer without hooks"),
         (

@@ -15,6 +15,7 @@ PAGES = [  # the page, its blocks, and the package of an extra that it is about
     ("adapter_files.md", 6, "peft"),
     ("from_unsloth.md", 1, "peft"),
     ("peft.md", 3, "peft"),
+    ("quantised.md", 3, "bitsandbytes"),
 ]
 
 

@@ -7,7 +7,7 @@ import pickle
 import bitsandbytes as bnb
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.aqlm import AqlmLoraLinear
 from peft.tuners.lora.awq import AwqLoraLinear
@@ -18,7 +18,18 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
-from lora_kernels import UnsupportedError, philox
+from lora_kernels import (
+    LoRAConfig,
+    LoRAOver,
+    Segments,
+    UnsupportedError,
+    apply_lora,
+    load_adapter,
+    philox,
+    remove_lora,
+    save_adapter,
+    use_segments,
+)
 from lora_kernels.integrations import peft as ours
 from lora_kernels.integrations.peft import Fused, fuse, mixed_adapters, unfuse, why_not_fused
 from lora_kernels.parity import budget_used
@@ -94,7 +105,11 @@ def adapted(kind: str, **changed):
     given = config(**changed)
     if wrapper is None:
         return get_peft_model(Net(make), given)
-    given._register_custom_module({Packed: lambda target, name, config=None, **kwargs: wrapper(target, name, config=config, **kwargs)})
+
+    def dispatch(target, name, config=None, **kwargs):  # PEFT before 0.19 passes the config's fields instead
+        return wrapper(target, name, **kwargs, **({} if config is None else {"config": config}))
+
+    given._register_custom_module({Packed: dispatch})
     return get_peft_model(Net(make), given)
 
 
@@ -325,6 +340,24 @@ def test_a_product_that_is_no_plain_tensor_is_an_error():
     layer.base_layer.out_dtype = torch.int32
     with pytest.raises(UnsupportedError, match=r"base_layer: wanted a plain floating-point .* Packed, got torch.int32; unfuse\(model\)"):
         layer(X)
+
+
+def test_plain_models_save_what_peft_loads(tmp_path):
+    """apply_lora without PEFT, over 4 bits; the files answer alike in PEFT's layer over the same base, and in another slot."""
+    torch.manual_seed(0)
+    model = Net(four_bits)
+    peft_model = copy.deepcopy(model)
+    apply_lora(model, LoRAConfig(target_modules=["first", "second"], r=4, lora_alpha=8, init_lora_weights=False))
+    assert {type(layer) for layer in (model.first, model.second)} == {LoRAOver}
+    y = model(X)
+    save_adapter(model, tmp_path)
+    torch.testing.assert_close(PeftModel.from_pretrained(peft_model, tmp_path)(X), y, rtol=1e-4, atol=1e-4)
+    many = remove_lora(model) and model
+    assert type(many.first) is bnb.nn.Linear4bit
+    apply_lora(many, LoRAConfig.from_folder(tmp_path), num_adapters=3)
+    load_adapter(many, tmp_path, slot=2)
+    with use_segments(many, Segments.from_ids(torch.full((15,), 2), 3)):
+        torch.testing.assert_close(many(X), y, rtol=1e-4, atol=1e-4)
 
 
 def test_a_llama_in_4_bits_learns(tmp_path):

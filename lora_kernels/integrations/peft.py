@@ -28,7 +28,7 @@ from ..autograd import lora_linear
 from .peft_mixed import mixed, why_not_mixed
 from .peft_state import PLAIN, Adapter, Base, Beside, active, adapters_of, base_of, in_dtype, product_of, why_not_fused, why_not_together
 
-__all__ = ["FusedLoraLinear", "Report", "dispatch_fused", "fuse", "mixed_adapters", "unfuse", "use_fused", "why_not_fused"]
+__all__ = ["Fused", "FusedLoraLinear", "Report", "dispatch_fused", "fuse", "mixed_adapters", "unfuse", "use_fused", "why_not_fused"]
 
 BASE = "__base__"  # PEFT's name for "no adapter" in adapter_names
 QUANTISED = {  # PEFT's layers that add the adapters to what a quantised layer makes of x, and the modules of peft.tuners.lora they are in
@@ -200,7 +200,7 @@ def unfuse(model: nn.Module) -> int:
     """Undo `fuse`: every fused layer is PEFT's own again. Returns how many."""
     fused: list = [m for m in model.modules() if isinstance(m, Fused)]
     for module in fused:
-        module.__class__ = type(module).__bases__[1]
+        module.__class__ = next(kind for kind in type(module).__mro__ if not issubclass(kind, Fused))
     return len(fused)
 
 
