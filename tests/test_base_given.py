@@ -43,6 +43,12 @@ def test_sizes_and_strides(impl, M, N, K, layout):
     assert result.ok and (result.launches > 0) == (impl == "triton"), result
 
 
+@pytest.mark.parametrize("M, popularity", [(40, "distinct"), (300, "mixed"), (300, "runs")])
+def test_row_blocks_of_a_plan(M, popularity):
+    result = run_case(replace(CASE, M=M, R=20, p=0.1, adapters=6, mixed_ranks=True, popularity=popularity), DEVICE)
+    assert result.ok and result.launches > 0, result
+
+
 @pytest.mark.parametrize("impl", ARMS)
 def test_what_it_adds_is_what_one_call_would(impl):
     """Beside a base that is exact in its dtype, both ways differ by the rounding of base alone."""
