@@ -322,7 +322,6 @@ BASE = [
     Mutant("base: forgotten where x is empty", OPS, "for term in (bias, base):", "for term in (bias,):"),
     Mutant("base: of one row", OPS, "else rows(base)", "else rows(base)[:1].expand(x2.shape[0], -1)"),
     Mutant("base: without a gradient", AUTOGRAD, "dy if ctx.need_base else None", "None"),
-    Mutant("base: a gradient that nobody asked for", AUTOGRAD, "dy if ctx.need_base else None", "dy"),
     Mutant("base: trained alone, and no Function", AUTOGRAD, "added = bias if base is None else base", "added = bias"),
     Mutant("base: kept for backward", AUTOGRAD, "weight if need_x else None", "base if need_x else None"),
     Mutant("base: autocast's dtype, not its own", AUTOGRAD, "base.dtype if isinstance(base, torch.Tensor) else torch.get", "torch.get"),

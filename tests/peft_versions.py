@@ -15,8 +15,10 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-OLD = ["transformers==4.57.6", "tokenizers==0.22.2", "huggingface_hub==0.36.0"]  # PEFT 0.17 imports what transformers 5 has not
-VERSIONS = {version: OLD if version.startswith("0.17.") else [] for version in ("0.17.1", "0.18.1", "0.19.1", "0.20.0", "0.21.2")}
+OLD = ["torchao==0.15.0"]  # PEFT before 0.19 imports what later ones have not
+OLDER = [*OLD, "transformers==4.57.6", "tokenizers==0.22.2", "huggingface_hub==0.36.0"]  # and PEFT 0.17 what transformers 5 has not
+OLDER += ["requests", "urllib3", "charset_normalizer", "idna", "certifi"]
+VERSIONS = {"0.17.1": OLDER, "0.18.1": OLD, "0.19.1": [], "0.20.0": [], "0.21.2": []}
 ASK = "import peft, transformers, torch; print(peft.__version__, transformers.__version__, torch.__version__)"
 LIMIT = 1200  # seconds
 

