@@ -80,7 +80,7 @@ def measure(recorder: Recorder, point: Point, adapters: torch.dtype, seconds: fl
     for name, passes in times.items():
         for what, t in passes.items():
             recorder.add(
-                **point.fields(), base="nf4" if nf4 else dtype_name(point.dtype), adapter_dtype=dtype_name(adapters), what=what,
+                **point.fields(), base="nf4" if nf4 else None, adapter_dtype=dtype_name(adapters), what=what,
                 arm=name, launch=HostClock.launch, ms=t.ms(), rounds=t.rounds, saved_bytes=saved[name] if what == "both" else None,
                 over_linear=rounded(t.p50 / times["linear"][what].p50),
                 speedup_over_peft=rounded(times["peft"][what].p50 / t.p50),
@@ -107,7 +107,7 @@ def summary(rows: list[dict]) -> str:
     for at in range(0, len(both), 3):
         arms = {row["arm"]: row for row in both[at : at + 3]}
         row = arms["fused"]
-        name = f"{row['base']} adapters {row['adapter_dtype']} p={row['p']:g} {row['layer']} {row['M']} tokens"
+        name = f"{row['base'] or row['dtype']} adapters {row['adapter_dtype']} p={row['p']:g} {row['layer']} {row['M']} tokens"
         kept = [f"{arms[arm]['saved_bytes'] / 2**20:.2f}" for arm in ("peft", "fused")]
         lines.append([name, *(arms[arm]["ms"]["p50"] for arm in arms), f"{row['speedup_over_peft']:.2f}", *kept, row["rounds"]])
     return text_table(["forward + backward, ms", "linear", "PEFT", "fused", "PEFT/fused", "PEFT, MiB", "fused, MiB", "rounds"], lines)

@@ -18,7 +18,7 @@ def modules(rows: list[dict], brief: bool) -> str:
     rows = [row for row in rows if row["what"] == "both"]
     most = max(row["M"] for row in rows)
     lines = []
-    named = [{**row, "base": row.get("base", row["dtype"])} for row in rows]
+    named = [{**row, "base": row["base"] or row["dtype"]} for row in rows]
     for (base, adapters, p, layer, M), by_arm in points(named, ("base", "adapter_dtype", "p", "layer", "M")):
         if brief and (M != most or adapters != "float32"):
             continue
@@ -27,7 +27,7 @@ def modules(rows: list[dict], brief: bool) -> str:
         lines.append([*cells, ratio(by_arm["fused"]["speedup_over_peft"]), *kept])
     header = ["base", "adapters", "dropout", "layer", "tokens", "frozen base, ms", "PEFT, ms", "fused, ms", "PEFT / fused"]
     rounds = sorted({row["rounds"] for row in rows})
-    what = "PEFT's layer over bitsandbytes' NF4, products in bfloat16," if rows[0].get("base") == "nf4" else "`peft.tuners.lora.Linear`"
+    what = "PEFT's layer over bitsandbytes' NF4, products in bfloat16," if rows[0]["base"] == "nf4" else "`peft.tuners.lora.Linear`"
     text = f"{what} as it is and after `fuse`: forward + backward, medians of "
     text += f"{rounds[0]} to {rounds[-1]} interleaved rounds, r = {rows[0]['r']}; and MiB that autograd keeps for backward, x among them."
     return f"{text}\n\n" + markdown_table([*header, "PEFT keeps", "fused keeps"], lines, left=4)
