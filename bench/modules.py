@@ -1,7 +1,7 @@
-"""PEFT's own LoRA layer on a CPU, as it is and fused, in one run: ``python -m bench.modules [--base nf4] --out FILE``.
+"""PEFT's own LoRA layer on a CPU, as it is and fused, in one run: ``python -m bench.modules --out bench/results/modules.jsonl``.
 
-linear   the frozen base alone, nn.Linear or, with ``--base nf4``, bitsandbytes' Linear4bit: the floor
-peft     PEFT's LoRA layer over it
+linear   the frozen nn.Linear alone: the floor
+peft     peft.tuners.lora.Linear
 fused    the same layer, after ``lora_kernels.integrations.peft.fuse``
 
 A step is forward and backward with gradients for x, A and B. Bytes are what autograd saves for backward, parameters not counted, x counted.
@@ -29,32 +29,17 @@ from .timing import HostClock, Step, interleave
 from .workloads import Point
 
 
-def peft_and_fused(
-    K: int, N: int, r: int, p: float, base: torch.dtype, adapters: torch.dtype, nf4: bool = False
-) -> dict[str, nn.Module]:  # fmt: skip
-    """PEFT's layer around a base with the same values twice: stock and fused; B is not zero."""
+def peft_and_fused(K: int, N: int, r: int, p: float, base: torch.dtype, adapters: torch.dtype) -> dict[str, nn.Module]:
+    """PEFT's layer around an nn.Linear with the same values twice: stock and fused; B is not zero."""
     torch.manual_seed(0)
     config = LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=p, target_modules=["0"], init_lora_weights=False)
     model = nn.Sequential(nn.Linear(K, N, bias=False, dtype=base))
-    if nf4:
-        model[0] = in_4_bits(model[0])
-        model.is_loaded_in_4bit = True  # what transformers sets, and PEFT asks for
     stock = get_peft_model(model, config, autocast_adapter_dtype=adapters == torch.float32)
     fused = copy.deepcopy(stock)
     report = fuse(fused)
     if report.left:
         raise RuntimeError(f"layer: wanted it fused, got {report}")
     return {"peft": stock.base_model.model[0], "fused": fused.base_model.model[0]}
-
-
-def in_4_bits(linear: nn.Linear) -> nn.Module:
-    """The layer as QLoRA has it: NF4, its scales quantised too, products in the layer's dtype."""
-    from bitsandbytes.nn import Linear4bit
-
-    dtype = linear.weight.dtype
-    packed = Linear4bit(linear.in_features, linear.out_features, False, compute_dtype=dtype, quant_type="nf4")
-    packed.load_state_dict(linear.state_dict())
-    return packed.to("cpu")
 
 
 def steps(layers: dict[str, nn.Module], x: torch.Tensor, dy: torch.Tensor) -> dict[str, Step]:
@@ -67,9 +52,9 @@ def steps(layers: dict[str, nn.Module], x: torch.Tensor, dy: torch.Tensor) -> di
     return {name: step(layer) for name, layer in layers.items()}
 
 
-def measure(recorder: Recorder, point: Point, adapters: torch.dtype, seconds: float, nf4: bool = False) -> None:
+def measure(recorder: Recorder, point: Point, adapters: torch.dtype, seconds: float) -> None:
     """A row for each arm and pass of a point, with what the arm keeps for backward; an arm that fails is raised."""
-    layers = peft_and_fused(point.K, point.N, point.r, point.p, point.dtype, adapters, nf4)
+    layers = peft_and_fused(point.K, point.N, point.r, point.p, point.dtype, adapters)
     layers = {"linear": layers["peft"].base_layer, **layers}
     x, dy = (torch.randn(point.M, size, dtype=point.dtype) for size in (point.K, point.N))
     x.requires_grad_()
@@ -80,23 +65,18 @@ def measure(recorder: Recorder, point: Point, adapters: torch.dtype, seconds: fl
     for name, passes in times.items():
         for what, t in passes.items():
             recorder.add(
-                **point.fields(), base="nf4" if nf4 else None, adapter_dtype=dtype_name(adapters), what=what,
-                arm=name, launch=HostClock.launch, ms=t.ms(), rounds=t.rounds, saved_bytes=saved[name] if what == "both" else None,
+                **point.fields(), adapter_dtype=dtype_name(adapters), what=what, arm=name, launch=HostClock.launch, ms=t.ms(),
+                rounds=t.rounds, saved_bytes=saved[name] if what == "both" else None,
                 over_linear=rounded(t.p50 / times["linear"][what].p50),
                 speedup_over_peft=rounded(times["peft"][what].p50 / t.p50),
             )  # fmt: skip
 
 
-def points(quick: bool, nf4: bool = False) -> Iterator[tuple[Point, torch.dtype]]:
-    """`bench.cpu`'s points, and on a 16-bit base both what PEFT makes of the adapters by default, float32, and 16 bits.
-
-    nf4: float32 adapters beside 16-bit products, as QLoRA has them, at the fewest tokens alone, for the base's own kernel is slow here.
-    """
-    found = workloads.cpu_chain(quick)
-    for point in found:
-        if not nf4 or (point.dtype == torch.bfloat16 and point.M == found[0].M):
-            yield point, torch.float32
-        if not nf4 and point.dtype != torch.float32:
+def points(quick: bool) -> Iterator[tuple[Point, torch.dtype]]:
+    """`bench.cpu`'s points, and on a 16-bit base both what PEFT makes of the adapters by default, float32, and 16 bits."""
+    for point in workloads.cpu_chain(quick):
+        yield point, torch.float32
+        if point.dtype != torch.float32:
             yield point, point.dtype
 
 
@@ -107,7 +87,7 @@ def summary(rows: list[dict]) -> str:
     for at in range(0, len(both), 3):
         arms = {row["arm"]: row for row in both[at : at + 3]}
         row = arms["fused"]
-        name = f"{row['base'] or row['dtype']} adapters {row['adapter_dtype']} p={row['p']:g} {row['layer']} {row['M']} tokens"
+        name = f"{row['dtype']} adapters {row['adapter_dtype']} p={row['p']:g} {row['layer']} {row['M']} tokens"
         kept = [f"{arms[arm]['saved_bytes'] / 2**20:.2f}" for arm in ("peft", "fused")]
         lines.append([name, *(arms[arm]["ms"]["p50"] for arm in arms), f"{row['speedup_over_peft']:.2f}", *kept, row["rounds"]])
     return text_table(["forward + backward, ms", "linear", "PEFT", "fused", "PEFT/fused", "PEFT, MiB", "fused, MiB", "rounds"], lines)
@@ -117,15 +97,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.modules", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="file for the JSON lines")
     parser.add_argument("--seconds", type=float, default=9.0, help="time for the rounds of a point, at least 5 of them (default 9)")
-    parser.add_argument("--base", choices=("dense", "nf4"), default="dense", help="what is under the adapters (default dense)")
     parser.add_argument("--quick", action="store_true", help="one small layer: to see that it runs")
     args = parser.parse_args(argv)
-    nf4 = args.base == "nf4"
-    recorder = Recorder(args.out, "quantised" if nf4 else "modules", conditions(torch.device("cpu")))
-    found = list(points(args.quick, nf4))
+    recorder = Recorder(args.out, "modules", conditions(torch.device("cpu")))
+    found = list(points(args.quick))
     for i, (point, adapters) in enumerate(found, 1):
         say(f"modules {i}/{len(found)} {point}, adapters {dtype_name(adapters)}")
-        measure(recorder, point, adapters, args.seconds, nf4)
+        measure(recorder, point, adapters, args.seconds)
     print(summary(recorder.rows), flush=True)
     return 0
 

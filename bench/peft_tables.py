@@ -8,7 +8,6 @@ from .table import markdown_table, ratio, significant
 
 COMMANDS = {
     "modules": "python -m bench.modules --out bench/results/modules.jsonl",
-    "quantised": "python -m bench.modules --base nf4 --out bench/results/quantised.jsonl",
     "curves": "python -m bench.loss_curves --out bench/results/curves.jsonl",
 }
 
@@ -18,17 +17,15 @@ def modules(rows: list[dict], brief: bool) -> str:
     rows = [row for row in rows if row["what"] == "both"]
     most = max(row["M"] for row in rows)
     lines = []
-    named = [{**row, "base": row["base"] or row["dtype"]} for row in rows]
-    for (base, adapters, p, layer, M), by_arm in points(named, ("base", "adapter_dtype", "p", "layer", "M")):
+    for (dtype, adapters, p, layer, M), by_arm in points(rows, ("dtype", "adapter_dtype", "p", "layer", "M")):
         if brief and (M != most or adapters != "float32"):
             continue
-        cells = [base, adapters, f"{p:g}", layer, M, *(ms(by_arm[arm], brief) for arm in ("linear", "peft", "fused"))]
+        cells = [dtype, adapters, f"{p:g}", layer, M, *(ms(by_arm[arm], brief) for arm in ("linear", "peft", "fused"))]
         kept = [significant(by_arm[arm]["saved_bytes"] / (1 << 20)) for arm in ("peft", "fused")]
         lines.append([*cells, ratio(by_arm["fused"]["speedup_over_peft"]), *kept])
-    header = ["base", "adapters", "dropout", "layer", "tokens", "frozen base, ms", "PEFT, ms", "fused, ms", "PEFT / fused"]
+    header = ["base", "adapters", "dropout", "layer", "tokens", "frozen linear, ms", "PEFT, ms", "fused, ms", "PEFT / fused"]
     rounds = sorted({row["rounds"] for row in rows})
-    what = "PEFT's layer over bitsandbytes' NF4, products in bfloat16," if rows[0]["base"] == "nf4" else "`peft.tuners.lora.Linear`"
-    text = f"{what} as it is and after `fuse`: forward + backward, medians of "
+    text = "`peft.tuners.lora.Linear` as it is and after `fuse`: forward + backward, medians of "
     text += f"{rounds[0]} to {rounds[-1]} interleaved rounds, r = {rows[0]['r']}; and MiB that autograd keeps for backward, x among them."
     return f"{text}\n\n" + markdown_table([*header, "PEFT keeps", "fused keeps"], lines, left=4)
 
@@ -53,5 +50,5 @@ def plot(rows: list[dict]) -> str:
     return charts(panels, "step", "loss")
 
 
-RENDERERS = {"modules": modules, "quantised": modules, "curves": curves}
+RENDERERS = {"modules": modules, "curves": curves}
 PLOTS = {"curves": plot}

@@ -1,6 +1,5 @@
 """What is measured on PEFT's own layers and models: whole rows, tables and a plot made of them alone."""
 
-import importlib.util
 import json
 import re
 import xml.etree.ElementTree as ElementTree
@@ -27,18 +26,6 @@ def test_modules_times_and_weighs_both(tmp_path, capsys):
     full, brief = (peft_tables.modules(rows, brief) for brief in (False, True))
     assert len(full.splitlines()) == 4 + 6 and len(brief.splitlines()) == 4 + 4
     assert "bfloat16 | bfloat16" in full and "bfloat16 | bfloat16" not in brief
-
-
-@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes, of the extra [quantised], is not here")
-def test_modules_over_a_4_bit_base(tmp_path, capsys):
-    assert modules.main(["--quick", "--base", "nf4", "--seconds", "0.05", "--out", str(tmp_path / "quantised.jsonl")]) == 0
-    rows = conditions.read_rows(tmp_path / "quantised.jsonl")
-    assert len(rows) == 2 * 3 * 3 and "nf4 adapters float32" in capsys.readouterr().out
-    assert {(row["section"], row["base"], row["dtype"], row["adapter_dtype"]) for row in rows} == {
-        ("quantised", "nf4", "bfloat16", "float32")
-    }
-    table = peft_tables.modules(rows, False)
-    assert "PEFT's layer over bitsandbytes' NF4" in table and "| nf4 | float32 |" in table and len(table.splitlines()) == 4 + 2
 
 
 def test_the_measured_layer_is_fused_or_nothing_is_measured(monkeypatch):
