@@ -183,7 +183,7 @@ def check_arguments(x, weight, lora_A, lora_B, bias, base, scale, dropout_p, see
         check_segments(x, segments)
     if base is None:
         check_shapes(x, weight, lora_A, lora_B, bias, segments)
-    else:
+    elif not one_adapter_fits(base.shape[-1], x.shape[-1], lora_A, lora_B, segments):
         check_adapters(base.shape[-1], x.shape[-1], f"to match x {_shape(x)} and base {_shape(base)}", lora_A, lora_B, segments)
     check_dtypes(x, weight, lora_A, lora_B, bias)
     check_devices(x, weight, lora_A, lora_B, bias)
@@ -268,12 +268,21 @@ def check_shapes(x, weight, lora_A, lora_B, bias, segments=None) -> None:
     N, K = weight.shape
     if x.dim() < 1 or x.shape[-1] != K:
         raise ValueError(f"x: wanted shape [..., {K}] to match weight {_shape(weight)}, got {_shape(x)}")
-    if segments is not None or lora_A.dim() != 2 or lora_A.shape[1] != K or lora_B.shape != (N, lora_A.shape[0]) or not lora_A.shape[0]:
-        check_adapters(N, K, f"to match weight {_shape(weight)}", lora_A, lora_B, segments)  # the words of an error cost microseconds
-    elif lora_A.shape[0] > MAX_RANK:
-        check_rank(lora_A)
+    if not one_adapter_fits(N, K, lora_A, lora_B, segments):
+        check_adapters(N, K, f"to match weight {_shape(weight)}", lora_A, lora_B, segments)
     if bias is not None and tuple(bias.shape) != (N,):
         raise ValueError(f"bias: wanted shape [{N}] to match weight {_shape(weight)}, got {_shape(bias)}")
+
+
+def one_adapter_fits(N: int, K: int, lora_A, lora_B, segments) -> bool:
+    """The usual case, told without the words of an error, which cost microseconds."""
+    return (
+        segments is None
+        and lora_A.dim() == 2
+        and 0 < (R := lora_A.shape[0]) <= MAX_RANK
+        and lora_A.shape[1] == K
+        and lora_B.shape == (N, R)
+    )
 
 
 def check_adapters(N: int, K: int, why: str, lora_A, lora_B, segments) -> None:
@@ -282,11 +291,6 @@ def check_adapters(N: int, K: int, why: str, lora_A, lora_B, segments) -> None:
     check_adapter("lora_A", lora_A, [*stack, "r", K], why, "[r, in_features]")
     R = lora_A.shape[-2]
     check_adapter("lora_B", lora_B, [*stack, N, R], f"{why} and lora_A {_shape(lora_A)}", "[out_features, r]")
-    check_rank(lora_A)
-
-
-def check_rank(lora_A) -> None:
-    R = lora_A.shape[-2]
     if not 1 <= R <= MAX_RANK:
         raise UnsupportedError(f"lora_A: wanted a rank r from 1 to {MAX_RANK}, got r = {R} (shape {_shape(lora_A)})")
 

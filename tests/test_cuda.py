@@ -36,6 +36,13 @@ def test_layers(M, N, K, dtype):
     check(Case(M, N, K, 16, dtype))
 
 
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("R", [1, 16, 100, 512])
+@pytest.mark.parametrize("M, adapters", [(7, 0), (1000, 0), (60, 9), (1000, 9)])
+def test_beside_a_base_that_is_given(M, adapters, R, p):
+    check(replace(LAYER, M=M, R=R, p=p, base=True, adapters=adapters, mixed_ranks=bool(adapters)))
+
+
 def test_float32_adapters_on_bfloat16():
     check(replace(LAYER, adapter_dtype=torch.float32, p=0.1))
 

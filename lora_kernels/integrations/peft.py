@@ -16,6 +16,7 @@ import functools
 import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from peft.tuners import lora
@@ -45,13 +46,13 @@ QUANTISED = {  # PEFT's layers that add the adapters to what a quantised layer m
 class Fused:
     """The forward pass of a LoRA layer of PEFT's by `lora_kernels.lora_linear`, also for ``adapter_names``, in training too."""
 
-    def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+    def forward(self: Any, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         names = kwargs.get("adapter_names")
         others = args or any(value is not None for key, value in kwargs.items() if key != "adapter_names")
         y = None
         if not (self._disable_adapters or self.merged_adapters or others):
             y = _single(self, x) if names is None else _mixed(self, x, names)
-        return super().forward(x, *args, **kwargs) if y is None else y
+        return super().forward(x, *args, **kwargs) if y is None else y  # type: ignore[misc]
 
 
 class FusedLoraLinear(Fused, lora.Linear):
@@ -72,7 +73,7 @@ def __getattr__(name: str) -> type:
     return fused_class(getattr(importlib.import_module(f"peft.tuners.lora.{QUANTISED[kind]}"), kind))
 
 
-def _single(layer: Fused, x: torch.Tensor) -> torch.Tensor | None:
+def _single(layer: Any, x: torch.Tensor) -> torch.Tensor | None:
     """Every token through the active adapters; None where PEFT's forward is to compute it."""
     names = active(layer)
     base = base_of(layer, x) if names else ""
@@ -92,7 +93,7 @@ def _single(layer: Fused, x: torch.Tensor) -> torch.Tensor | None:
     )  # fmt: skip
 
 
-def _settled(layer: Fused, x: torch.Tensor, base: Base | Beside) -> tuple[torch.Tensor, Base]:
+def _settled(layer: Any, x: torch.Tensor, base: Base | Beside) -> tuple[torch.Tensor, Base]:
     """x and the base of a call that is to be fused: from here on PEFT's forward is out of the question."""
     return product_of(layer, x) if isinstance(base, Beside) else (x, base)
 
@@ -105,7 +106,7 @@ def _together(adapters: list[Adapter]) -> Adapter:
     return Adapter(A, B, 1.0, 0.0, False)
 
 
-def _mixed(layer: Fused, x: torch.Tensor, names: list[str]) -> torch.Tensor | None:
+def _mixed(layer: Any, x: torch.Tensor, names: list[str]) -> torch.Tensor | None:
     """Each sample through the adapter it names; one that this layer does not have is the base alone. None: as in `_single`."""
     layer._check_forward_args(x, adapter_names=names)
     places = {name: e for e, name in enumerate(name for name in dict.fromkeys(names) if name in layer.lora_A)}
@@ -184,7 +185,7 @@ def fuse(model: nn.Module) -> Report:
         reason = _why_not_this_type(layer)
         if reason is None:
             if not isinstance(layer, Fused):
-                layer.__class__ = fused_class(type(layer))
+                layer.__class__ = fused_class(type(layer))  # type: ignore[arg-type]
             reason = why_not_fused(layer)
         if reason is None:
             report.fused.append(name)

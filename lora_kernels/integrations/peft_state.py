@@ -6,7 +6,7 @@ Everything is read at each call, from attributes that cost little: nothing is ca
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners import lora
@@ -71,7 +71,7 @@ def why_not_fused(layer: lora.Linear, x: torch.Tensor | None = None) -> str | No
 def base_of(layer: lora.LoraLayer, x: torch.Tensor | None) -> Base | Beside | str:
     """The base whose product a fused call makes, or why it takes the product from it, or why PEFT computes the layer."""
     module = layer._modules["base_layer"]
-    weight = getattr(module, "weight", None)
+    weight: Any = getattr(module, "weight", None)
     if hasattr(weight, "placements"):
         return f"its base layer's weight is a {type(weight).__name__}"
     if x is not None:
@@ -115,7 +115,9 @@ def product_of(layer: lora.LoraLayer, x: torch.Tensor) -> tuple[torch.Tensor, Ba
 def adapters_of(layer: lora.LoraLayer, names: list[str], base: Base | Beside, x: torch.Tensor | None) -> list[Adapter] | str:
     """The adapters of these names, in this order; names that the layer does not have are an error."""
     found = []
-    device = base.weight.device if isinstance(base, Base) else None if x is None else x.device
+    device = None if x is None else x.device
+    if isinstance(base, Base) and base.weight is not None:
+        device = base.weight.device
     for name in names:
         adapter = _adapter(layer, name, device)
         if isinstance(adapter, str):
