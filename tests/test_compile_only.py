@@ -45,7 +45,7 @@ def test_every_heuristic_config(arch, compilations):
     assert {r["kernel"] for r in segments} == names and len(segments) > 20
     gemms = [r for r in reports if r["kernel"].startswith("expand given") and r["dtype"] == "bfloat16" and "M=8192" in r["label"]]
     beside = [r for r in reports if "base given" in r["label"] and r["kernel"].startswith("expand")]
-    assert len(beside) > 12 and not any(r["tma"] for r in beside)
+    assert len(beside) >= 8 and not any(r["tma"] for r in beside)
     assert len(gemms) >= 8
     for r in gemms:
         assert r["matmul"] == WANTED[arch], r
