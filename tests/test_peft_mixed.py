@@ -7,9 +7,8 @@ import pytest
 import torch
 from peft import get_peft_model
 from peft.tuners.lora import LoraLayer
-from peft_models import Masked, Net, X, adapters_to, agree, both, config, counted, layers, pair, results, train_all
+from peft_models import Masked, Net, X, adapters_to, agree, both, checkpoint_first, config, counted, layers, pair, results, train_all
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from lora_kernels import philox
 from lora_kernels.integrations import peft_mixed
@@ -185,9 +184,7 @@ def test_gradient_checkpointing(reentrant, calls):
     """Backward computes the forward pass again, and so belongs inside; outside, the plain kind of checkpoint notices."""
     stock, fused = three()
     wanted = results(Named(stock, NAMES, named), X)
-    inner = fused.base_model.model
-    first, second = inner.first, inner.second
-    inner.forward = lambda x: second(torch.tanh(checkpoint(first, x, use_reentrant=reentrant)))
+    checkpoint_first(fused, reentrant)
     with mixed_adapters(fused, NAMES):
         got = results(fused, X)
     for name, value in wanted.items():

@@ -1,6 +1,5 @@
 """PEFT's layers over quantised bases: the base's own kernels make its product, and the fused call adds the adapter as PEFT would."""
 
-import contextlib
 import copy
 import pickle
 from types import SimpleNamespace
@@ -13,10 +12,9 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.aqlm import AqlmLoraLinear
 from peft.tuners.lora.awq import AwqLoraLinear
 from peft.tuners.lora.gptq import GPTQLoraLinear
-from peft_models import X, config, counted, results, train_all
+from peft_models import X, agree, checkpoint_first, config, counted, results, train_all
 from test_memory import Kept
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from lora_kernels import (
@@ -33,7 +31,6 @@ from lora_kernels import (
 )
 from lora_kernels.integrations import peft as ours
 from lora_kernels.integrations.peft import Fused, fuse, mixed_adapters, unfuse, why_not_fused
-from lora_kernels.parity import budget_used
 
 calls = counted  # the fixture
 NAMES = ["b", "__base__", "default"]
@@ -152,20 +149,6 @@ def pair(kind: str, **changed):
     return stock, fused, fuse(fused)
 
 
-def agree(stock, fused, truth, x=X, **kwargs) -> None:
-    """y and all gradients within the budget, where torch's error, that of the quantised product among it, is the stock model's.
-
-    In 16 bits the stock model runs under autocast, for the reason that `peft_models.agree` gives.
-    """
-    exact, got = results(truth, x.double(), **kwargs), results(fused, x, **kwargs)
-    same = results(stock, x, (lambda: torch.autocast("cpu", x.dtype)) if x.dtype == torch.bfloat16 else contextlib.nullcontext, **kwargs)
-    assert got.keys() == same.keys() == exact.keys() and len(got) > 2
-    for name, value in got.items():
-        assert value.dtype == same[name].dtype and value.shape == same[name].shape, name
-        used = budget_used(value, same[name], exact[name])
-        assert used <= 1, f"{name} uses {used:.2f} of its budget"
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_as_peft(kind, dtype, calls):
@@ -173,7 +156,7 @@ def test_the_same_as_peft(kind, dtype, calls):
     below = "base layer's weight is a " if kind == "torchao" else type(stock.base_model.model.first.base_layer).__name__
     assert len(report.fused) == 2 and set(report.beside) == set(report.fused) and not report.left
     assert "2 beside their base: its base layer" in str(report) and below in str(report)
-    agree(stock, fused, precise(stock, kind), X.to(dtype))
+    agree(stock, fused, X.to(dtype), precise=precise(stock, kind))
     assert len(calls) == 2 and all(call["base"].dtype == dtype for call in calls)
     kinds = {type(m) for m in fused.modules() if isinstance(m, LoraLayer)}
     assert len(kinds) == 1 and all(issubclass(each, Fused) and each.__name__.startswith("Fused") for each in kinds)
@@ -281,7 +264,7 @@ def test_several_disabled_and_merged(calls):
         torch.manual_seed(3)
         model.add_adapter("b", config(r=7))
         model.base_model.set_adapter(["default", "b"])
-    agree(stock, fused, precise(stock, "nf4"))
+    agree(stock, fused, precise=precise(stock, "nf4"))
     assert len(calls) == 2
     with torch.no_grad(), stock.disable_adapter(), fused.disable_adapter():
         assert torch.equal(stock(X), fused(X))
@@ -306,9 +289,7 @@ def test_gradient_checkpointing(reentrant):
     _, fused, _ = pair("nf4", lora_dropout=0.5)
     torch.manual_seed(5)
     plain = results(fused, X)
-    inner = fused.base_model.model
-    first, second = inner.first, inner.second
-    inner.forward = lambda x: second(torch.tanh(checkpoint(first, x, use_reentrant=reentrant)))
+    checkpoint_first(fused, reentrant)
     torch.manual_seed(5)
     for name, value in results(fused, X).items():
         assert torch.equal(plain[name], value), name
