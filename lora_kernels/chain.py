@@ -6,8 +6,9 @@
 The scale rides on the skinny products as GEMM's alpha, in float32; nothing makes an extra pass over y, and dY B is
 computed once for dA and dX. The dropout mask is regenerated from Philox, never stored.
 
-Many adapters: the same for each adapter's own tokens, which are views where they are neighbours and gathered where not. How many
-tokens an adapter has is asked of the device, so on a GPU this arm waits for it, and cannot be captured in a CUDA graph.
+Many adapters, and experts, which have weights of their own: the same for each adapter's own tokens, which are views where they are
+neighbours and gathered where not. How many tokens an adapter has is asked of the device, so on a GPU this arm waits for it, and cannot be
+captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -134,10 +135,17 @@ def forward(x, weight, lora_A, lora_B, bias, seed, adapters: Adapters, scale: fl
             return torch.addmm(base, u, B.t()), u
         return base_linear(x, weight, bias).addmm_(u, B.t()), u
     u = x.new_zeros(x.shape[0], A.shape[1])
-    y = base_linear(x, weight, bias) if base is None else base.clone(memory_format=torch.contiguous_format)
+    experts = weight is not None and weight.dim() == 3
+    if experts:
+        y = x.new_zeros(x.shape[0], weight.shape[1])
+    else:
+        y = base_linear(x, weight, bias) if base is None else base.clone(memory_format=torch.contiguous_format)
     for e, rows, rank, its_scale in runs(adapters.segments, adapters, A.shape[1], scale):
         its_u = scaled_mm(adapter_in[rows], A[e, :rank].t(), its_scale)
         u[rows, :rank] = its_u
+        if experts:
+            y[rows] = base_linear(x[rows], weight[e], None if bias is None else bias[e]).addmm_(its_u, B[e, :, :rank].t())
+            continue
         add_product(y, rows, its_u, B[e, :, :rank].t())
     return y, u
 
@@ -158,7 +166,8 @@ def backward(dy, x, weight, lora_A, lora_B, u, seed, adapters: Adapters, scale: 
     dx: Any = None
     da: Any = None
     db: Any = None
-    if need_dx and weight is not None:
+    experts = weight is not None and weight.dim() == 3
+    if need_dx and weight is not None and not experts:
         dx = base_linear(dy, weight.t(), None) if _by_onednn(dy, weight) else torch.mm(dy, weight)
     elif need_dx and adapters.segments is not None:
         dx = dy.new_zeros(dy.shape[0], A.shape[-1])
@@ -187,7 +196,11 @@ def backward(dy, x, weight, lora_A, lora_B, u, seed, adapters: Adapters, scale: 
         its_dy, its_bits = dy[rows], None if bits is None else bits[rows]
         if need_dx or need_da:
             ds = scaled_mm(its_dy, B[e, :, :rank], its_scale)
-        if need_dx:
+        if need_dx and experts:
+            its_dx = torch.mm(its_dy, weight[e])
+            add_product(its_dx, None, ds, A[e, :rank], its_bits, keep)
+            dx[rows] = its_dx
+        elif need_dx:
             add_product(dx, rows, ds, A[e, :rank], its_bits, keep)
         if need_da:
             da[e, :rank] = _grad_A(ds, x[rows], its_bits, keep, adapter_dtype)

@@ -21,6 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from . import launch
+from .dispatch import arm_of
 from .problem import Problem
 from .segments import ONE, Adapters, Segments
 from .tuning import Arch, Config, heuristic
@@ -114,7 +115,7 @@ def compile_calls(run, arch: Arch, label: str, only: str = "") -> list[Report]:
 def compile_pass(problem: Problem, arch: Arch, config: Config, label: str = "", backward: bool = False) -> list[Report]:
     """Compile all kernels of one pass; for the backward pass the problem is dX's, as `Problem.backward` gives it.
 
-    Beside a base product that is given, expand alone: the others are what they are beside a weight.
+    Beside a base product that is given, or a stack of weights, expand or `experts` alone: the others are what they are beside a weight.
     """
     M, R, dtype, adapter = min(problem.M, 512), problem.R, problem.dtype, problem.adapter_dtype or problem.dtype
     N, K = (problem.K, problem.N) if backward else (problem.N, problem.K)
@@ -126,21 +127,23 @@ def compile_pass(problem: Problem, arch: Arch, config: Config, label: str = "", 
         plan = Segments.from_ids(ids, E, row_block=problem.row_block, gather_block=problem.gather_block)
         adapters = Adapters(plan, torch.empty(E), torch.empty(E, dtype=torch.int32) if problem.mixed_ranks else None)
         A, B = A.expand(E, R, K), B.expand(E, N, R)
+        if problem.experts:
+            weight, bias = weight.expand(E, N, K), bias.expand(E, N)
     seed, p = (torch.zeros((), dtype=torch.int64), 0.1) if problem.dropout else (None, 0.0)
 
     def run():
         if backward:
             u = torch.empty(M, R, dtype=dtype)
-            launch.backward(dy, x, weight, A, B, u, seed, adapters, 1.0, p, (True, True, True), adapter, config)
+            arm_of(weight).backward(dy, x, weight, A, B, u, seed, adapters, 1.0, p, (True, True, True), adapter, config)
         else:
-            launch.forward(x, weight, A, B, bias, seed, adapters, 1.0, p, True, config, base)
+            arm_of(weight).forward(x, weight, A, B, bias, seed, adapters, 1.0, p, True, config, base)
 
-    return compile_calls(run, arch, label, "expand" if problem.base else "")
+    return compile_calls(run, arch, label, "experts" if problem.experts else "expand" if problem.base else "")
 
 
 def heuristic_reports(arch: Arch, progress=lambda done, total, what: None) -> list[Report]:
     """Every kernel of every heuristic configuration worth telling apart, compiled for ``arch``; the same kernel once."""
-    problems = [*heuristic_problems(), *segment_problems(), *base_problems()]
+    problems = [*heuristic_problems(), *segment_problems(), *base_problems(), *expert_problems()]
     calls: list[tuple[str, Callable[[], list[Report]]]] = []
     for label, problem, backward in problems:
         calls.append((label, functools.partial(compile_pass, problem, arch, heuristic(problem, arch), label, backward)))
@@ -223,6 +226,23 @@ def base_problems() -> Iterator[tuple[str, Problem, bool]]:
         if problem.M > 64:
             yield f"backward {label} dropout", replace(problem, dropout="x").backward(), True
     yield "backward base given tokens=8192 r=16", replace(one, M=8192).backward(), True
+
+
+def expert_problems() -> Iterator[tuple[str, Problem, bool]]:
+    """A mixture's experts: few and many rows each, 16-bit and float32, equal and mixed ranks, both passes."""
+    for rows, block, R, dtype, mixed in (
+        (1, 16, 16, torch.bfloat16, True),
+        (512, 128, 16, torch.bfloat16, False),
+        (512, 128, 96, torch.bfloat16, True),
+        (64, 64, 16, torch.float32, False),
+    ):
+        plan: dict[str, Any] = dict(adapters=64, row_block=128, gather_block=block, mixed_ranks=mixed)
+        problem = Problem(64 * rows, 1536, 2048, R, dtype, experts=True, **plan)
+        label = f"experts rows={rows} r={R}"
+        yield f"forward {label}", problem, False
+        yield f"backward {label}", problem.backward(), True
+        if rows > 64:
+            yield f"backward {label} dropout", replace(problem, dropout="x").backward(), True
 
 
 def _first_tensor(args) -> torch.Tensor:

@@ -162,9 +162,7 @@ def forward_arm(x, weight, lora_A, lora_B, adapters: Adapters, dropout_p: float,
     choice = choose(problem.describe(x, weight, lora_A, lora_B, dropout=bool(dropout_p), adapters=adapters), x.device, impl, key)
     if choice.arm == "torch":
         return CHAIN_FORWARD
-    from . import launch
-
-    return launch.forward, choice.config
+    return arm_of(weight).forward, choice.config
 
 
 def backward_arm(dy, x, weight, lora_A, lora_B, u, adapters: Adapters, dropout_p: float, impl: str, key: str):
@@ -173,7 +171,7 @@ def backward_arm(dy, x, weight, lora_A, lora_B, u, adapters: Adapters, dropout_p
         return CHAIN_BACKWARD
     K = lora_A.shape[-1] if lora_A is not None else x.shape[1] if x is not None else dy.shape[1]
     R = u.shape[1] if lora_B is None else lora_B.shape[-1]
-    w = dy if weight is None else weight
+    w = dy if weight is None else problem.one_of(weight)
     p = Problem(
         M=dy.shape[0],
         N=K,
@@ -186,14 +184,24 @@ def backward_arm(dy, x, weight, lora_A, lora_B, u, adapters: Adapters, dropout_p
         aligned=problem.descriptors_possible(dy, w, lora_A, lora_B),
         wide=problem.offsets_pass_int32(dy, w),
         base=weight is None and lora_A is not None,
+        experts=weight is not None and weight.dim() == 3,
         **problem.segment_fields(adapters),
     )
     choice = choose(p, dy.device, impl, key)
     if choice.arm == "torch":
         return CHAIN_BACKWARD
+    return arm_of(weight).backward, choice.config
+
+
+def arm_of(weight: torch.Tensor | None):
+    """The module whose ``forward`` and ``backward`` launch the kernels beside this weight."""
+    if weight is not None and weight.dim() == 3:
+        from . import launch_experts
+
+        return launch_experts
     from . import launch
 
-    return launch.backward, choice.config
+    return launch
 
 
 def _without_autocast(which: str):

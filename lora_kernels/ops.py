@@ -76,7 +76,7 @@ def _forward(x, weight, lora_A, lora_B, bias, seed, adapters, scale, dropout_p, 
     x2, N = rows(x), lora_B.shape[-2]
     base2 = None if base is None else rows(base)
     if x2.numel() == 0 or N == 0:
-        y, u = _empty_forward(x2, N, lora_A, bias, base2)
+        y, u = _empty_forward(x2, N, lora_A, bias, base2, adapters)
     else:
         run, chosen = arm or dispatch.forward_arm(x2, weight, lora_A, lora_B, adapters, dropout_p, impl, config)
         y, u = run(x2, weight, lora_A, lora_B, bias, seed, adapters, scale, dropout_p, save_u, chosen, base2)
@@ -86,9 +86,12 @@ def _forward(x, weight, lora_A, lora_B, bias, seed, adapters, scale, dropout_p, 
     return torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], N]), u
 
 
-def _empty_forward(x, N, lora_A, bias, base):
+def _empty_forward(x, N, lora_A, bias, base, adapters):
     """No tokens, no features in or none out: the bias alone, as F.linear has it, or the base."""
     y = x.new_zeros(x.shape[0], N)
+    if bias is not None and bias.dim() == 2:
+        ids = adapters.segments.ids.long()[:, None]
+        bias = torch.where(ids < 0, 0, bias[ids[:, 0].clamp(min=0)])
     for term in (bias, base):
         if term is not None:
             y += term

@@ -47,6 +47,7 @@ class Case:
     popularity: str = "mixed"  # or "distinct", "runs" (contiguous), "one", "none": see `adapter_ids`
     mixed_ranks: bool = False
     base: bool = False  # given in the place of weight and bias
+    experts: bool = False  # a weight and a bias, frozen, for each adapter
 
     def terms(self, tensor: str) -> int:
         """How many products one element of y or a gradient sums, those of u or dS among them."""
@@ -61,7 +62,7 @@ class Case:
         parts += [f"adapters {str(self.adapter_dtype).removeprefix('torch.')}"] if self.adapter_dtype else []
         if self.adapters:
             parts += [f"{self.adapters} adapters {self.popularity}"] + (["mixed ranks"] if self.mixed_ranks else [])
-        parts += ["base given"] if self.base else []
+        parts += [flag for flag in ("base", "experts") if getattr(self, flag)]
         parts += [self.impl] if self.impl != "triton" else []
         if self.config:
             e = self.config.expand
@@ -94,12 +95,13 @@ def inputs(case: Case, device: torch.device) -> dict:
 
     adapter = case.adapter_dtype or case.dtype
     stack = [case.adapters] if case.adapters else []
+    each = stack if case.experts else []
     tensors = {
         "x": draw(case.M, case.K),
-        "weight": draw(case.N, case.K, spread=case.K**-0.5),
+        "weight": draw(*each, case.N, case.K, spread=case.K**-0.5),
         "lora_A": draw(*stack, case.R, case.K, spread=case.K**-0.5, dtype=adapter),
         "lora_B": draw(*stack, case.N, case.R, spread=case.R**-0.5, dtype=adapter),
-        "bias": draw(case.N) if case.bias else None,
+        "bias": draw(*each, case.N) if case.bias else None,
         "dY": draw(case.M, case.N, spread=case.N**-0.5),
         "base": None,
     }
@@ -108,11 +110,12 @@ def inputs(case: Case, device: torch.device) -> dict:
     strided = [name for name in ("x", "weight", "dY", "base") if tensors[name] is not None]
     if case.layout == "transposed":
         for name in strided:
-            tensors[name] = tensors[name].t().contiguous().t()
+            tensors[name] = tensors[name].mT.contiguous().mT
     elif case.layout == "sliced":
         for name in strided:
             t = tensors[name]
-            tensors[name] = torch.full((t.shape[0] + 2, t.shape[1] + 3), float("nan"), dtype=t.dtype, device=device)[1:-1, 2:-1].copy_(t)
+            wide = torch.full((*t.shape[:-2], t.shape[-2] + 2, t.shape[-1] + 3), float("nan"), dtype=t.dtype, device=device)
+            tensors[name] = wide[..., 1:-1, 2:-1].copy_(t)
     elif case.layout == "expanded":
         tensors["dY"] = tensors["dY"][:1, :1].expand(case.M, case.N)
     return tensors
@@ -152,7 +155,8 @@ def many(case: Case, device: torch.device) -> dict:
 def evaluate(case: Case, tensors: dict, impl: str, dtype: torch.dtype | None = None) -> list:
     """y, dX, dA, dB, dbias (or dbase) of a case by an impl; in ``dtype`` if given, on copies of the same values."""
     t: dict = {name: None if v is None else v.detach() if dtype is None else v.to(dtype) for name, v in tensors.items()}
-    names = [name for name in ("x", "lora_A", "lora_B", "bias", "base") if t[name] is not None]
+    trained = ("x", "lora_A", "lora_B", "base") if case.experts else ("x", "lora_A", "lora_B", "bias", "base")
+    names = [name for name in trained if t[name] is not None]
     for name in names:
         t[name] = t[name].requires_grad_()
     y = lora_linear(
@@ -275,7 +279,14 @@ def cases(device: torch.device, quick: bool = False) -> list[Case]:
         found += [replace(odd, dtype=dtypes[0], adapters=7, popularity=popularity, p=0.1, impl=impl) for impl in ("triton", "torch")]
     given = replace(odd, dtype=dtypes[0], p=0.1, base=True)
     found += [given, replace(given, adapters=7, mixed_ranks=True)]
+    tile = Expand(ways[0].expand.block_m, ways[0].expand.block_n, ways[0].expand.block_k, group_m=2, num_warps=4, num_stages=2)
+    routed = replace(odd, dtype=dtypes[0], p=0.1, adapters=7, experts=True, mixed_ranks=True)
+    found += [routed, replace(routed, config=Config(replace(ways[0].shrink, block_m=tile.block_m, num_stages=1), tile, ways[0].wgrad))]
     if not quick:
+        found += [replace(routed, p=0.0, mixed_ranks=False, dtype=dtype, popularity="runs", bias=False) for dtype in dtypes]
+        found += [replace(routed, layout=layout) for layout in ("transposed", "sliced", "expanded")]
+        found += [replace(routed, impl="torch"), replace(routed, p=0.0, impl="torch", popularity="runs")]
+        found += [replace(routed, M=2 * odd.M, R=100), replace(routed, popularity="none")]
         found += [replace(given, p=0.0, layout="sliced"), replace(given, M=2 * odd.M, adapters=7, mixed_ranks=True)]
         found += [replace(given, impl="torch"), replace(given, p=0.0, impl="torch")]
     found += [replace(odd, dtype=torch.float16, adapter_dtype=torch.float32), replace(even, R=100, bias=False), replace(odd, M=1)]
@@ -292,8 +303,9 @@ def _served(case: Case, arch: Arch) -> bool:
     if case.adapters:
         blocks = dict(row_block=case.config.expand.block_m, gather_block=case.config.shrink.block_m)
     forward = problem.Problem(
-        case.M, case.N, case.K, case.R, case.dtype, "x" if case.p else "", aligned=aligned, adapters=case.adapters, **blocks
-    )
+        case.M, case.N, case.K, case.R, case.dtype, "x" if case.p else "", aligned=aligned, adapters=case.adapters,
+        experts=case.experts, **blocks,
+    )  # fmt: skip
     return all(why_not_here(case.config, each, arch) is None for each in (forward, forward.backward()))
 
 

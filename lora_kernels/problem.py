@@ -32,6 +32,7 @@ class Problem:
     "uv" (on the low-rank term, backward). ``wide``: an offset passes 2^31. ``adapters``: E of a batch with segments, 0 for one
     adapter; ``row_block`` and ``gather_block`` are then its plan's, ``mixed_ranks`` whether adapters have ranks of their own.
     ``base``: whether x w is another's, who hands it in (or, in the backward pass, keeps it), and only u v is to be added.
+    ``experts``: whether w is a stack, one for each adapter, as in a mixture of experts.
     """
 
     M: int
@@ -50,6 +51,7 @@ class Problem:
     gather_block: int = 0
     mixed_ranks: bool = False
     base: bool = False
+    experts: bool = False
 
     @property
     def itemsize(self) -> int:
@@ -111,6 +113,11 @@ def contiguous_axis(t: torch.Tensor, first: str, second: str) -> str:
     return second if t.stride(1) == 1 else first if t.stride(0) == 1 else ""
 
 
+def one_of(weight: torch.Tensor) -> torch.Tensor:
+    """A weight ``[N, K]``: itself, or a stack's first."""
+    return weight[0] if weight.dim() == 3 else weight
+
+
 def segment_fields(adapters: Adapters) -> dict:
     """`Problem`'s part about many adapters."""
     s = adapters.segments
@@ -121,7 +128,7 @@ def segment_fields(adapters: Adapters) -> dict:
 
 def describe(x, weight, lora_A, lora_B, *, dropout: bool, adapters: Adapters = ONE) -> Problem:
     """The forward `Problem` of a checked call; x is ``[M, K]``, weight None where the base product is given."""
-    w = x if weight is None else weight
+    w = x if weight is None else one_of(weight)
     return Problem(
         M=x.shape[0],
         N=lora_B.shape[-2],
@@ -135,6 +142,7 @@ def describe(x, weight, lora_A, lora_B, *, dropout: bool, adapters: Adapters = O
         wide=offsets_pass_int32(x, w),
         adapter_dtype=lora_A.dtype,
         base=weight is None,
+        experts=w is not weight and weight is not None,
         **segment_fields(adapters),
     )
 
@@ -192,6 +200,8 @@ def check_arguments(x, weight, lora_A, lora_B, bias, base, scale, dropout_p, see
             "weight: wanted a frozen base weight, got one with requires_grad=True; "
             "call weight.requires_grad_(False): LoRA trains lora_A and lora_B only"
         )
+    if weight is not None and weight.dim() == 3 and bias is not None and bias.requires_grad:
+        raise UnsupportedError("bias: wanted a frozen one beside a stack of weights, got requires_grad=True")
     check_scale(scale, x, segments)
     if ranks is not None:
         check_ranks(ranks, x, lora_A, segments)
@@ -263,15 +273,18 @@ def check_base(x, weight, bias, base) -> None:
 
 
 def check_shapes(x, weight, lora_A, lora_B, bias, segments=None) -> None:
-    if weight.dim() != 2:
-        raise ValueError(f"weight: wanted shape [out_features, in_features], got {_shape(weight)}")
-    N, K = weight.shape
+    stack = [segments.num_adapters] if segments is not None and weight.dim() == 3 else []
+    if weight.dim() != 2 + len(stack) or list(weight.shape[:-2]) != stack:
+        hint = "; a stack of weights needs segments" if weight.dim() == 3 and not stack else ""
+        wanted = f"[{stack[0]}, out_features, in_features], one for each adapter of segments" if stack else "[out_features, in_features]"
+        raise ValueError(f"weight: wanted shape {wanted}, got {_shape(weight)}{hint}")
+    N, K = weight.shape[-2:]
     if x.dim() < 1 or x.shape[-1] != K:
         raise ValueError(f"x: wanted shape [..., {K}] to match weight {_shape(weight)}, got {_shape(x)}")
     if not one_adapter_fits(N, K, lora_A, lora_B, segments):
         check_adapters(N, K, f"to match weight {_shape(weight)}", lora_A, lora_B, segments)
-    if bias is not None and tuple(bias.shape) != (N,):
-        raise ValueError(f"bias: wanted shape [{N}] to match weight {_shape(weight)}, got {_shape(bias)}")
+    if bias is not None and list(bias.shape) != [*stack, N]:
+        raise ValueError(f"bias: wanted shape {[*stack, N]} to match weight {_shape(weight)}, got {_shape(bias)}")
 
 
 def one_adapter_fits(N: int, K: int, lora_A, lora_B, segments) -> bool:

@@ -26,9 +26,9 @@ def lora_linear(
 
     Args:
         x: Tokens ``[..., K]``; any floating dtype, float64 included.
-        weight: ``[N, K]`` as nn.Linear stores it, x's dtype.
+        weight: ``[N, K]`` as nn.Linear stores it, x's dtype; or with segments a stack ``[E, N, K]``, and 0 for tokens without an adapter.
         lora_A, lora_B: ``[r, K]`` and ``[N, r]`` as PEFT stores them, or stacks ``[E, r, K]`` and ``[E, N, r]``; cast to x's dtype.
-        bias: ``[N]`` or None.
+        bias: ``[N]``, ``[E, N]`` beside a stack, or None.
         base: ``[..., N]``, what ``x W^T + bias`` is, with weight and bias None; or None.
         scale: ``lora_alpha / r``, a float, or float32 with one for each adapter.
         dropout_p: Probability of the adapter branch's dropout, in [0, 1); it acts when ``training``.
@@ -47,7 +47,9 @@ def lora_linear(
         low_rank = F.linear(F.linear(adapter_in, lora_A), lora_B) * (scale.reshape(()) if isinstance(scale, torch.Tensor) else scale)
     else:
         low_rank = _by_adapter(adapter_in, lora_A, lora_B, scale, segments.ids, ranks)
-    return (F.linear(x, weight, bias) if base is None else base) + low_rank
+    if base is None:
+        base = F.linear(x, weight, bias) if weight.dim() == 2 else _by_expert(x, weight, bias, segments.ids)
+    return base + low_rank
 
 
 def _by_adapter(x, lora_A, lora_B, scale, ids, ranks):
@@ -63,6 +65,17 @@ def _by_adapter(x, lora_A, lora_B, scale, ids, ranks):
         factor = scale[e] if isinstance(scale, torch.Tensor) else scale
         low_rank = low_rank.index_put((at,), F.linear(F.linear(rows[at], lora_A[e, :r]), lora_B[e, :, :r]) * factor)
     return low_rank.reshape(*x.shape[:-1], lora_B.shape[1])
+
+
+def _by_expert(x, weight, bias, ids):
+    """Each token through its own weight, and zero for those without one."""
+    rows = x.reshape(-1, x.shape[-1])
+    base = rows[:0].sum().expand(rows.shape[0], weight.shape[1])
+    for e in ids.unique().tolist():
+        if e >= 0:
+            at = (ids == e).nonzero().squeeze(1)
+            base = base.index_put((at,), F.linear(rows[at], weight[e], None if bias is None else bias[e]))
+    return base.reshape(*x.shape[:-1], weight.shape[1])
 
 
 def as_seed(seed, device: torch.device) -> torch.Tensor:

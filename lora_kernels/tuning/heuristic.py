@@ -40,7 +40,8 @@ def _shrink(problem: Problem, arch: Arch) -> Shrink:
     block_m = problem.gather_block or (16 if problem.M <= 16 * arch.sms else 32)
     blocks = -(-problem.M // block_m)
     block_k = 64 if problem.itemsize == 4 or problem.dropout or (problem.adapters and problem.R > 32) else 128
-    return Shrink(block_m, block_k, split=_split(blocks, problem.K, 4 * block_k, arch), num_warps=4, num_stages=3)
+    stages = 1 if block_m > 32 and problem.dropout == "x" else 3  # the dropped tile is a register operand: see why_not
+    return Shrink(block_m, block_k, split=_split(blocks, problem.K, 4 * block_k, arch), num_warps=4, num_stages=stages)
 
 
 def _wgrad(problem: Problem, arch: Arch) -> Wgrad:
@@ -57,6 +58,8 @@ def _split(blocks: int, length: int, least: int, arch: Arch) -> int:
 
 
 def _expand(problem: Problem, arch: Arch) -> Expand:
+    if problem.experts:
+        return _experts(problem, arch)
     if problem.base:
         return _beside_base(problem, arch)
     if problem.adapters:
@@ -115,6 +118,17 @@ def _beside_base(problem: Problem, arch: Arch) -> Expand:
     wide = block_m == 64 < problem.M and problem.itemsize == 2 and problem.dropout != "uv"
     block_n = 32 if problem.itemsize == 4 else 128 if wide else 64  # a row block of a plan selects: a second accumulator
     return Expand(block_m, block_n, base="library", num_warps=8 if block_m > 64 else 4, num_stages=2)
+
+
+def _experts(problem: Problem, arch: Arch) -> Expand:
+    block_m = problem.gather_block
+    if problem.itemsize == 4:
+        return Expand(block_m, 32 if block_m > 64 else 64, 32, num_warps=4, num_stages=3)
+    if block_m <= 32:  # each expert's weight is streamed by narrow tiles
+        return Expand(block_m, 32, 64, num_warps=4, num_stages=STREAMED)
+    if arch.kind == "hip":
+        return Expand(block_m, 64, 32, num_warps=8, num_stages=2)
+    return Expand(block_m, 128, 64 if arch.shared_memory >= 160 << 10 else 32, num_warps=8 if block_m > 64 else 4, num_stages=4)
 
 
 def _walked(tile: Expand, problem: Problem, arch: Arch) -> Expand:

@@ -19,7 +19,7 @@ def why_not(config: Config, problem: Problem, arch: Arch) -> str | None:
         _shapes(config)
         or _expand(config.expand, problem, arch)
         or _beside(config)
-        or _segments(config, problem)
+        or (_experts(config, problem) if problem.experts else _segments(config, problem))
         or _dropout(config, problem, arch)
         or _memory(config, problem, arch)
     )
@@ -97,6 +97,19 @@ def _segments(config: Config, problem: Problem) -> str | None:
         return f"expand.block_m must be the plan's row_block, {problem.row_block}, got {e.block_m}"
     if s.block_m != problem.gather_block:
         return f"shrink.block_m must be the plan's gather_block, {problem.gather_block}, got {s.block_m}"
+    return None
+
+
+def _experts(config: Config, problem: Problem) -> str | None:
+    """The kernel of a stack of weights has one way to run; its tiles are the plan's gathered ones."""
+    e = config.expand
+    for part in ("shrink", "expand"):
+        if (block_m := getattr(config, part).block_m) != problem.gather_block:
+            return f"{part}.block_m must be the plan's gather_block, {problem.gather_block}, beside a stack of weights, got {block_m}"
+    plain = Expand(e.block_m, e.block_n, e.block_k, e.group_m, num_warps=e.num_warps, num_stages=e.num_stages)
+    if e != plain or config.wgrad.beside:
+        other = [name for name, value in vars(e).items() if value != getattr(plain, name)] or ["wgrad.beside"]
+        return f"expand beside a stack of weights has u='given', base='kernel' and no {', '.join(other)}"
     return None
 
 
