@@ -91,6 +91,7 @@ def lora_linear(
         x: Tokens ``[..., K]``, float16, bfloat16, float32 (every arm) or float64 (reference and torch).
         weight: The frozen base ``[N, K]``, as nn.Linear stores it, x's dtype, any strides; None with ``base``. Or with segments a stack
             ``[E, N, K]``, the experts of a mixture: each token's adapter is that of its expert, and what has none is 0.
+            With `Segments.from_top_k` each token has k experts, and y is ``[..., k, N]``.
         lora_A: ``[r, K]``, or with segments a stack ``[E, r, K]``, r from 1 to 512, any strides, x's dtype or float32 (rounded to
             x's dtype tile by tile, as autocast would).
         lora_B: ``[N, r]`` or ``[E, N, r]``, lora_A's dtype.

@@ -107,6 +107,14 @@ def runs(plan: Segments, adapters: Adapters, rank: int, scale: float) -> Iterato
         yield Run(e, rows, rank if ranks is None else min(ranks[e], rank), scale * (1.0 if scales is None else scales[e]))
 
 
+def tokens_of(x: torch.Tensor, rows: slice | torch.Tensor, top_k: int) -> torch.Tensor:
+    """The rows of x that these rows of a plan are of, each of x being top_k of the plan."""
+    if top_k > 1:
+        rows = torch.arange(rows.start, rows.stop, device=x.device) if isinstance(rows, slice) else rows
+        rows = rows // top_k
+    return x[rows]
+
+
 def add_product(t: torch.Tensor, rows: slice | torch.Tensor | None, a, b, bits=None, keep: float = 1.0) -> None:
     """``t[rows] += D.(a @ b)``; rows None: all of them, bits None: no dropout."""
     if isinstance(rows, torch.Tensor):
@@ -124,27 +132,28 @@ def add_product(t: torch.Tensor, rows: slice | torch.Tensor | None, a, b, bits=N
 def forward(x, weight, lora_A, lora_B, bias, seed, adapters: Adapters, scale: float, p: float, save_u=True, config=None, base=None):
     """``y [M, N]`` and ``u [M, r]`` for x ``[M, K]``; p = 0 means no dropout. The signature is an arm's: u costs nothing here."""
     A, B = (lora_A, lora_B) if lora_A.dtype == x.dtype else (lora_A.to(x.dtype), lora_B.to(x.dtype))
-    adapter_in = x
+    M, bits = x.shape[0] * adapters.top_k, None
     if p:  # the 1 / (1 - p) goes into the product's scale, so that nothing is rounded here
-        adapter_in, scale = drop(x, kept_bits(seed, x.shape[0], x.shape[1], p, x.dtype)), scale * philox.inv_keep(p)
+        bits, scale = kept_bits(seed, M, x.shape[1], p, x.dtype), scale * philox.inv_keep(p)
     if adapters.segments is None:
-        u = scaled_mm(adapter_in, A.t(), scale)
+        u = scaled_mm(x if bits is None else drop(x, bits), A.t(), scale)
         if adapters.scales is not None:
             u.mul_(adapters.scales)
         if base is not None:
             return torch.addmm(base, u, B.t()), u
         return base_linear(x, weight, bias).addmm_(u, B.t()), u
-    u = x.new_zeros(x.shape[0], A.shape[1])
+    u = x.new_zeros(M, A.shape[1])
     experts = weight is not None and weight.dim() == 3
     if experts:
-        y = x.new_zeros(x.shape[0], weight.shape[1])
+        y = x.new_zeros(M, weight.shape[1])
     else:
         y = base_linear(x, weight, bias) if base is None else base.clone(memory_format=torch.contiguous_format)
     for e, rows, rank, its_scale in runs(adapters.segments, adapters, A.shape[1], scale):
-        its_u = scaled_mm(adapter_in[rows], A[e, :rank].t(), its_scale)
+        its_x = tokens_of(x, rows, adapters.top_k)
+        its_u = scaled_mm(its_x if bits is None else drop(its_x, bits[rows]), A[e, :rank].t(), its_scale)
         u[rows, :rank] = its_u
         if experts:
-            y[rows] = base_linear(x[rows], weight[e], None if bias is None else bias[e]).addmm_(its_u, B[e, :, :rank].t())
+            y[rows] = base_linear(its_x, weight[e], None if bias is None else bias[e]).addmm_(its_u, B[e, :, :rank].t())
             continue
         add_product(y, rows, its_u, B[e, :, :rank].t())
     return y, u
@@ -203,7 +212,7 @@ def backward(dy, x, weight, lora_A, lora_B, u, seed, adapters: Adapters, scale: 
         elif need_dx:
             add_product(dx, rows, ds, A[e, :rank], its_bits, keep)
         if need_da:
-            da[e, :rank] = _grad_A(ds, x[rows], its_bits, keep, adapter_dtype)
+            da[e, :rank] = _grad_A(ds, tokens_of(x, rows, adapters.top_k), its_bits, keep, adapter_dtype)
         if need_db:
             db[e, :, :rank] = _grad_B(its_dy, u[rows, :rank], adapter_dtype)
     return dx, da, db

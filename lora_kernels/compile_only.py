@@ -121,14 +121,17 @@ def compile_pass(problem: Problem, arch: Arch, config: Config, label: str = "", 
     N, K = (problem.K, problem.N) if backward else (problem.N, problem.K)
     x, dy = torch.empty(M, K, dtype=dtype), torch.empty(M, N, dtype=dtype)
     A, B, adapters = torch.empty(R, K, dtype=adapter), torch.empty(N, R, dtype=adapter), ONE
-    weight, bias, base = (None, None, dy) if problem.base else (torch.empty(N, K, dtype=dtype), torch.empty(N, dtype=dtype), None)
+    weight = bias = base = None
+    if problem.base:
+        base = dy
+    else:
+        each = (problem.adapters,) if problem.experts else ()
+        weight, bias = torch.empty(N, K, dtype=dtype).expand(*each, N, K), torch.empty(N, dtype=dtype).expand(*each, N)
     if problem.adapters:
         E, ids = problem.adapters, torch.zeros(M, dtype=torch.int32)
         plan = Segments.from_ids(ids, E, row_block=problem.row_block, gather_block=problem.gather_block)
         adapters = Adapters(plan, torch.empty(E), torch.empty(E, dtype=torch.int32) if problem.mixed_ranks else None)
         A, B = A.expand(E, R, K), B.expand(E, N, R)
-        if problem.experts:
-            weight, bias = weight.expand(E, N, K), bias.expand(E, N)
     seed, p = (torch.zeros((), dtype=torch.int64), 0.1) if problem.dropout else (None, 0.0)
 
     def run():

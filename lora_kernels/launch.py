@@ -82,6 +82,11 @@ def _stack_stride(t: torch.Tensor | None) -> int:
     return t.stride(0) if t is not None and t.dim() == 3 else 0
 
 
+def fan_of(x: torch.Tensor, segments) -> int:
+    """How many of a plan's tokens a row of x stands for."""
+    return 1 if segments is None else segments.tokens // x.shape[0]
+
+
 def _wide(*tiles: tuple[torch.Tensor | None, int]) -> bool:
     """Whether an offset inside one tile passes 2^31; the offset of a tile itself is always 64-bit."""
     for t, block in tiles:
@@ -105,10 +110,13 @@ def _split(length: int, block: int, wanted: int) -> tuple[int, int]:
 def run_shrink(x, a, *, scale: float, adapters: Adapters = ONE, dropout, config: Config, dtype: torch.dtype, parts: bool = False):
     """``scale * (D.x) a`` as ``[M, R]`` in ``dtype``. x: ``[M, K]``, a: ``[(E,) K, R]``, any strides. dropout: None or (seed, p).
 
+    Where the plan has k times as many tokens, each row of x stands for k.
+
     parts: Return float32 ``[splits, M, R]``, not yet added, where K was split.
     """
     c, seg = config.shrink, adapters.segments
-    M, K = x.shape
+    fan = fan_of(x, seg)
+    M, K = x.shape[0] * fan, x.shape[1]
     R = a.shape[-1]
     block_r = rank_block(R, TILE_RANK if adapters.ranks is not None else 128)
     blocks, splits = _split(K, c.block_k, c.split)
@@ -125,7 +133,7 @@ def run_shrink(x, a, *, scale: float, adapters: Adapters = ONE, dropout, config:
         LOAD_X=load_dense, SEGMENTS=seg is not None, DROPOUT=dropout is not None, PRECISION=precision(x.dtype),
         BLOCK_M=c.block_m, BLOCK_K=c.block_k, BLOCK_R=block_r,
         EVEN_K=K % c.block_k == 0, EVEN_R=R % block_r == 0 and adapters.ranks is None,
-        WIDE=_wide((x, max(c.block_m, c.block_k)), (a, c.block_k)), LET_GO=None, num_warps=c.num_warps, num_stages=c.num_stages,
+        WIDE=_wide((x, max(c.block_m, c.block_k)), (a, c.block_k)), LET_GO=None, FAN=fan, num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip
     tiles = cdiv(M, c.block_m) if seg is None else seg.tile_adapter.shape[0]
     if config.expand.pdl:
@@ -151,7 +159,7 @@ def prepare_wgrad(
     allocator might hand out what expand yet reads.
     """
     c, seg, E = config.wgrad, adapters.segments, adapters.number
-    (M, J), R = x.shape, g.shape[1]
+    J, (M, R) = x.shape[1], g.shape
     block_r = rank_block(R, TILE_RANK if adapters.ranks is not None else 128)
     blocks, splits = _split(M, c.block_m, c.split)
     if seg is not None:  # every adapter's tokens are split alike, for how many they are is known on the device alone
@@ -171,7 +179,7 @@ def prepare_wgrad(
             SEGMENTS=seg is not None, DROPOUT=dropout is not None, PRECISION=precision(x.dtype), BLOCK_M=c.block_m, BLOCK_J=c.block_j,
             BLOCK_R=block_r, EVEN_J=J % c.block_j == 0, EVEN_R=R % block_r == 0 and adapters.ranks is None,
             WIDE=_wide((x, max(c.block_m, c.block_j)), (out, c.block_j)), LET_GO=None, WAIT=None,
-            num_warps=c.num_warps, num_stages=c.num_stages,
+            FAN=fan_of(x, seg), num_warps=c.num_warps, num_stages=c.num_stages,
         )  # fmt: skip
         if beside:
             options |= _overlapped(LET_GO=let_next_begin, WAIT=wait_for_previous)

@@ -19,25 +19,28 @@ from .tuning.validity import TILE_RANK
 def run_experts(x, w, u, v, *, adapters: Adapters, bias=None, drop_uv=None, config: Config):
     """``x[m] w[e] + D.(u[m] v[e]) + bias[e]`` as ``[M, N]``, 0 for rows without an expert.
 
-    x: ``[M, K]``, w: ``[E, K, N]``, u: ``[M, R]``, v: ``[E, R, N]``, any strides; bias: ``[E, N]`` or None. drop_uv: None or (seed, p).
+    x: ``[M, K]``, or ``[M / k, K]``, each row k times; w: ``[E, K, N]``, u: ``[M, R]``, v: ``[E, R, N]``, any strides; bias: ``[E, N]`` or
+    None. drop_uv: None or (seed, p).
     """
-    c, seg = config.expand, adapters.segments
-    (M, K), (R, N) = x.shape, v.shape[-2:]
+    c = config.expand
+    (M, R), K, N = u.shape, x.shape[1], v.shape[-1]
     block_r = rank_block(R, 32 if x.itemsize == 4 else TILE_RANK)
     y = x.new_empty(M, N)
     bias = None if bias is None else bias.contiguous()
     seed, threshold, inv_keep = _dropout(drop_uv)
-    tiles = seg.tile_adapter.shape[0]
+    gather = adapters.gather()
+    assert gather is not None  # a stack comes with a plan
+    tiles = gather[0].shape[0]
     args = (
         _matrix(x), _matrix(w), _stack_stride(w), _matrix(u), _matrix(v), _stack_stride(v), bias, _matrix(y),
-        adapters.gather(), tiles, adapters.number, adapters.ranks, seed, threshold, inv_keep, N, K, R,
+        gather, tiles, adapters.number, adapters.ranks, seed, threshold, inv_keep, N, K, R,
     )  # fmt: skip
     options = dict(
         DROP_UV=drop_uv is not None, PRECISION=precision(x.dtype),
         BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, BLOCK_R=block_r, R_BLOCKS=cdiv(R, block_r), GROUP_M=c.group_m,
         EVEN_N=N % c.block_n == 0, EVEN_K=K % c.block_k == 0, EVEN_R=R % block_r == 0 and adapters.ranks is None,
         WIDE=_wide((x, c.block_k), (w, max(c.block_n, c.block_k)), (v, max(c.block_n, block_r)), (y, c.block_n)),
-        num_warps=c.num_warps, num_stages=c.num_stages,
+        FAN=M // x.shape[0], num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip
     _run(experts, (tiles * cdiv(N, c.block_n),), args, options)
     return y

@@ -80,22 +80,27 @@ def _forward(x, weight, lora_A, lora_B, bias, seed, adapters, scale, dropout_p, 
     else:
         run, chosen = arm or dispatch.forward_arm(x2, weight, lora_A, lora_B, adapters, dropout_p, impl, config)
         y, u = run(x2, weight, lora_A, lora_B, bias, seed, adapters, scale, dropout_p, save_u, chosen, base2)
-    if x is x2:
+    if x is x2 and adapters.top_k == 1:
         return y, u
     # no view for autograd, which refuses in-place operations (ReLU's, a residual's) on views that a Function returns
-    return torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], N]), u
+    return torch.ops.aten._unsafe_view.default(y, [*_lead(x, adapters.top_k), N]), u
+
+
+def _lead(x: torch.Tensor, top_k: int) -> list[int]:
+    """y's leading sizes: x's, and one for the experts of a token where it has several."""
+    return [*x.shape[:-1], top_k] if top_k > 1 else [*x.shape[:-1]]
 
 
 def _empty_forward(x, N, lora_A, bias, base, adapters):
     """No tokens, no features in or none out: the bias alone, as F.linear has it, or the base."""
-    y = x.new_zeros(x.shape[0], N)
+    y = x.new_zeros(x.shape[0] * adapters.top_k, N)
     if bias is not None and bias.dim() == 2:
         ids = adapters.segments.ids.long()[:, None]
         bias = torch.where(ids < 0, 0, bias[ids[:, 0].clamp(min=0)])
     for term in (bias, base):
         if term is not None:
             y += term
-    return y, x.new_zeros(x.shape[0], lora_A.shape[-2])
+    return y, x.new_zeros(y.shape[0], lora_A.shape[-2])
 
 
 def _backward(dy, x, weight, lora_A, lora_B, u, seed, adapters, scale, dropout_p, needs, adapter_dtype, impl, config, arm=None):
@@ -111,7 +116,9 @@ def _backward(dy, x, weight, lora_A, lora_B, u, seed, adapters, scale, dropout_p
     elif need_dx or need_da or need_db:
         run, chosen = arm or dispatch.backward_arm(dy2, x2, weight, lora_A, lora_B, u, adapters, dropout_p, impl, config)
         dx, da, db = run(dy2, x2, weight, lora_A, lora_B, u, seed, adapters, scale, dropout_p, needs[:3], adapter_dtype, chosen)
-    if need_dx and dy is not dy2:
+    if need_dx and adapters.top_k > 1:  # a token's experts, in their order, in float32
+        dx = dx.view(*dy.shape[:-1], dx.shape[1]).sum(-2)
+    elif need_dx and dy is not dy2:
         dx = dx.view(*dy.shape[:-1], dx.shape[1])
     return dx if need_dx else None, da, db, dy2.sum(0) if need_dbias else None
 
@@ -151,12 +158,17 @@ def _plan_on_a_gpu(adapter_ids, num_adapters, row_block, gather_block):
 _library.impl("plan", _plan_on_a_gpu, "CUDA")
 
 
+def _top_k(geometry: list[int]) -> int:
+    return geometry[3] if geometry else 1
+
+
 @torch.library.register_fake("lora_kernels::forward")
 def _forward_fake(
     x, weight, lora_A, lora_B, bias, seed, scales, ranks, plan, geometry, scale, dropout_p, save_u, impl, config, base=None
 ):  # fmt: skip
-    u = x.new_empty(math.prod(x.shape[:-1]), lora_A.shape[-2]) if save_u else x.new_empty(0)
-    return x.new_empty(*x.shape[:-1], lora_B.shape[-2]), u
+    lead = _lead(x, _top_k(geometry))
+    u = x.new_empty(math.prod(lead), lora_A.shape[-2]) if save_u else x.new_empty(0)
+    return x.new_empty(*lead, lora_B.shape[-2]), u
 
 
 @torch.library.register_fake("lora_kernels::backward")
@@ -164,9 +176,9 @@ def _backward_fake(
     dy, x, weight, lora_A, lora_B, u, seed, scales, ranks, plan, geometry, scale, dropout_p,
     need_dx, need_da, need_db, need_dbias, adapter_dtype, impl, config,
 ):  # fmt: skip
-    stack = geometry[:1]
+    stack, lead = geometry[:1], dy.shape[:-2] if _top_k(geometry) > 1 else dy.shape[:-1]
     return (
-        dy.new_empty(*dy.shape[:-1], lora_A.shape[-1]) if need_dx else dy.new_empty(0),
+        dy.new_empty(*lead, lora_A.shape[-1]) if need_dx else dy.new_empty(0),
         dy.new_empty(*((*stack, lora_B.shape[-1], x.shape[-1]) if need_da else (0,)), dtype=adapter_dtype),
         dy.new_empty(*((*stack, dy.shape[-1], u.shape[1]) if need_db else (0,)), dtype=adapter_dtype),
         dy.new_empty(dy.shape[-1] if need_dbias else 0),
@@ -174,8 +186,8 @@ def _backward_fake(
 
 
 @register_flop_formula(torch.ops.lora_kernels.forward)
-def _forward_flops(x, weight, lora_A, lora_B, *args, out_shape=None, **kwargs) -> int:
-    return forward_flops(math.prod(x[:-1]), lora_B[-2], x[-1], lora_A[-2], base=weight is None)
+def _forward_flops(x, weight, lora_A, lora_B, bias, seed, scales, ranks, plan, geometry, *args, out_shape=None, **kwargs) -> int:
+    return forward_flops(math.prod(x[:-1]) * _top_k(geometry), lora_B[-2], x[-1], lora_A[-2], base=weight is None)
 
 
 @register_flop_formula(torch.ops.lora_kernels.backward)

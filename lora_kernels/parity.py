@@ -48,6 +48,7 @@ class Case:
     mixed_ranks: bool = False
     base: bool = False  # given in the place of weight and bias
     experts: bool = False  # a weight and a bias, frozen, for each adapter
+    top_k: int = 1  # so many tokens of the plan are one of x, whose are M / top_k
 
     def terms(self, tensor: str) -> int:
         """How many products one element of y or a gradient sums, those of u or dS among them."""
@@ -62,7 +63,8 @@ class Case:
         parts += [f"adapters {str(self.adapter_dtype).removeprefix('torch.')}"] if self.adapter_dtype else []
         if self.adapters:
             parts += [f"{self.adapters} adapters {self.popularity}"] + (["mixed ranks"] if self.mixed_ranks else [])
-        parts += [flag for flag in ("base", "experts") if getattr(self, flag)]
+        parts += ["base given"] if self.base else ["experts"] if self.experts else []
+        parts += [f"top {self.top_k}"] if self.top_k > 1 else []
         parts += [self.impl] if self.impl != "triton" else []
         if self.config:
             e = self.config.expand
@@ -97,7 +99,7 @@ def inputs(case: Case, device: torch.device) -> dict:
     stack = [case.adapters] if case.adapters else []
     each = stack if case.experts else []
     tensors = {
-        "x": draw(case.M, case.K),
+        "x": draw(case.M // case.top_k, case.K),
         "weight": draw(*each, case.N, case.K, spread=case.K**-0.5),
         "lora_A": draw(*stack, case.R, case.K, spread=case.K**-0.5, dtype=adapter),
         "lora_B": draw(*stack, case.N, case.R, spread=case.R**-0.5, dtype=adapter),
@@ -149,7 +151,8 @@ def many(case: Case, device: torch.device) -> dict:
     if case.mixed_ranks:  # the first adapter's is the largest there may be
         ranks = torch.arange(case.adapters, dtype=torch.int32, device=device).mul_(-(case.R // 2 + 1)).add_(case.R - 1)
         ranks = ranks.remainder_(case.R).add_(1)
-    return {"scale": scale, "segments": Segments.from_ids(ids, case.adapters, **blocks), "ranks": ranks}
+    plan = replace(Segments.from_ids(ids, case.adapters, **blocks), top_k=case.top_k)
+    return {"scale": scale, "segments": plan, "ranks": ranks}
 
 
 def evaluate(case: Case, tensors: dict, impl: str, dtype: torch.dtype | None = None) -> list:
@@ -163,7 +166,7 @@ def evaluate(case: Case, tensors: dict, impl: str, dtype: torch.dtype | None = N
         t["x"], t["weight"], t["lora_A"], t["lora_B"], t["bias"], **many(case, t["x"].device), base=t["base"], dropout_p=case.p,
         training=True, seed=SEED, impl=impl, config=case.config if impl == "triton" else None,
     )  # fmt: skip
-    grads = torch.autograd.grad(y, [t[name] for name in names], t["dY"])
+    grads = torch.autograd.grad(y, [t[name] for name in names], t["dY"].view_as(y) if case.top_k > 1 else t["dY"])
     return [y.detach(), *grads] + [None] * (5 - 1 - len(grads))
 
 
@@ -286,6 +289,7 @@ def cases(device: torch.device, quick: bool = False) -> list[Case]:
         found += [replace(routed, p=0.0, mixed_ranks=False, dtype=dtype, popularity="runs", bias=False) for dtype in dtypes]
         found += [replace(routed, layout=layout) for layout in ("transposed", "sliced", "expanded")]
         found += [replace(routed, impl="torch"), replace(routed, p=0.0, impl="torch", popularity="runs")]
+        found += [replace(routed, M=3 * odd.M, top_k=3, impl=impl) for impl in ("triton", "torch")]
         found += [replace(routed, M=2 * odd.M, R=100), replace(routed, popularity="none")]
         found += [replace(given, p=0.0, layout="sliced"), replace(given, M=2 * odd.M, adapters=7, mixed_ranks=True)]
         found += [replace(given, impl="torch"), replace(given, p=0.0, impl="torch")]

@@ -130,7 +130,7 @@ def describe(x, weight, lora_A, lora_B, *, dropout: bool, adapters: Adapters = O
     """The forward `Problem` of a checked call; x is ``[M, K]``, weight None where the base product is given."""
     w = x if weight is None else one_of(weight)
     return Problem(
-        M=x.shape[0],
+        M=x.shape[0] * adapters.top_k,
         N=lora_B.shape[-2],
         K=x.shape[1],
         R=lora_A.shape[-2],
@@ -189,6 +189,9 @@ def check_arguments(x, weight, lora_A, lora_B, bias, base, scale, dropout_p, see
         check_tensor("bias", bias, "a tensor [out_features] or None")
     if segments is not None:
         check_segments(x, segments)
+        if segments.top_k > 1 and (weight is None or weight.dim() != 3):
+            given = "base" if weight is None else f"weight {_shape(weight)}"
+            raise ValueError(f"segments: wanted a plan of one row a token beside {given}, got {segments.top_k}; segments.each() is one")
     if base is None:
         check_shapes(x, weight, lora_A, lora_B, bias, segments)
     elif not one_adapter_fits(base.shape[-1], x.shape[-1], lora_A, lora_B, segments):
@@ -217,9 +220,10 @@ def check_segments(x, segments) -> None:
     if not isinstance(segments, Segments):
         wanted = "a lora_kernels.Segments (Segments.from_ids(adapter_ids, num_adapters)) or None"
         raise TypeError(f"segments: wanted {wanted}, got {type(segments).__name__}")
-    tokens = math.prod(x.shape[:-1])
-    if segments.tokens != tokens:
-        raise ValueError(f"segments: wanted one id for each of the {tokens} tokens of x {_shape(x)}, got {segments.tokens}")
+    tokens, k = math.prod(x.shape[:-1]), segments.top_k
+    if segments.tokens != tokens * k:
+        wanted = "one id" if k == 1 else f"{k} ids"
+        raise ValueError(f"segments: wanted {wanted} for each of the {tokens} tokens of x {_shape(x)}, got {segments.tokens}")
     if segments.device != x.device:
         raise ValueError(f"segments: wanted x's device {x.device}, got {segments.device}")
 

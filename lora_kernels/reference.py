@@ -36,9 +36,11 @@ def lora_linear(
         segments: A `Segments`, each token's adapter in the stack; None for one adapter.
         ranks: ints ``[E]``, each adapter's own rank; what the stack holds beyond it is not read.
     Returns:
-        ``[..., N]`` in x's dtype.
+        ``[..., N]`` in x's dtype; ``[..., k, N]`` under a plan of k tokens a row of x.
     Source: Hu et al. 2021, arXiv:2106.09685, eq. 3; dropout on the adapter's input as in PEFT.
     """
+    k = 1 if segments is None else segments.top_k
+    x = x.repeat_interleave(k, 0 if x.dim() == 1 else -2) if k > 1 else x
     adapter_in = x
     if training and dropout_p > 0.0:
         adapter_in = dropout(x, dropout_p, as_seed(seed, x.device))
@@ -49,7 +51,8 @@ def lora_linear(
         low_rank = _by_adapter(adapter_in, lora_A, lora_B, scale, segments.ids, ranks)
     if base is None:
         base = F.linear(x, weight, bias) if weight.dim() == 2 else _by_expert(x, weight, bias, segments.ids)
-    return base + low_rank
+    y = base + low_rank
+    return y.unflatten(-2, (-1, k)) if k > 1 else y
 
 
 def _by_adapter(x, lora_A, lora_B, scale, ids, ranks):

@@ -12,7 +12,7 @@ capture is rebuilt at every replay, from whatever the ids' buffer then holds.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -36,6 +36,7 @@ class Segments:
         tile_adapter, tile_first: ``[T]``, the slot of each gathered tile and where in ``order`` it begins; -1 where unused.
         present: ``[blocks * row_block]``, for each block of ``row_block`` rows the adapters in it, ascending, from its first row on.
         counts: ``[blocks]``, how many they are.
+    top_k: How many of the plan's tokens, neighbours, are one row of x: see `from_top_k`.
     """
 
     ids: torch.Tensor
@@ -48,6 +49,7 @@ class Segments:
     num_adapters: int
     row_block: int
     gather_block: int
+    top_k: int = 1
 
     @property
     def tokens(self) -> int:
@@ -142,6 +144,26 @@ class Segments:
         ids = torch.repeat_interleave(chosen, lengths, output_size=tokens)
         return cls.from_ids(ids.to(device), num_adapters, validate=validate)
 
+    @classmethod
+    def from_top_k(cls, top_k_index: torch.Tensor, num_experts: int) -> Segments:
+        """The plan of a mixture's routing: for a stack of weights, ``x [T, K]`` gives ``y [T, k, N]``, and x is not repeated.
+
+        Args:
+            top_k_index: ints ``[T, k]``, each token's experts; any other number than 0 to num_experts - 1 is none, and y is 0 there.
+            num_experts: E.
+        """
+        if not isinstance(top_k_index, torch.Tensor) or top_k_index.dim() != 2 or not top_k_index.shape[1]:
+            given = list(top_k_index.shape) if isinstance(top_k_index, torch.Tensor) else type(top_k_index).__name__
+            raise ValueError(f"top_k_index: wanted a tensor [tokens, k], k at least 1, got {given}")
+        check_int("num_experts", num_experts, 1)
+        block = _expert_block(top_k_index.numel(), num_experts)
+        plan = cls.from_ids(top_k_index, num_experts, validate=False, gather_block=block)
+        return replace(plan, top_k=top_k_index.shape[1])
+
+    def each(self) -> Segments:
+        """The same plan for an x that has a row for each of its tokens."""
+        return replace(self, top_k=1)
+
     def to(self, device) -> Segments:
         """The same plan on another device."""
         return Segments.of([t.to(device) for t in self.tensors()], self.geometry())
@@ -152,14 +174,13 @@ class Segments:
 
     def geometry(self) -> list[int]:
         """The plan's integers, in the order `of` takes them."""
-        return [self.num_adapters, self.row_block, self.gather_block]
+        return [self.num_adapters, self.row_block, self.gather_block, self.top_k]
 
     @classmethod
     def of(cls, tensors: Sequence[torch.Tensor], geometry: Sequence[int]) -> Segments:
         """A plan from `tensors` and `geometry`: what an operator's schema can carry."""
         ids, order, starts, tile_adapter, tile_first, present, counts = tensors
-        num_adapters, row_block, gather_block = geometry
-        return cls(ids, order, starts, tile_adapter, tile_first, present, counts, num_adapters, row_block, gather_block)
+        return cls(ids, order, starts, tile_adapter, tile_first, present, counts, *geometry)
 
 
 class Adapters(NamedTuple):
@@ -189,6 +210,10 @@ class Adapters(NamedTuple):
         return cls(Segments.of(plan, geometry), scales, ranks) if plan else ONE if scales is None else cls(None, scales, ranks)
 
     @property
+    def top_k(self) -> int:
+        return self.segments.top_k if self.segments else 1
+
+    @property
     def number(self) -> int:
         return self.segments.num_adapters if self.segments else 1
 
@@ -203,6 +228,11 @@ def _default_row_block(tokens: int) -> int:
 def _default_gather_block(tokens: int, adapters: int) -> int:
     # A tile of one adapter is rarely full where each has few tokens; 32 keeps dropped tiles out of wgmma's register operand.
     return 16 if tokens < 32 * adapters or tokens <= 256 else 32
+
+
+def _expert_block(tokens: int, experts: int) -> int:
+    """The gathered tiles are those of the whole product beside a stack of weights: about as many rows as an expert has."""
+    return min(128, max(16, 1 << (tokens // experts - 1).bit_length())) if tokens > experts else 16
 
 
 def lengths(tokens: int, num_adapters: int, row_block: int, gather_block: int) -> list[int]:

@@ -5,7 +5,7 @@
 
 `Fused` changes ``forward`` alone. Beside a quantised base, or one that has hooks or is trained, the layer below makes the base product
 and the fused call adds the adapter. What it does not compute at all (variants such as DoRA, an adapter's bias, sharded parts) PEFT's own
-forward computes, and `why_not_fused` names the reason.
+forward computes, and `why_not_fused` names the reason. The wrappers around the parameters of a mixture's experts are `.peft_experts`.
 """
 
 from __future__ import annotations
@@ -26,10 +26,22 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..autograd import lora_linear
+from .peft_experts import routed, why_not_routed
 from .peft_mixed import mixed, why_not_mixed
-from .peft_state import PLAIN, Adapter, Base, Beside, active, adapters_of, base_of, in_dtype, product_of, why_not_fused, why_not_together
+from .peft_state import PLAIN, Adapter, Base, Beside, active, adapters_of, base_of, in_dtype, product_of, why_not_together
 
-__all__ = ["Fused", "FusedLoraLinear", "Report", "dispatch_fused", "fuse", "mixed_adapters", "unfuse", "use_fused", "why_not_fused"]
+__all__ = [
+    "Fused",
+    "FusedLoraLinear",
+    "FusedParamWrapper",
+    "Report",
+    "dispatch_fused",
+    "fuse",
+    "mixed_adapters",
+    "unfuse",
+    "use_fused",
+    "why_not_fused",
+]
 
 BASE = "__base__"  # PEFT's name for "no adapter" in adapter_names
 QUANTISED = {  # PEFT's layers that add the adapters to what a quantised layer makes of x, and the modules of peft.tuners.lora they are in
@@ -59,10 +71,22 @@ class FusedLoraLinear(Fused, lora.Linear):
     """``peft.tuners.lora.Linear`` with the forward pass of `Fused`."""
 
 
+class FusedParamWrapper(Fused, lora.ParamWrapper):
+    """``peft.tuners.lora.ParamWrapper`` around a mixture's experts, which together take one call of `lora_kernels.experts`."""
+
+    def forward(self: Any, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        y = routed(self, x, *args, **kwargs)
+        return lora.ParamWrapper.forward(self, x, *args, **kwargs) if y is None else y
+
+
+FusedParamWrapper.__name__ = "ParamWrapper"  # by which PEFT finds the wrapper of a parameter that gets another adapter
+
+
 @functools.cache
 def fused_class(kind: type) -> type:
     """The subclass of a LoRA layer of PEFT's that has the forward pass of `Fused`."""
-    return FusedLoraLinear if kind is lora.Linear else type(f"Fused{kind.__name__}", (Fused, kind), {"__module__": __name__})
+    own = {lora.Linear: FusedLoraLinear, lora.ParamWrapper: FusedParamWrapper}
+    return own.get(kind) or type(f"Fused{kind.__name__}", (Fused, kind), {"__module__": __name__})
 
 
 def __getattr__(name: str) -> type:
@@ -189,12 +213,25 @@ def fuse(model: nn.Module) -> Report:
             reason = why_not_fused(layer)
         if reason is None:
             report.fused.append(name)
-            base = base_of(layer, None)
+            base = None if isinstance(layer, lora.ParamWrapper) else base_of(layer, None)
             if isinstance(base, Beside):
                 report.beside[name] = base.reason
         else:
             report.left[name] = reason
     return report
+
+
+def why_not_fused(layer: Any, x: torch.Tensor | None = None) -> str | None:
+    """Why PEFT's own forward computes this layer as it stands (for this x), or None where the kernels do."""
+    if isinstance(layer, lora.ParamWrapper):
+        return why_not_routed(layer)
+    base = base_of(layer, x)
+    if isinstance(base, str):
+        return base
+    adapters = adapters_of(layer, active(layer), base, x)
+    if isinstance(adapters, str):
+        return adapters
+    return why_not_together(adapters)
 
 
 def unfuse(model: nn.Module) -> int:
@@ -248,7 +285,8 @@ def _lora_layers(model: nn.Module) -> dict[str, lora.LoraLayer]:
 
 def _why_not_this_type(layer: nn.Module) -> str | None:
     kind = type(layer)
-    if kind is not lora.Linear and not isinstance(layer, Fused) and kind.__module__ != f"peft.tuners.lora.{QUANTISED.get(kind.__name__)}":
+    quantised = kind.__module__ == f"peft.tuners.lora.{QUANTISED.get(kind.__name__)}"
+    if not (quantised or kind in (lora.Linear, lora.ParamWrapper) or isinstance(layer, Fused)):
         return f"it is a {type(layer).__module__}.{type(layer).__name__}"
     if "forward" in layer.__dict__:
         return "its forward is not its class's (accelerate's hooks?), and would stay as it is"

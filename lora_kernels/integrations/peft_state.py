@@ -57,17 +57,6 @@ def active(layer: lora.Linear) -> list[str]:
     return [name for name in layer.active_adapters if name in here]
 
 
-def why_not_fused(layer: lora.Linear, x: torch.Tensor | None = None) -> str | None:
-    """Why PEFT's own forward computes this layer as it stands (for this x), or None where the kernels do."""
-    base = base_of(layer, x)
-    if isinstance(base, str):
-        return base
-    adapters = adapters_of(layer, active(layer), base, x)
-    if isinstance(adapters, str):
-        return adapters
-    return why_not_together(adapters)
-
-
 def base_of(layer: lora.LoraLayer, x: torch.Tensor | None) -> Base | Beside | str:
     """The base whose product a fused call makes, or why it takes the product from it, or why PEFT computes the layer."""
     module = layer._modules["base_layer"]
@@ -87,7 +76,7 @@ def base_of(layer: lora.LoraLayer, x: torch.Tensor | None) -> Base | Beside | st
         return Beside(f"its base layer's weight is a {type(weight).__name__}")
     if weight.requires_grad:
         return Beside("its base weight is trained")
-    if _hooked(module):
+    if hooked(module):
         return Beside("its base layer has hooks")
     bias, dtype = module.bias, weight.dtype
     if x is not None:
@@ -119,7 +108,7 @@ def adapters_of(layer: lora.LoraLayer, names: list[str], base: Base | Beside, x:
     if isinstance(base, Base) and base.weight is not None:
         device = base.weight.device
     for name in names:
-        adapter = _adapter(layer, name, device)
+        adapter = adapter_of(layer, name, device)
         if isinstance(adapter, str):
             return adapter
         found.append(adapter)
@@ -145,7 +134,8 @@ def in_dtype(adapter: Adapter, dtype: torch.dtype) -> Adapter:
     return adapter._replace(A=adapter.A.float(), B=adapter.B.float())
 
 
-def _adapter(layer: lora.LoraLayer, name: str, device: torch.device | None) -> Adapter | str:
+def adapter_of(layer: lora.LoraLayer, name: str, device: torch.device | None, experts: int = 1) -> Adapter | str:
+    """An adapter of a layer, whose A and B hold those of so many experts, or why it takes no fused call."""
     if name in layer.lora_variant:
         return f"adapter {name!r} is a {type(layer.lora_variant[name]).__name__}"
     parts = layer._modules
@@ -158,12 +148,12 @@ def _adapter(layer: lora.LoraLayer, name: str, device: torch.device | None) -> A
     A, B = down.weight, up.weight
     if type(A) not in PLAIN or type(B) not in PLAIN:
         return f"its lora_A's weight is a {type(A).__name__}, its lora_B's a {type(B).__name__}"
-    if _hooked(down) or _hooked(up) or _hooked(dropout):
+    if hooked(down) or hooked(up) or hooked(dropout):
         return f"adapter {name!r} has hooks, which a fused call would pass by"
     if type(dropout) not in DROPOUTS:
         return f"adapter {name!r} has a dropout of type {type(dropout).__name__}"
-    if A.shape[0] > MAX_RANK:
-        return f"adapter {name!r} has rank {A.shape[0]}; the kernels take 1 to {MAX_RANK}"
+    if A.shape[0] > MAX_RANK * experts:
+        return f"adapter {name!r} has rank {A.shape[0] // experts}; the kernels take 1 to {MAX_RANK}"
     if device is not None and (A.device != device or B.device != device):
         return f"adapter {name!r} is on {A.device} and {B.device}, its base on {device}"
     p = dropout.p if type(dropout) is nn.Dropout else 0.0
@@ -178,7 +168,7 @@ def _adapter(layer: lora.LoraLayer, name: str, device: torch.device | None) -> A
     return Adapter(A, B, scale, p, dropout.training)
 
 
-def _hooked(module: nn.Module) -> bool:
+def hooked(module: nn.Module) -> bool:
     """Whether calling the module does more than its class's forward: torch's hooks, or a forward of its own as accelerate gives it."""
     return bool(
         module._forward_hooks

@@ -44,8 +44,12 @@ def experts(
     EVEN_K: tl.constexpr,
     EVEN_R: tl.constexpr,
     WIDE: tl.constexpr,
+    FAN: tl.constexpr,
 ):
-    """Grid [gathered tiles x column blocks]. gather: as in `gathered_tile`, tiles: how many; bias: [adapters, N], contiguous, or None."""
+    """Grid [gathered tiles x column blocks]. gather: as in `gathered_tile`, tiles: how many; bias: [adapters, N], contiguous, or None.
+
+    FAN: how many rows of y, neighbours, a row of x stands for.
+    """
     tile, pid_n = grouped_tile(tl.program_id(0), tiles, tl.cdiv(N, BLOCK_N), GROUP_M)
     n0 = pid_n * BLOCK_N
     slot, tokens, row_mask = gathered_tile(gather, tile, BLOCK_M)
@@ -69,7 +73,7 @@ def experts(
         tl.assume(K > 0)
         for k0 in tl.range(0, K, BLOCK_K):
             # x: [BLOCK_M, BLOCK_K], w: [BLOCK_K, BLOCK_N]
-            x_tile = load_rows(x, tokens, row_mask, k0, K, BLOCK_K, EVEN_K, WIDE)
+            x_tile = load_rows(x, tokens // FAN, row_mask, k0, K, BLOCK_K, EVEN_K, WIDE)
             w_tile = load_dense(its_w, k0, n0, K, N, BLOCK_K, BLOCK_N, EVEN_K, EVEN_N, WIDE).to(x_tile.dtype)
             acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)
         n = tl.arange(0, BLOCK_N)

@@ -42,6 +42,7 @@ def shrink_tile(
     EVEN_K: tl.constexpr,
     EVEN_R: tl.constexpr,
     WIDE: tl.constexpr,
+    FAN: tl.constexpr = 1,
 ):
     """One tile of z from the columns [k_start, k_end) of x; returns its tokens and which of them are real, [BLOCK_M] each."""
     m0 = tile * BLOCK_M
@@ -64,7 +65,7 @@ def shrink_tile(
     for k0 in tl.range(k_start, k_end, BLOCK_K):
         # x: [BLOCK_M, BLOCK_K]
         if SEGMENTS:
-            x_tile = load_rows(x, tokens, row_mask, k0, K, BLOCK_K, EVEN_K, WIDE)
+            x_tile = load_rows(x, tokens // FAN, row_mask, k0, K, BLOCK_K, EVEN_K, WIDE)
         else:
             x_tile = LOAD_X(x, m0, k0, M, K, BLOCK_M, BLOCK_K, False, EVEN_K, WIDE)
         if DROPOUT:
@@ -114,10 +115,11 @@ def shrink(
     EVEN_R: tl.constexpr,
     WIDE: tl.constexpr,
     LET_GO: tl.constexpr,
+    FAN: tl.constexpr,
 ):
     """Grid [row blocks or gathered tiles, rank blocks, splits of K]. z: [splits, M, R] with stride_split between the partial sums.
 
-    LET_GO: None, or a function that lets the next launch begin.
+    LET_GO: None, or a function that lets the next launch begin. FAN: with segments, how many tokens a row of x stands for.
     """
     if LET_GO is not None:
         LET_GO()
@@ -129,5 +131,5 @@ def shrink(
     shrink_tile(
         x, a, part, gather, adapters, stride_ae, scales_ptr, ranks_ptr, seed, threshold, scale,
         tl.program_id(0), r0, k_start, k_end, M, K, R,
-        LOAD_X, SEGMENTS, DROPOUT, PRECISION, BLOCK_M, BLOCK_K, BLOCK_R, EVEN_K, EVEN_R, WIDE,
+        LOAD_X, SEGMENTS, DROPOUT, PRECISION, BLOCK_M, BLOCK_K, BLOCK_R, EVEN_K, EVEN_R, WIDE, FAN,
     )  # fmt: skip

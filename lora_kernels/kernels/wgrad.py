@@ -40,10 +40,12 @@ def wgrad(
     WIDE: tl.constexpr,
     LET_GO: tl.constexpr,
     WAIT: tl.constexpr,
+    FAN: tl.constexpr,
 ):
     """Grid [column blocks of every adapter, rank blocks, splits of the tokens]. out: [splits, adapters, J, R] by strides.
 
     LET_GO, WAIT: None, or functions: the next launch begins beside this one; this one, begun beside the launch before it, ends after it.
+    FAN: with segments, how many tokens a row of x stands for.
     """
     if LET_GO is not None:
         LET_GO()
@@ -72,7 +74,7 @@ def wgrad(
         if SEGMENTS:
             row_mask = tokens < M
             tokens = tl.load(order_ptr + tokens, mask=row_mask, other=0)
-            x_tile = load_rows(x, tokens, row_mask, j0, J, BLOCK_J, EVEN_J, WIDE)
+            x_tile = load_rows(x, tokens // FAN, row_mask, j0, J, BLOCK_J, EVEN_J, WIDE)
             g_tile = load_rows(g, tokens, row_mask, r0, rank, BLOCK_R, EVEN_R, WIDE)
         else:
             x_tile = load_dense(x, m0, j0, M, J, BLOCK_M, BLOCK_J, False, EVEN_J, WIDE)

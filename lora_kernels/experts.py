@@ -1,0 +1,116 @@
+"""LoRA on the experts of a mixture: each token goes through the experts that the router gave it, and each expert has an adapter of its own.
+
+    y[t] = sum over j of g[t, j] f_e(x[t]),  e = top_k[t, j];      f_e: two linear layers of expert e with their adapters, a gate between
+
+The experts are a module that keeps them as stacks, ``gate_up_proj`` and ``down_proj``, with the attributes of transformers' experts
+interface (transformers 5, ``use_experts_implementation``), whatever the model's class. Nothing is sorted or repeated, no stack is copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from .autograd import lora_linear
+from .problem import FLOATS, MAX_RANK, PLAIN, autocasts
+from .segments import Segments
+
+INTERFACE = ("num_experts", "has_gate", "has_bias", "is_transposed", "_apply_gate")
+ELSEWHERE = "its experts run by {!r}, another library's kernels"
+OURS = (None, "eager", "grouped_mm", "batched_mm")  # ways to compute the same in plain torch
+
+
+class Factors(NamedTuple):
+    """One adapter of a stack of weights: ``A [E, r, K]``, ``B [E, N, r]``, of the weights' dtype or float32, any strides; its scale."""
+
+    A: torch.Tensor
+    B: torch.Tensor
+    scale: float
+
+
+def projections(experts: nn.Module) -> tuple[str, str]:
+    """The names of the stacks, the one that takes the tokens first."""
+    return ("gate_up_proj" if experts.has_gate else "up_proj"), "down_proj"
+
+
+def why_not_experts(experts: nn.Module) -> str | None:
+    """Why `forward` cannot stand for a module's own, or None."""
+    kind = type(experts).__name__
+    missing = [name for name in INTERFACE if not hasattr(experts, name)]
+    if missing:
+        return f"its base layer is a {kind}, without {missing[0]} of transformers' experts interface"
+    way = getattr(getattr(experts, "config", None), "_experts_implementation", None)
+    if way not in OURS:
+        return ELSEWHERE.format(way)
+    for name in projections(experts):
+        for each in (name, f"{name}_bias") if experts.has_bias else (name,):
+            t: Any = getattr(experts, each, None)
+            if type(t) not in PLAIN:
+                return f"the {each} of its {kind} is a {type(t).__name__}"
+            if t.dtype not in FLOATS:
+                return f"the {each} of its {kind} is {t.dtype}"
+            if t.requires_grad:
+                return f"the {each} of its {kind} is trained"
+    return None
+
+
+def forward(
+    experts: Any, x: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, adapters: Mapping[str, Sequence[Factors]]
+) -> torch.Tensor:
+    """What the experts make of their tokens.
+
+    Args:
+        experts: The module, one that `why_not_experts` has nothing against; its parameters are frozen.
+        x: Tokens ``[T, K]``, cast to the experts' dtype.
+        top_k_index: ints ``[T, k]``, each token's experts; from num_experts on: none (expert parallelism's other ranks have it).
+        top_k_weights: ``[T, k]``, what each expert's answer counts for.
+        adapters: For each stack by its name the adapters that act on it, all at once; those without one are the base alone.
+    Returns:
+        ``[T, K]`` in x's dtype. Sums over k in the promoted dtype of experts and weights, in their order.
+    """
+    first, last = projections(experts)
+    plan = Segments.from_top_k(top_k_index, experts.num_experts)
+    h = _projection(experts, first, x, plan, adapters.get(first, ()))
+    h = h.reshape(top_k_index.numel(), -1)
+    h = experts._apply_gate(h) if experts.has_gate else experts.act_fn(h)
+    y = _projection(experts, last, h, plan.each(), adapters.get(last, ()))
+    if getattr(experts, "has_post_expert_norm", False):
+        y = experts.post_expert_norm(y)
+    return (y.reshape(*top_k_index.shape, -1) * top_k_weights[..., None]).sum(1).to(x.dtype)
+
+
+def _projection(experts: Any, name: str, x: torch.Tensor, plan: Segments, adapters: Sequence[Factors]) -> torch.Tensor:
+    """``[..., N]``, a row for each of the plan's, 0 for those without an expert."""
+    weight: Any = getattr(experts, name)
+    weight = weight.mT if experts.is_transposed else weight
+    bias = getattr(experts, f"{name}_bias") if experts.has_bias else None
+    ranks = None
+    if not adapters:  # of rank 0: the kernels then read neither A nor B
+        E, N, K = weight.shape
+        one, ranks = weight.new_zeros(1), torch.zeros(E, dtype=torch.int32, device=weight.device)
+        adapters = (Factors(one.expand(E, 1, K), one.expand(E, N, 1), 1.0),)
+    A, B, scale = adapters[0] if len(adapters) == 1 else together(adapters)
+
+    def call() -> torch.Tensor:
+        return lora_linear(x.to(weight.dtype), weight, A, B, bias, scale=scale, segments=plan, ranks=ranks)
+
+    if not autocasts(x.device):
+        return call()
+    with torch.autocast(x.device.type, enabled=False):  # as torch's grouped products, which know no autocast
+        return call()
+
+
+def together(adapters: Sequence[Factors]) -> Factors:
+    """Adapters that act on the same rows, as one of all their ranks; each scale multiplies its B, in float32."""
+    wide = torch.promote_types(adapters[0].A.dtype, torch.float32)
+    A = torch.cat([each.A.to(wide) for each in adapters], 1)
+    return Factors(A, torch.cat([each.B.to(wide) * each.scale for each in adapters], 2), 1.0)
+
+
+def why_not_together(adapters: Sequence[Factors]) -> str | None:
+    """Why these adapters cannot act on the same rows in one call."""
+    rank = sum(each.A.shape[1] for each in adapters)
+    return f"its adapters have rank {rank} together; the kernels take 1 to {MAX_RANK}" if rank > MAX_RANK else None
