@@ -20,8 +20,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from . import launch
-from .dispatch import arm_of
+from . import launch, launch_experts
 from .problem import Problem
 from .segments import ONE, Adapters, Segments
 from .tuning import Arch, Config, heuristic
@@ -134,12 +133,14 @@ def compile_pass(problem: Problem, arch: Arch, config: Config, label: str = "", 
         A, B = A.expand(E, R, K), B.expand(E, N, R)
     seed, p = (torch.zeros((), dtype=torch.int64), 0.1) if problem.dropout else (None, 0.0)
 
+    arm: Any = launch_experts if problem.experts else launch
+
     def run():
         if backward:
             u = torch.empty(M, R, dtype=dtype)
-            arm_of(weight).backward(dy, x, weight, A, B, u, seed, adapters, 1.0, p, (True, True, True), adapter, config)
+            arm.backward(dy, x, weight, A, B, u, seed, adapters, 1.0, p, (True, True, True), adapter, config)
         else:
-            arm_of(weight).forward(x, weight, A, B, bias, seed, adapters, 1.0, p, True, config, base)
+            arm.forward(x, weight, A, B, bias, seed, adapters, 1.0, p, True, config, base)
 
     return compile_calls(run, arch, label, "experts" if problem.experts else "expand" if problem.base else "")
 

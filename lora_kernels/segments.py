@@ -231,8 +231,11 @@ def _default_gather_block(tokens: int, adapters: int) -> int:
 
 
 def _expert_block(tokens: int, experts: int) -> int:
-    """The gathered tiles are those of the whole product beside a stack of weights: about as many rows as an expert has."""
-    return min(128, max(16, 1 << (tokens // experts - 1).bit_length())) if tokens > experts else 16
+    """The gathered tiles are those of the whole product beside a stack of weights: half as many rows again as an expert has on average.
+
+    Then most experts with few rows have one tile, and their weight is read once.
+    """
+    return min(128, max(16, 1 << (-(-3 * tokens // (2 * experts)) - 1).bit_length()))
 
 
 def lengths(tokens: int, num_adapters: int, row_block: int, gather_block: int) -> list[int]:

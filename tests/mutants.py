@@ -26,6 +26,7 @@ LOAD, DROP, TILES = "kernels/load.py", "kernels/dropout.py", "kernels/tiles.py"
 SHRINK, EXPAND, WGRAD, LAUNCH = "kernels/shrink.py", "kernels/expand.py", "kernels/wgrad.py", "launch.py"
 CHAIN, PLAN, MERGING, PLANNER, STREAMS = "chain.py", "segments.py", "merging.py", "kernels/plan.py", "streams.py"
 OPS, AUTOGRAD = "ops.py", "autograd.py"
+EXPERTS, ROUTED = "kernels/experts.py", "launch_experts.py"
 READ_BASE = "if base is not None:\n        load_x"
 MERGED_FROM = "write_merged(self.weight.detach(), base,"
 SPEED = "equivalent: the same result, more slowly"
@@ -327,6 +328,39 @@ BASE = [
     Mutant("base: autocast's dtype, not its own", AUTOGRAD, "base.dtype if isinstance(base, torch.Tensor) else torch.get", "torch.get"),
 ]  # fmt: skip
 
+ROUTING = [
+    Mutant("experts: the first one's weight", EXPERTS, "w[0] + expert * stride_we", "w[0]"),
+    Mutant("experts: the first one's adapter", EXPERTS, "v[0] + expert * stride_ve", "v[0]"),
+    Mutant("experts: the first one's bias", EXPERTS, "bias_ptr + expert * N + n0", "bias_ptr + n0"),
+    Mutant("experts: bias without an end", EXPERTS, "mask=n0 + n < N, other=0.0).to", "mask=n < BLOCK_N, other=0.0).to"),
+    Mutant("experts: rows of y, not of x", EXPERTS, "tokens // FAN", "tokens"),
+    Mutant("experts: rows without an expert computed", EXPERTS, "tl.where(live, acc, 0.0)", "acc"),
+    Mutant("experts: the whole stack of ranks", EXPERTS, "rank = tl.minimum(tl.load(ranks_ptr + expert), R)", "rank = R"),
+    Mutant("experts: no 1 / (1 - p)", EXPERTS, "acc * inv_keep, 0.0)", "acc, 0.0)"),
+    Mutant("experts: dropout on the base, too", EXPERTS, "tl.assume(K > 0)\n", "tl.assume(K > 0)\n        acc *= 1 - DROP_UV\n"),
+    Mutant("experts: the mask of other columns", EXPERTS, "threshold, tokens, n0, BLOCK_M", "threshold, tokens, 0, BLOCK_M"),
+    Mutant("experts: stored in the plan's order", EXPERTS, "row_offsets(y, tokens,", "row_offsets(y, tl.arange(0, BLOCK_M),"),
+    Mutant("experts: no end of the columns", EXPERTS, "row_mask[:, None] & (n0 + n < N)[None, :]", "row_mask[:, None]"),
+    Mutant("experts: one block of ranks", EXPERTS, "R_BLOCKS * BLOCK_R, BLOCK_R", "BLOCK_R, BLOCK_R"),
+    Mutant("experts: tiles past the last", EXPERTS, "if slot >= 0:", "if slot >= -1:", note="equivalent: it has no rows"),
+    Mutant("experts: rank blocks of 128", ROUTED, "32 if x.itemsize == 4 else TILE_RANK", "128", note="equivalent: the same sums"),
+    Mutant("experts: shrink's rows of y, not of x", SHRINK, "tokens // FAN", "tokens"),
+    Mutant("experts: wgrad's rows of y, not of x", WGRAD, "tokens // FAN", "tokens"),
+    Mutant("experts: dX without dropout", ROUTED, "adapters=adapters, drop_uv=drop, config", "adapters=adapters, config"),
+    Mutant("experts: dA without dropout", ROUTED, "run_wgrad(x, ds, dropout=drop", "run_wgrad(x, ds, dropout=None"),
+    Mutant("experts: u without dropout", ROUTED, "adapters=adapters, dropout=drop, config", "adapters=adapters, dropout=None, config"),
+    Mutant("experts: dS without the scale", ROUTED, "run_shrink(dy, lora_B, scale=scale", "run_shrink(dy, lora_B, scale=1.0"),
+    Mutant("experts: dX of one expert alone", OPS, "dx.shape[1]).sum(-2)", "dx.shape[1])[..., 0, :]"),
+    Mutant("experts: no bias where x is empty", OPS, "torch.where(ids < 0, 0, bias[ids[:, 0].clamp(min=0)])", "None"),
+    Mutant("experts: torch arm's rows of y, not of x", CHAIN, "rows = rows // top_k", "rows = rows % x.shape[0]"),
+    Mutant("experts: torch arm's first weight", CHAIN, "base_linear(its_x, weight[e]", "base_linear(its_x, weight[0]"),
+    Mutant("experts: torch arm's dX from the first weight", CHAIN, "torch.mm(its_dy, weight[e])", "torch.mm(its_dy, weight[0])"),
+    Mutant("experts: torch arm without a bias", CHAIN, "None if bias is None else bias[e]", "None"),
+    Mutant("experts: torch arm drops nothing", CHAIN, "its_x if bits is None else drop(its_x, bits[rows])", "its_x"),
+    Mutant("experts: plan of one row a token", PLAN, "top_k=top_k_index.shape[1])", "top_k=1)"),
+    Mutant("experts: top_k forgotten by operators", PLAN, "self.gather_block, self.top_k]", "self.gather_block, 1]"),
+]  # fmt: skip
+
 MUTANTS = [
     *ONE_ADAPTER,
     *(
@@ -338,6 +372,7 @@ MUTANTS = [
             ("plan", PLANNED),
             ("overlap", OVERLAPPED),
             ("base", BASE),
+            ("experts", ROUTING),
         )
         for m in each
     ),

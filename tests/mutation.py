@@ -35,6 +35,7 @@ SELECTIONS = {  # a mutant's tests: their files, and which of them run first
         " or test_one_rounding and dtype0 or tf32",
     ),
     "base": (["test_base_given.py", "test_memory.py"], "test_base_given.py and not (compiles or 200 or 512 or blocks)"),
+    "experts": (["test_experts.py"], "not (compiles or opcheck or 512 or of_every_size or twice)"),
     "merge": (["test_merging.py"], "one_rounding or in_place or blocks or not_finite or merged"),
     "overlap": (["test_overlap.py"], "test"),
     "plan": (["test_plan.py"], "equals or apart or one_adapter or out_of_range or any_block"),
