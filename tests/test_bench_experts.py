@@ -276,7 +276,8 @@ from lora_kernels.tuning import Arch
 arch, cpu = Arch.cuda(9, 0), torch.device("cpu")
 dispatch.arch_of = lambda device: (arch, "")
 base = ExpertPoint("train", "l", 192, 192, 320, experts=6, top_k=3)
-points = [base, replace(base, grid="decode", M=12), replace(base, M=24, K=1152, N=1280), replace(base, K=320, dtype=torch.float32)]
+points = [base, replace(base, grid="decode", M=12), replace(base, K=320, dtype=torch.float32)]
+points.append(replace(base, M=8190, K=1024, N=64, experts=512))  # K is split at its small version alone
 jobs = experts.jobs(points, arch)
 ahead = {precompile.told_apart(*each) for job in jobs for each in precompile._launches(job, arch)}
 launched = set()
