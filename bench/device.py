@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from . import check, compiles, host, memory, merge, multi, roof, sanitize, single, tune
+from . import check, compiles, experts, host, memory, merge, multi, roof, sanitize, single, tune
 from .session import Session, say
 
 SECTIONS = {
@@ -25,6 +25,7 @@ SECTIONS = {
     "multi": multi.prefill,
     "decode": multi.decode,
     "mtrain": multi.train,
+    "experts": experts.run,
     "tune": tune.run,
     "mtune": tune.many,
     "compiles": compiles.run,

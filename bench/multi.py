@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from lora_kernels.tuning import Arch
+
 from . import multi_baselines, multi_peers, multi_tables, multi_variants, multi_workloads, plan_cost, precompile, roof, variants
 from .baselines import inference, ours, training
 from .conditions import Recorder
@@ -18,6 +20,7 @@ from .session import Budget, Session, say
 from .single import captured, failures, medians
 from .table import rounded
 from .timing import Step, clock_for, interleave
+from .workloads import Operands
 
 
 def prefill(session: Session) -> int:
@@ -34,7 +37,12 @@ def train(session: Session) -> int:
 
 
 class Section:
-    """``launches``: how they reach a GPU; ``seconds``: of measuring a point, for each."""
+    """``launches``: how they reach a GPU; ``seconds``: of measuring a point, for each.
+
+    A section of other points overrides what knows its arms: `_begin`, `_arms`, `_tiny`, `_described`, `_launches`, `_time`, `_summary`.
+    """
+
+    floor = "linear"  # the arm whose time the others' are multiples of, which is not checked
 
     def __init__(self, session: Session, name: str, launches: tuple[str, ...], seconds: float):
         self.session, self.name, self.device = session, name, session.device
@@ -50,11 +58,7 @@ class Section:
     def run(self, points: list[MultiPoint]) -> int:
         """Writes a row for each point, arm and pass, and for what is left out, why; returns the number of arms that failed."""
         budget = Budget(self.session.seconds)
-        if any(point.forward_alone for point in points):
-            self._load_peers()
-        if self.device.type == "cuda" and self.arch is not None:
-            timed = [point for point in points if point.grid != plan_cost.GRID]
-            precompile.run(multi_variants.jobs(timed, self.arch, self.device), self.arch, self.session.seconds / 3)
+        self._begin(points)
         for point in budget.walk(points):
             (self._plan if point.grid == plan_cost.GRID else self._point)(point)
             say(f"{self.name} {point}: {medians(self.recorder.rows, point)}")
@@ -62,8 +66,22 @@ class Section:
         failed = [row for row in self.recorder.rows if row["error"]]
         for line in failures(failed):
             print(line)
-        print(multi_tables.summary(self.name, self.recorder.rows), flush=True)
+        print(self._summary(), flush=True)
         return len(failed)
+
+    def _begin(self, points: list[MultiPoint]) -> None:
+        if any(point.forward_alone for point in points):
+            self._load_peers()
+        timed = [point for point in points if point.grid != plan_cost.GRID]
+        self._compile(lambda arch: multi_variants.jobs(timed, arch, self.device))
+
+    def _compile(self, jobs: Callable[[Arch], list]) -> None:
+        """Ahead, on a GPU that runs kernels."""
+        if self.device.type == "cuda" and self.arch is not None:
+            precompile.run(jobs(self.arch), self.arch, self.session.seconds / 3)
+
+    def _summary(self) -> str:
+        return multi_tables.summary(self.name, self.recorder.rows)
 
     def _load_peers(self) -> None:
         modules, refused = multi_peers.load()
@@ -74,25 +92,38 @@ class Section:
     def _point(self, point: MultiPoint) -> None:
         o = point.operands(self.device)
         arms, refused = self._arms(point, o)
-        tiny = multi_workloads.small(point, o.adapters.segments)
-        wrong = {name: self.checker.wrong(tiny, name, arm) for name, arm in arms.items() if name != "linear"}
+        tiny = self._tiny(point, o)
+        wrong = {name: self.checker.wrong(tiny, name, arm) for name, arm in arms.items() if name != self.floor}
         for name, reason in refused.items():
             self.recorder.add(**point.fields(), what="left out", arm=name, detail=reason)
         for name, error in wrong.items():
             if error:
                 self.recorder.add(**point.fields(), arm=name, launch="check", error=f"check: {error}")
         arms = {name: arm for name, arm in arms.items() if not wrong.get(name)}
-        operands = {name: arm.of(o) for name, arm in arms.items()}
+        self._time(point, arms, {name: arm.of(o) for name, arm in arms.items()})
+
+    def _tiny(self, point: MultiPoint, o: MultiOperands) -> MultiPoint:
+        """What the arms are checked at before they are timed."""
+        return multi_workloads.small(point, o.adapters.segments)
+
+    def _launches(self, point: MultiPoint) -> tuple[str, ...]:
+        return self.launches
+
+    def _described(self, name: str, arm: Arm, o: Operands, what: str) -> dict:
+        """Which kernels an arm took for a pass, for its row."""
+        if name in ("auto", "one-adapter"):
+            took, config = variants.taken_by_auto(o, what)
+            return {"took": took, "config": config}
+        return {"took": name.split(":")[0], "config": multi_variants.asdict(arm.config)}
+
+    def _time(self, point: MultiPoint, arms: dict[str, Arm], operands: dict[str, Operands]) -> None:
         make = inference if point.forward_alone else training
         steps = {name: make(arm.formula, operands[name]) for name, arm in arms.items()}
 
         def described(name: str, what: str) -> dict:
-            if name in ("auto", "one-adapter"):
-                took, config = variants.taken_by_auto(operands[name], what)
-                return {"took": took, "config": config}
-            return {"took": name.split(":")[0], "config": multi_variants.asdict(arms[name].config)}
+            return self._described(name, arms[name], operands[name], what)
 
-        for launch in self.launches:
+        for launch in self._launches(point):
             mine = dict(steps)
             for name in steps if launch == "graph" else ():
                 reason = multi_baselines.why_not_captured(name, described(name, "forward")["took"])
@@ -141,7 +172,7 @@ class Section:
         times, errors = interleave(steps, clock, seconds=seconds or self.seconds, least=3 if self.session.quick else 10)
         for name, error in (failed | errors).items():
             self.recorder.add(**point.fields(), arm=name, launch=launch, error=error)
-        floor, plan = times.get("linear", {}), point.grid == plan_cost.GRID
+        floor, plan = times.get(self.floor, {}), point.grid == plan_cost.GRID
         for name, passes in times.items():
             for what, t in passes.items():
                 least = self.ceilings.floor_ms(point, what) if self.ceilings and not plan else None

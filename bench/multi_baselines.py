@@ -133,15 +133,21 @@ def has_grouped_mm(device: torch.device) -> bool:
 
 
 def _why_not_grouped(point: MultiPoint, device: torch.device) -> str | None:
+    if has_grouped_mm(device) and sum(counts(point)) < point.M:
+        return "it writes nothing for tokens without an adapter"
+    return why_not_grouped_mm(device, point.dtype, point.loaded, r=point.r)
+
+
+def why_not_grouped_mm(device: torch.device, dtype: torch.dtype, groups: int, **widths: int) -> str | None:
+    """Why torch's grouped matmul cannot serve matrices of these widths, which are their rows' strides, or None."""
     if not has_grouped_mm(device):
         return f"torch {torch.__version__} has no _grouped_mm on {device.type}"
-    if sum(counts(point)) < point.M:
-        return "it writes nothing for tokens without an adapter"
-    if point.loaded > MOST_GROUPS:
-        return f"it takes at most {MOST_GROUPS} groups, got {point.loaded}"
-    if point.r * point.dtype.itemsize % 16:
-        return f"it wants strides of multiples of 16 bytes, got r = {point.r}"
-    if device.type == "cuda" and (point.dtype != torch.bfloat16 or torch.cuda.get_device_capability(device) < (9, 0)):
+    if groups > MOST_GROUPS:
+        return f"it takes at most {MOST_GROUPS} groups, got {groups}"
+    for name, width in widths.items():
+        if width * dtype.itemsize % 16:
+            return f"it wants strides of multiples of 16 bytes, got {name} = {width}"
+    if device.type == "cuda" and (dtype != torch.bfloat16 or torch.cuda.get_device_capability(device) < (9, 0)):
         return "its kernel is for bfloat16 on sm_90 and later"
     return None
 

@@ -56,8 +56,8 @@ def jobs(points: list[MultiPoint], arch: Arch, device: torch.device) -> list[Poi
         o = standing(point)
         tiny = small(point, o.adapters.segments)
         chosen = [(config, config) for config in configs(point, o, arch)[0].values()]
-        passes = [(point, pair) for pair in (_resolved(o, arch), *chosen)]
-        passes += [(tiny, pair) for pair in (_resolved(standing(tiny), arch), *chosen)]
+        passes = [(point, pair) for pair in (resolved(o, arch), *chosen)]
+        passes += [(tiny, pair) for pair in (resolved(standing(tiny), arch), *chosen)]
         if not point.forward_alone:
             passes += [pair for each in (point, tiny) for pair in _one_adapter(each, arch, device)]
         for each, (forward, backward) in passes:
@@ -73,7 +73,7 @@ def _compiled_as(point: MultiPoint) -> MultiPoint:
     return dataclasses.replace(point, grid="" if point.forward_alone else "train", layer="", popularity="none", spread=0, order="")
 
 
-def _resolved(o: Operands, arch: Arch) -> tuple[Config, Config]:
+def resolved(o: Operands, arch: Arch) -> tuple[Config, Config]:
     forward, backward = variants.problems(o)
     return resolve(forward, arch)[0], resolve(backward, arch)[0]
 

@@ -11,6 +11,7 @@ import dataclasses
 import multiprocessing
 import os
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,16 +27,19 @@ MOST_PROCESSES = 12
 
 @dataclasses.dataclass(frozen=True)
 class PointJob:
-    """The launches of one pass at a point."""
+    """The launches of one pass at a point; ``of`` makes of its operands what the call takes, None: they are that."""
 
     point: Point
     config: Config
     backward: bool
+    of: Callable[[Any], Operands] | None = None
 
     def launch(self, arch: Arch) -> None:
-        from lora_kernels import launch
+        from lora_kernels import dispatch
 
         point, o = self.point, standing(self.point)
+        o = o if self.of is None else self.of(o)
+        launch = dispatch.arm_of(o.weight)
         seed = torch.zeros((), dtype=torch.int64, device="meta") if point.p else None
         if self.backward:
             u = o.x.new_empty(point.M, point.r)
@@ -43,7 +47,7 @@ class PointJob:
             launch.backward(o.dy, o.x, o.weight, o.lora_A, o.lora_B, u, seed, o.adapters, o.scale, point.p, needs, point.dtype, self.config)
         else:
             keep = not point.forward_alone
-            launch.forward(o.x, o.weight, o.lora_A, o.lora_B, None, seed, o.adapters, o.scale, point.p, keep, self.config)
+            launch.forward(o.x, o.weight, o.lora_A, o.lora_B, None, seed, o.adapters, o.scale, point.p, keep, self.config, o.base)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,13 +112,18 @@ def run(jobs: list, arch: Arch, seconds: float) -> int:
 
 
 def distinct(jobs: list, arch: Arch) -> list[tuple[int, int]]:
-    """(job, launch of it) of every kernel that differs from those before it, as far as Triton's cache tells them apart."""
+    """(job, launch of it) of every kernel that differs from those before it."""
     found: dict[tuple, tuple[int, int]] = {}
     for j, job in enumerate(jobs):
         for i, (kernel, args, options) in enumerate(_launches(job, arch)):
-            constants = tuple((name, getattr(value, "__name__", value)) for name, value in options.items())
-            found.setdefault((kernel.__name__, constants, *map(_signature, args, kernel.params)), (j, i))
+            found.setdefault(told_apart(kernel, args, options), (j, i))
     return list(found.values())
+
+
+def told_apart(kernel, args, options) -> tuple:
+    """What tells a launch's kernel from others, as far as Triton's cache does."""
+    constants = tuple((name, getattr(value, "__name__", value)) for name, value in options.items())
+    return kernel.__name__, constants, *map(_signature, args, kernel.params)
 
 
 def compile_one(job, index: int, arch: Arch) -> None:

@@ -11,11 +11,11 @@ import argparse
 import re
 from pathlib import Path
 
-from . import multi_tables, peft_tables, plots, report_tables, tune_tables
+from . import expert_tables, multi_tables, peft_tables, plots, report_tables, tune_tables
 from .conditions import ROOT, machine, read_rows
 
-COMMANDS = report_tables.COMMANDS | multi_tables.COMMANDS | peft_tables.COMMANDS | tune_tables.COMMANDS
-RENDERERS = report_tables.RENDERERS | multi_tables.RENDERERS | peft_tables.RENDERERS | tune_tables.RENDERERS
+COMMANDS = report_tables.COMMANDS | multi_tables.COMMANDS | expert_tables.COMMANDS | peft_tables.COMMANDS | tune_tables.COMMANDS
+RENDERERS = report_tables.RENDERERS | multi_tables.RENDERERS | expert_tables.RENDERERS | peft_tables.RENDERERS | tune_tables.RENDERERS
 PLOTS = plots.PLOTS | peft_tables.PLOTS
 _MARK = re.compile(r"<!-- (/?)bench:([\w-]+) -->")
 

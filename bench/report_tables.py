@@ -97,7 +97,7 @@ def memory(rows: list[dict], brief: bool) -> str:
     arms = [arm for arm in dict.fromkeys(row["arm"] for row in rows) if not brief or arm in ("peft", "torch", "auto", "triton")]
     lines = []
     for (layer, K, N, M, r, p), by_arm in points(rows, ("layer", "K", "N", "M", "r", "p")):
-        lines.append([f"{layer} {K}->{N}", M, r, f"{p:g}", *(_mib(by_arm.get(arm)) for arm in arms)])
+        lines.append([f"{layer} {K}->{N}", M, r, f"{p:g}", *(mib(by_arm.get(arm)) for arm in arms)])
     peak = " / peak of forward and backward above what was in use before" if any(row["peak_bytes"] is not None for row in rows) else ""
     header = ["layer", "tokens", "r", "dropout", *map(title, arms)]
     return f"MiB: saved for backward besides the operands{peak}.\n\n" + markdown_table(header, lines)
@@ -185,7 +185,7 @@ def ms(row: dict | None, brief: bool) -> str:
     return p50 if brief else f"{p50} ({p20}-{p80})"
 
 
-def _mib(row: dict | None) -> str:
+def mib(row: dict | None) -> str:
     if row is None or row["saved_bytes"] is None:
         return ""
     sizes = [row["saved_bytes"]] + ([row["peak_bytes"]] if row["peak_bytes"] is not None else [])

@@ -32,11 +32,11 @@ class Roof:
 
 def work(point: Point, what: str) -> tuple[float, float]:
     """(operations, least bytes moved) of a pass: each input in use read once, each output written once."""
-    M, K, N = point.M, point.K, point.N
+    M, K, N, W = point.M, point.K, point.N, point.weights * point.N * point.K
     u, used, loaded = point.low_rank
-    forward = 2 * (M * N * K + u * (N + K)), M * K + N * K + M * N + used * (K + N) + (0 if point.forward_alone else u)
+    forward = 2 * (M * N * K + u * (N + K)), M * K + W + M * N + used * (K + N) + (0 if point.forward_alone else u)
     # dS, dX, dA and dB: x, dY, W, U and the adapters in use in, dX, dA and dB out; these are whole stacks, zeros included.
-    backward = 2 * (M * N * K + 2 * u * (N + K)), 2 * M * K + M * N + N * K + u + (used + loaded) * (K + N)
+    backward = 2 * (M * N * K + 2 * u * (N + K)), 2 * M * K + M * N + W + u + (used + loaded) * (K + N)
     operations, elements = {"forward": forward, "backward": backward, "both": (forward[0] + backward[0], forward[1] + backward[1])}[what]
     return operations, elements * point.dtype.itemsize
 

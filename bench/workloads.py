@@ -41,6 +41,11 @@ class Point:
         return self.grid == "decode"
 
     @property
+    def weights(self) -> int:
+        """How many weights ``[N, K]`` are read."""
+        return 1
+
+    @property
     def low_rank(self) -> tuple[int, int, int]:
         """(elements of u, the ranks of the adapters in use added up, those of all that are loaded)."""
         return self.M * self.r, self.r, self.r
@@ -65,7 +70,10 @@ class Point:
 
 @dataclass
 class Operands:
-    """A point's tensors: random normal, scaled so that y is of order one; gradients wanted for x, A and B."""
+    """A point's tensors: random normal, scaled so that y is of order one; gradients wanted for x, A and B.
+
+    ``base``: what another layer makes of x, where there is no weight.
+    """
 
     x: torch.Tensor
     weight: torch.Tensor
@@ -75,6 +83,7 @@ class Operands:
     scale: float
     p: float
     adapters: Adapters = ONE
+    base: torch.Tensor | None = None
 
 
 def train(layers: dict, tokens: Iterable[int], ranks: Iterable[int], grid: str = "train", dropouts=(0.1, 0.0), dtype=torch.bfloat16):
