@@ -14,13 +14,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from lora_kernels.segments import Adapters, Segments
+from lora_kernels.segments import Adapters, Segments, expert_block
 
 from .multi_baselines import once
 from .multi_workloads import ALPHA
 from .workloads import Operands, Point
-
-BLOCKS = (16, 128)  # the least and the most rows of a gathered tile
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ class ExpertOperands(Operands):
 class ExpertPoint(Point):
     """A `Point` whose rows, ``top_k`` for each token, go through one of ``experts`` weights and adapters each.
 
-    ``block``: rows of the gathered tiles, 0 for those of `gather_block`.
+    ``block``: rows of the gathered tiles, 0 for those of `Segments.from_top_k`.
     """
 
     experts: int = 128
@@ -82,7 +80,7 @@ class ExpertPoint(Point):
         one, ids, E = super().empty_operands(torch.device("meta")), self.ids, self.experts
         x, dy = (torch.empty_like(t, device=device) for t in (one.x, one.dy))
         weight, A, B = (torch.empty(E, *t.shape, dtype=t.dtype, device=device) for t in (one.weight, one.lora_A, one.lora_B))
-        block = self.block or gather_block(self.M, E)
+        block = self.block or expert_block(self.M, E)
         plan = Segments.from_ids(ids.to(device), E, validate=False, gather_block=block)
         order, ends = ids.argsort(stable=True), torch.bincount(ids, minlength=E).cumsum(0).int()
         return ExpertOperands(
@@ -103,12 +101,6 @@ def _routed(tokens: int, top_k: int, experts: int, routing: str) -> torch.Tensor
     weights = torch.arange(1, experts + 1, dtype=torch.float64) ** (-ALPHA if routing == "zipf" else 0.0)
     weights = weights[torch.randperm(experts, generator=generator)]
     return torch.multinomial(weights.expand(tokens, -1), top_k, generator=generator).reshape(-1)
-
-
-def gather_block(rows: int, experts: int) -> int:
-    """Rows of a gathered tile: the least power of two that the mean expert's rows fit in, from 16 to 128."""
-    least, most = BLOCKS
-    return min(max(1 << max(-(-rows // experts) - 1, 0).bit_length(), least), most)
 
 
 @once

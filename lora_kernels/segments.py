@@ -156,7 +156,7 @@ class Segments:
             given = list(top_k_index.shape) if isinstance(top_k_index, torch.Tensor) else type(top_k_index).__name__
             raise ValueError(f"top_k_index: wanted a tensor [tokens, k], k at least 1, got {given}")
         check_int("num_experts", num_experts, 1)
-        block = _expert_block(top_k_index.numel(), num_experts)
+        block = expert_block(top_k_index.numel(), num_experts)
         plan = cls.from_ids(top_k_index, num_experts, validate=False, gather_block=block)
         return replace(plan, top_k=top_k_index.shape[1])
 
@@ -230,7 +230,7 @@ def _default_gather_block(tokens: int, adapters: int) -> int:
     return 16 if tokens < 32 * adapters or tokens <= 256 else 32
 
 
-def _expert_block(tokens: int, experts: int) -> int:
+def expert_block(tokens: int, experts: int) -> int:
     """The gathered tiles are those of the whole product beside a stack of weights: half as many rows again as an expert has on average.
 
     Then most experts with few rows have one tile, and their weight is read once.

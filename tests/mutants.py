@@ -242,7 +242,7 @@ MANY = [
     Mutant("runs: no scale", CHAIN, "scale * (1.0 if scales is None else scales[e])", "scale"),
     Mutant("runs: rank of the stack", CHAIN, "rank if ranks is None else min(ranks[e], rank)", "rank"),
     Mutant("add_product: gathered rows lose the base", CHAIN, "gathered = t[rows]", "gathered = torch.zeros_like(t[rows])"),
-    Mutant("chain: no dropout of gathered tokens", CHAIN, "adapter_in[rows]", "x[rows]"),
+    Mutant("chain: no dropout of gathered tokens", CHAIN, "its_x if bits is None else drop(its_x, bits[rows])", "its_x"),
     Mutant("chain: mask of the first tokens", CHAIN, "bits is None else bits[rows]", "bits is None else bits[: len(dy[rows])]"),
     Mutant("chain: dX without 1 / (1 - p)", CHAIN, "drop(scaled_mm(a, b, keep), bits)", "drop(scaled_mm(a, b, 1.0), bits)"),
     Mutant("plan: one slot too few in the bound", PLAN, "min(E + 1, M)", "min(E, M)"),
@@ -356,7 +356,6 @@ ROUTING = [
     Mutant("experts: torch arm's first weight", CHAIN, "base_linear(its_x, weight[e]", "base_linear(its_x, weight[0]"),
     Mutant("experts: torch arm's dX from the first weight", CHAIN, "torch.mm(its_dy, weight[e])", "torch.mm(its_dy, weight[0])"),
     Mutant("experts: torch arm without a bias", CHAIN, "None if bias is None else bias[e]", "None"),
-    Mutant("experts: torch arm drops nothing", CHAIN, "its_x if bits is None else drop(its_x, bits[rows])", "its_x"),
     Mutant("experts: plan of one row a token", PLAN, "top_k=top_k_index.shape[1])", "top_k=1)"),
     Mutant("experts: top_k forgotten by operators", PLAN, "self.gather_block, self.top_k]", "self.gather_block, 1]"),
 ]  # fmt: skip

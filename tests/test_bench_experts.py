@@ -23,6 +23,7 @@ from bench.multi_check import Checker, textbook  # noqa: E402
 from bench.session import Session  # noqa: E402
 from bench.workloads import Point  # noqa: E402
 from lora_kernels import dispatch  # noqa: E402
+from lora_kernels.segments import expert_block  # noqa: E402
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SMALL = ExpertPoint("train", "small", 36, 64, 48, 8, dtype=torch.float32, experts=6, top_k=3)
@@ -143,10 +144,8 @@ def test_a_token_takes_different_experts(routing):
 
 
 def test_rows_of_a_gathered_tile():
-    sizes = {(8, 128): 16, (128, 8): 16, (129, 8): 32, (256, 8): 32, (512, 8): 64, (65 * 8, 8): 128, (65536, 128): 128}
-    assert {key: workloads.gather_block(*key) for key in sizes} == sizes
     plan = SMALL.empty_operands(torch.device("meta")).adapters.segments
-    assert plan.gather_block == 16 and plan.num_adapters == 6
+    assert plan.gather_block == expert_block(SMALL.M, 6) and plan.num_adapters == 6
 
 
 def test_sorted_rows_are_the_same_rows():
@@ -205,7 +204,7 @@ def test_an_arm_without_memory_for_it_is_a_row(tmp_path, monkeypatch):
 
 def test_what_is_checked_keeps_tiles_and_remainders():
     for point in workloads.points(CUDA, quick=False):
-        block = workloads.gather_block(point.M, point.experts)
+        block = expert_block(point.M, point.experts)
         tiny = workloads.small(point, block)
         assert tiny.M % tiny.top_k == 0 and tiny.M <= 512 and (tiny.experts, tiny.routing) == (point.experts, point.routing)
         assert (tiny.K % 128, tiny.N % 128) == (point.K % 128, point.N % 128) and max(tiny.K, tiny.N) < 1152
@@ -271,6 +270,7 @@ from bench import expert_baselines, expert_workloads, experts, precompile
 from bench.baselines import inference, training
 from bench.expert_workloads import ExpertPoint
 from lora_kernels import dispatch, launch
+from lora_kernels.segments import expert_block
 from lora_kernels.tuning import Arch
 
 arch, cpu = Arch.cuda(9, 0), torch.device("cpu")
@@ -283,7 +283,7 @@ ahead = {precompile.told_apart(*each) for job in jobs for each in precompile._la
 launched = set()
 with launch.intercept(lambda kernel, grid, args, options: launched.add(precompile.told_apart(kernel, args, options))):
     for timed in points:
-        for point in (timed, expert_workloads.small(timed, expert_workloads.gather_block(timed.M, timed.experts))):
+        for point in (timed, expert_workloads.small(timed, expert_block(timed.M, timed.experts))):
             o = point.operands(cpu)
             arms, _ = expert_baselines.arms(point, cpu, "triton")
             for name in {"ours", "beside"} & set(arms):
