@@ -3,11 +3,12 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from lora_kernels import cli, parity
+from lora_kernels import cli, dispatch, parity
 
 ON_GPU = torch.cuda.is_available()
 
@@ -23,11 +24,24 @@ def test_info():
     assert ("triton     yes" if ON_GPU else "triton     no: the tensors are on cpu") in out.stdout
 
 
-def test_check_quick():
-    out = run("check", "--quick")
-    assert out.returncode == 0, out.stdout + out.stderr
-    assert "BAD" not in out.stdout and "u awaited" in out.stdout and "dropout mask, exact" in out.stdout
-    assert ("interpreter" in out.stdout) == (not ON_GPU)
+def test_check_of_a_few_cases(monkeypatch, capsys):
+    """test_kernels.py runs them all."""
+    every = parity.cases
+    monkeypatch.setattr(parity, "cases", lambda device, quick: [case for case in every(device, quick) if quick][::12])
+    assert cli.main(["check", "--quick"]) == 0
+    out = capsys.readouterr().out
+    assert "BAD" not in out and "u awaited" in out and "dropout mask, exact" in out and "plan, exact" in out
+    assert ("interpreter" in out) == (not ON_GPU)
+
+
+def test_check_in_a_process_of_its_own(monkeypatch):
+    """Without a GPU, and without the interpreter: another process has it, and its exit status counts."""
+    asked = []
+    monkeypatch.setattr(dispatch, "interpreting", lambda: False)
+    monkeypatch.setattr(subprocess, "run", lambda command, env: asked.append((command, env)) or SimpleNamespace(returncode=5))
+    assert cli.main(["check", "--device", "cpu", "--quick"]) == 5
+    (command, env), *others = asked
+    assert command[1:] == ["-m", "lora_kernels", "check", "--device", "cpu", "--quick"] and env["TRITON_INTERPRET"] == "1" and not others
 
 
 def test_check_is_red_on_a_wrong_kernel(monkeypatch, capsys):

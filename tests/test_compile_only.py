@@ -32,7 +32,7 @@ def test_every_heuristic_config(arch, compilations):
     out = compilations[arch].result()
     assert out.returncode == 0, out.stdout[-2000:] + out.stderr[-2000:]
     reports = [json.loads(line) for line in out.stdout.splitlines()]
-    assert {r["kernel"].split()[0] for r in reports} == {"shrink", "expand", "wgrad", "plan_tokens", "plan_tiles"}
+    assert {r["kernel"].split()[0] for r in reports} == {"shrink", "expand", "experts", "wgrad", "plan_tokens", "plan_tiles"}
     assert {r["kernel"] for r in reports} >= {"expand given", "expand loop"}
     for r in reports:
         assert r["spills"] == 0 and not r["serialized"], r
@@ -66,9 +66,10 @@ variants = dict(
     awaited_persistent=Expand(**large, u="awaited", persistent=True), library=Expand(base="library"),
     pdl=Expand(**large, pdl=True),
 )
+whole = arch.name == "sm_90"  # the only one that is measured as yet
 for name, expand in variants.items():
-    for backward in (False, True):
-        for R in (16, 96):
+    for backward in (False, True) if whole else (False,):
+        for R in (16, 96) if whole and name in ("given", "awaited") else (16,):
             problem = Problem(8192, 4096, 4096, R, torch.bfloat16)
             problem = problem.backward() if backward else problem
             config = Config(expand=expand)

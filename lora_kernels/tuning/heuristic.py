@@ -128,7 +128,10 @@ def _experts(problem: Problem, arch: Arch) -> Expand:
         return Expand(block_m, 32, 64, num_warps=4, num_stages=STREAMED)
     if arch.kind == "hip":
         return Expand(block_m, 64, 32, num_warps=8, num_stages=2)
-    return Expand(block_m, 128, 64 if arch.shared_memory >= 160 << 10 else 32, num_warps=8 if block_m > 64 else 4, num_stages=4)
+    roomy = arch.shared_memory >= 160 << 10
+    wide = roomy and arch.capability >= (9, 0) and block_m > 64 and problem.N >= 256 and problem.dropout != "uv"
+    wide = wide and problem.R <= 32 and problem.K % 64 == 0  # else 5 to 38 reloads on sm_90: a second rank block, the masks of a last step
+    return Expand(block_m, 256 if wide else 128, 64 if roomy else 32, num_warps=8 if block_m > 64 else 4, num_stages=4)
 
 
 def _walked(tile: Expand, problem: Problem, arch: Arch) -> Expand:
