@@ -261,8 +261,9 @@ def cases(device: torch.device, quick: bool = False) -> list[Case]:
         raise problem.UnsupportedError(f"device: wanted one that runs the kernels, got {device}: {why_no_kernels}")
     small = arch.kind == "interpreter"
     dtypes = (torch.float32, torch.float16) if small else (torch.bfloat16, torch.float16, torch.float32)
-    even = Case(32, 48, 64, 16) if small else Case(256, 512, 768, 16)
-    odd = Case(19, 37, 50, 5) if small else Case(201, 333, 517, 12)
+    even, odd = Case(256, 512, 768, 16), Case(201, 333, 517, 12)
+    if small or quick:
+        even, odd = (Case(32, 48, 64, 16), Case(19, 37, 50, 5)) if small else (Case(192, 256, 192, 16), Case(137, 205, 197, 12))
     found = []
     for config in configs(arch, small=small):
         for dtype in dtypes[:1] if quick else dtypes:
