@@ -332,7 +332,7 @@ ROUTING = [
     Mutant("experts: the first one's weight", EXPERTS, "w[0] + expert * stride_we", "w[0]"),
     Mutant("experts: the first one's adapter", EXPERTS, "v[0] + expert * stride_ve", "v[0]"),
     Mutant("experts: the first one's bias", EXPERTS, "bias_ptr + expert * N + n0", "bias_ptr + n0"),
-    Mutant("experts: bias without an end", EXPERTS, "mask=n0 + n < N, other=0.0).to", "mask=n < BLOCK_N, other=0.0).to"),
+    Mutant("experts: bias without an end", EXPERTS, "mask=n0 + n < N, other=0.0).to", "mask=n < BLOCK_N, other=0.0).to", tests="machine"),
     Mutant("experts: rows of y, not of x", EXPERTS, "tokens // FAN", "tokens"),
     Mutant("experts: rows without an expert computed", EXPERTS, "tl.where(live, acc, 0.0)", "acc"),
     Mutant("experts: the whole stack of ranks", EXPERTS, "rank = tl.minimum(tl.load(ranks_ptr + expert), R)", "rank = R"),

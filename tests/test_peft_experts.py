@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
+import peft
 import pytest
 import torch
 import transformers
@@ -28,6 +29,7 @@ import lora_kernels.experts as mixture
 from lora_kernels.integrations import peft as ours
 from lora_kernels.integrations.peft import FusedParamWrapper, fuse, unfuse
 
+PEFT = tuple(int(part) for part in peft.__version__.split(".")[:2])
 E, K, I, TOP = 5, 24, 16, 2
 T = 13
 X = torch.randn(T, K, generator=torch.Generator().manual_seed(1))
@@ -127,9 +129,14 @@ def test_double_to_the_last_bits():
 
 def test_several_adapters_active_at_once(calls):
     stock, fused, _ = pair()
+    second = config(stock.base_model.model, r=2, lora_alpha=3)
+    if PEFT < (0, 20):
+        with pytest.raises(ValueError, match="already other LoRA adapters"):
+            fused.add_adapter("second", second)
+        return
     for model in (stock, fused):
         torch.manual_seed(2)
-        model.add_adapter("second", config(stock.base_model.model, r=2, lora_alpha=3))
+        model.add_adapter("second", second)
     both(stock, fused, lambda model: model.base_model.set_adapter(["default", "second"]))
     train_all(stock), train_all(fused)
     agree(stock, fused, X)
