@@ -95,6 +95,23 @@ def test_rows_without_an_expert_are_zero(impl):
 
 
 @pytest.mark.parametrize("impl", ARMS)
+def test_what_lies_beyond_an_experts_rank_is_not_read(impl):
+    """Neither forward nor backward, where it may be NaN; its gradient is 0."""
+    t, segments, ranks = operands(), plan(), torch.tensor([5, 2, 0, 3], dtype=torch.int32, device=DEVICE)
+    wanted = lora_linear(*t.values(), segments=segments, ranks=ranks, impl=impl)
+    for e, rank in enumerate(ranks.tolist()):
+        t["lora_A"][e, rank:], t["lora_B"][e, :, rank:] = float("nan"), float("inf")
+    for name in ("x", "lora_A", "lora_B"):
+        t[name].requires_grad_()
+    y = lora_linear(*t.values(), segments=segments, ranks=ranks, impl=impl)
+    assert torch.equal(y, wanted)
+    y.sum().backward()
+    assert t["x"].grad.isfinite().all()
+    for e, rank in enumerate(ranks.tolist()):
+        assert not t["lora_A"].grad[e, rank:].any() and not t["lora_B"].grad[e, :, rank:].any()
+
+
+@pytest.mark.parametrize("impl", ARMS)
 def test_an_absent_experts_gradient_is_zero(impl):
     t = operands(CASE, "lora_A", "lora_B")
     lora_linear(*t.values(), segments=Segments.from_ids(torch.ones(M, dtype=torch.int32, device=DEVICE), E), impl=impl).sum().backward()
