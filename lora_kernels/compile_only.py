@@ -20,7 +20,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from . import launch, launch_experts
+from . import launch, launch_experts, launch_plan
 from .problem import Problem
 from .segments import ONE, Adapters, Segments
 from .tuning import Arch, Config, heuristic
@@ -153,8 +153,8 @@ def heuristic_reports(arch: Arch, progress=lambda done, total, what: None) -> li
         calls.append((label, functools.partial(compile_pass, problem, arch, heuristic(problem, arch), label, backward)))
     for R in (16, 96):
         calls.append((f"merge r={R}", functools.partial(compile_merge, R, arch)))
-    for blocks in ((16, 16), (128, 32)):
-        calls.append((f"plan {blocks[0]} {blocks[1]}", functools.partial(compile_plan, *blocks, arch)))
+    for sizes in ((512, 16, 16), (512, 128, 32), (65536, 128, 128)):
+        calls.append((f"plan {sizes[0]}", functools.partial(compile_plan, *sizes, arch)))
     reports: dict[tuple, Report] = {}
     for done, (label, call) in enumerate(calls):
         progress(done, len(calls), f"{arch.name} {label}")
@@ -170,10 +170,10 @@ def compile_merge(R: int, arch: Arch) -> list[Report]:
     return compile_calls(lambda: launch.merge(weight, weight, A, B, 2.0), arch, f"merge r={R}")
 
 
-def compile_plan(row_block: int, gather_block: int, arch: Arch) -> list[Report]:
+def compile_plan(tokens: int, row_block: int, gather_block: int, arch: Arch) -> list[Report]:
     """Compile the plan of a batch with these blocks, from int64 ids."""
-    ids = torch.zeros(512, dtype=torch.int64)
-    return compile_calls(lambda: launch.plan(ids, 64, row_block, gather_block), arch, f"plan {row_block} {gather_block}")
+    ids = torch.zeros(tokens, dtype=torch.int64)
+    return compile_calls(lambda: launch_plan.plan(ids, 64, row_block, gather_block), arch, f"plan {tokens} {row_block} {gather_block}")
 
 
 def heuristic_problems() -> Iterator[tuple[str, Problem, bool]]:

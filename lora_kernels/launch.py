@@ -22,16 +22,14 @@ from . import philox
 from .kernels.expand import expand
 from .kernels.load import load_dense, load_descriptor, load_descriptor_transposed, load_parts
 from .kernels.overlap import in_order, let_next_begin, wait_for_previous, wait_then_let_next_begin
-from .kernels.plan import plan_tiles, plan_tokens
 from .kernels.shrink import shrink
 from .kernels.wgrad import wgrad
-from .segments import ONE, Adapters, lengths
+from .segments import ONE, Adapters
 from .streams import beside, fork, on_device, sm_count
 from .tuning import MERGE, Config, rank_block
 from .tuning.validity import LOOP_RANK, MIXED_RANK, TILE_RANK
 
 INT32 = 1 << 31
-PLAN_TOKENS, PLAN_CHUNK = 16384, 128  # the plan's kernel compares every token with every other, so many at a time
 RESIDENT = 228 << 10  # bytes of shared memory of a multiprocessor: an estimate of how many programs begin at once
 SPLIT_ADAPTERS = 64  # so few adapters that their tokens are split over programs, too: partial sums cost a stack of gradients each
 
@@ -364,24 +362,3 @@ def merge(weight, base, lora_A, lora_B, scale: float) -> None:
     with on_device(weight):
         u = lora_B.float() * scale
         run_expand(base, lora_A, lora_A, transposed=False, u=u, base=base, out=weight, exact=True, config=MERGE)
-
-
-def plans(ids: torch.Tensor, num_adapters: int) -> bool:
-    """Whether `plan` serves these ids: not too many to compare with each other, and keys that fit 32 bits."""
-    return 0 < ids.shape[0] <= PLAN_TOKENS and (num_adapters + 1) * ids.shape[0] + PLAN_CHUNK < INT32
-
-
-def plan(ids: torch.Tensor, num_adapters: int, row_block: int, gather_block: int) -> list[torch.Tensor]:
-    """What `lora_kernels.segments.by_library` returns, in two launches. ids: int32 or int64 ``[M]``, any stride."""
-    M, block = ids.shape[0], 32
-    tensors = [ids.new_empty(length, dtype=torch.int32) for length in lengths(M, num_adapters, row_block, gather_block)]
-    its_ids, order, starts, tile_adapter, tile_first, present, counts = tensors
-    blocks, slot_blocks, tiles = cdiv(M, block), cdiv(num_adapters + 2, block), tile_adapter.shape[0]
-    wrong, valid = ids.new_empty(blocks, dtype=torch.int32), ids.new_empty((), dtype=torch.bool)
-    options = dict(BLOCK=block, CHUNK=PLAN_CHUNK, num_warps=8)
-    with on_device(ids):
-        args: tuple = ((ids, ids.stride(0)), its_ids, order, starts, present, counts, wrong, M, num_adapters)
-        _run(plan_tokens, (counts.shape[0] + blocks + slot_blocks,), args, dict(ROW_BLOCK=row_block, **options))
-        args = (starts, wrong, tile_adapter, tile_first, valid, num_adapters, blocks, tiles)
-        _run(plan_tiles, (cdiv(tiles, block),), args, dict(GATHER_BLOCK=gather_block, **options))
-    return [*tensors, valid]

@@ -148,10 +148,10 @@ for _key in ("CPU", "CUDA"):
 
 def _plan_on_a_gpu(adapter_ids, num_adapters, row_block, gather_block):
     if dispatch.triton_missing() is None:
-        from . import launch
+        from . import launch_plan
 
-        if launch.plans(adapter_ids, num_adapters):
-            return launch.plan(adapter_ids, num_adapters, row_block, gather_block)
+        if launch_plan.plans(adapter_ids, num_adapters):
+            return launch_plan.plan(adapter_ids, num_adapters, row_block, gather_block)
     return by_library(adapter_ids, num_adapters, row_block, gather_block)
 
 

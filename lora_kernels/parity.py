@@ -325,14 +325,14 @@ def run_all(device: torch.device, progress: Callable[[int, int, str], None] | No
 
 
 def plan_result(device: torch.device, M: int = 301, E: int = 40) -> Result:
-    """`launch.plan` against `segments.by_library`, adapters absent, repeated and out of range among the ids: exact equality."""
-    from . import launch
+    """`launch_plan.plan` against `segments.by_library`, adapters absent, repeated and out of range among the ids: exact equality."""
+    from . import launch_plan
 
     ids = (torch.arange(M, device=device) * 7919 % (E + 9)) - 4
     before = launched_so_far()
     wrong = 0
     for blocks in ((16, 32), (128, 16)):
-        found, wanted = launch.plan(ids, E, *blocks), by_library(ids, E, *blocks)
+        found, wanted = launch_plan.plan(ids, E, *blocks), by_library(ids, E, *blocks)
         wrong += sum(int((a != b).sum()) for a, b in zip(found, wanted, strict=True))
     launched = launched_so_far() - before
     return Result("plan, exact", wrong == 0 and launched == 4, float(wrong), f"{wrong} elements differ", launched)

@@ -12,7 +12,7 @@ FLOORS = (
     ("reference", "philox", "problem", "segments"),
     ("kernels",),
     ("tuning",),
-    ("launch", "launch_experts", "compile_only", "chain", "streams"),
+    ("launch", "launch_experts", "launch_plan", "compile_only", "chain", "streams"),
     ("ops", "autograd", "dispatch", "merging"),
     ("nn", "multi", "over", "experts", "parity", "dora", "lora_config"),
     ("cli", "__main__", "demo", "demo_data", "demo_peft", "integrations", "apply", "files", "analysis", "inspect_adapter"),

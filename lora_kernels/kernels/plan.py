@@ -1,8 +1,11 @@
-"""plan: what `lora_kernels.segments` says of a batch of tokens, in two launches without a sort, an atomic or a wait.
+"""plan: what `lora_kernels.segments` says of a batch of tokens, in few launches without a sort, an atomic or a wait.
 
 A token's place in the order is the number of tokens with a smaller key, its slot first and its position second, and an adapter's start
 is the number of tokens with smaller slots. So programs depend on the ids alone: each compares its tokens with all of them, which
-stay in the L2 cache. The second launch cuts the slots, whose starts it reads, into tiles of one adapter each.
+stay in the L2 cache. Another launch cuts the slots, whose starts it reads, into tiles of one adapter each.
+
+Many tokens are taken in PARTs, for comparisons grow with the square: `plan_counts` counts the tokens of each slot in each part, [slots,
+parts]; the running sum over that, slots first, says how many come before a part's tokens of a slot, and within the part they are compared.
 """
 
 import triton
@@ -34,6 +37,24 @@ def smaller(ids, keys, M, E, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
 
 
 @triton.jit
+def earlier_in_part(ids, slot, block, M, E, BLOCK: tl.constexpr, CHUNK: tl.constexpr, PART: tl.constexpr):
+    """How many tokens with the same slot lie before each of a block's, ``slot [BLOCK]``, in its part."""
+    tokens = block * BLOCK + tl.arange(0, BLOCK)
+    before = tl.zeros([BLOCK, CHUNK], tl.int32)
+    for start in tl.range(block * BLOCK // PART * PART, block * BLOCK + BLOCK, CHUNK):
+        others = start + tl.arange(0, CHUNK)
+        its_slot = slots(ids, others, M, E)
+        before += ((its_slot[None, :] == slot[:, None]) & (others[None, :] < tokens[:, None])).to(tl.int32)
+    return tl.sum(before, 1)
+
+
+@triton.jit
+def ended(ends_ptr, at):
+    """The running sum before each of these counts."""
+    return tl.load(ends_ptr + at - 1, mask=at > 0, other=0)
+
+
+@triton.jit
 def present_in_rows(ids, present_ptr, counts_ptr, block, M, E, ROW_BLOCK: tl.constexpr):
     """The distinct adapters of a row block, ascending, then zeros; and how many they are."""
     local = tl.arange(0, ROW_BLOCK)
@@ -55,26 +76,47 @@ def present_in_rows(ids, present_ptr, counts_ptr, block, M, E, ROW_BLOCK: tl.con
 
 
 @triton.jit
-def place_tokens(ids, ids_ptr, order_ptr, wrong_ptr, block, M, E, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
+def place_tokens(
+    ids, ids_ptr, order_ptr, wrong_ptr, ends_ptr, parts, block, M, E, BLOCK: tl.constexpr, CHUNK: tl.constexpr, PART: tl.constexpr
+):  # fmt: skip
     """Each token's id, -1 for none, and its place in the order; and whether an id of the block is neither."""
     tokens = block * BLOCK + tl.arange(0, BLOCK)
     raw = raw_ids(ids, tokens, M)
     slot = slots(ids, tokens, M, E)
     tl.store(ids_ptr + tokens, tl.where(slot == E, -1, slot), mask=tokens < M)
     tl.store(wrong_ptr + block, tl.max(((raw < -1) | (raw >= E)).to(tl.int32), 0))
-    place = smaller(ids, slot * M + tokens, M, E, BLOCK, CHUNK)
+    if PART is None:
+        place = smaller(ids, slot * M + tokens, M, E, BLOCK, CHUNK)
+    else:
+        place = ended(ends_ptr, slot * parts + block * BLOCK // PART) + earlier_in_part(ids, slot, block, M, E, BLOCK, CHUNK, PART)
     tl.store(order_ptr + place, tokens, mask=tokens < M)
 
 
 @triton.jit
-def start_slots(ids, starts_ptr, block, M, E, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
+def start_slots(ids, starts_ptr, ends_ptr, parts, block, M, E, BLOCK: tl.constexpr, CHUNK: tl.constexpr, PART: tl.constexpr):
     """Where in the order each slot begins, and after the last one its end."""
     slot = block * BLOCK + tl.arange(0, BLOCK)
-    keys = tl.minimum(slot, E + 1) * M
-    tl.store(starts_ptr + slot, smaller(ids, keys, M, E, BLOCK, CHUNK), mask=slot < E + 2)
+    if PART is None:
+        start = smaller(ids, tl.minimum(slot, E + 1) * M, M, E, BLOCK, CHUNK)
+    else:
+        start = ended(ends_ptr, tl.minimum(slot, E + 1) * parts)
+    tl.store(starts_ptr + slot, start, mask=slot < E + 2)
 
 
-@triton.jit(do_not_specialize=["M", "E"])
+@triton.jit(do_not_specialize=["M", "E", "parts"])
+def plan_counts(ids, counts_ptr, M, E, parts, BLOCK: tl.constexpr, CHUNK: tl.constexpr, PART: tl.constexpr):
+    """Grid [parts, blocks of slots]: how many tokens of each slot a part has, counts [E + 1, parts]."""
+    part = tl.program_id(0)
+    slot = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    count = tl.zeros([BLOCK, CHUNK], tl.int32)
+    for start in tl.range(part * PART, part * PART + PART, CHUNK):
+        tokens = start + tl.arange(0, CHUNK)
+        its_slot = tl.where(tokens < M, slots(ids, tokens, M, E), -1)
+        count += (its_slot[None, :] == slot[:, None]).to(tl.int32)
+    tl.store(counts_ptr + slot * parts + part, tl.sum(count, 1), mask=slot <= E)
+
+
+@triton.jit(do_not_specialize=["M", "E", "parts"])
 def plan_tokens(
     ids,
     ids_ptr,
@@ -83,22 +125,25 @@ def plan_tokens(
     present_ptr,
     counts_ptr,
     wrong_ptr,
+    ends_ptr,
+    parts,
     M,
     E,
     ROW_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
+    PART: tl.constexpr,
 ):
-    """Grid [row blocks + blocks of tokens + blocks of slots], each program one of them."""
+    """Grid [row blocks + blocks of tokens + blocks of slots], each program one of them. ends: counts' running sum, or None without PART."""
     row_blocks = tl.cdiv(M, ROW_BLOCK)
     token_blocks = tl.cdiv(M, BLOCK)
     block = tl.program_id(0)
     if block < row_blocks:
         present_in_rows(ids, present_ptr, counts_ptr, block, M, E, ROW_BLOCK)
     elif block < row_blocks + token_blocks:
-        place_tokens(ids, ids_ptr, order_ptr, wrong_ptr, block - row_blocks, M, E, BLOCK, CHUNK)
+        place_tokens(ids, ids_ptr, order_ptr, wrong_ptr, ends_ptr, parts, block - row_blocks, M, E, BLOCK, CHUNK, PART)
     else:
-        start_slots(ids, starts_ptr, block - row_blocks - token_blocks, M, E, BLOCK, CHUNK)
+        start_slots(ids, starts_ptr, ends_ptr, parts, block - row_blocks - token_blocks, M, E, BLOCK, CHUNK, PART)
 
 
 @triton.jit(do_not_specialize=["E", "wrongs", "tiles"])
