@@ -24,7 +24,7 @@ from torch import nn
 
 from .apply import some
 from .experts_layer import LoRAExperts, config_name
-from .lora_config import CONFIG_FILE, LoRAConfig, names_mean, pattern_means, read_config
+from .lora_config import CONFIG_FILE, LoRAConfig, by_peft_before_0_19, names_mean, pattern_means, read_config
 from .multi import MultiLoRALinear
 from .nn import FusedLoRALinear, scaling_of
 from .problem import UnsupportedError
@@ -133,7 +133,7 @@ def load_adapter(
     held = {name: _held(layer, slot) for name, layer in layers.items()}
     with _opened(os.path.join(folder, WEIGHTS_FILE)) as file:
         keys = _check_keys(set(file.keys()), held, partial)
-        _check_stacks(config, {called[name]: layers[name] for name in keys}, layers, str(given.get("peft_version")))
+        _check_stacks(config, {called[name]: layers[name] for name in keys}, layers, by_peft_before_0_19(given))
         for name, parts in keys.items():
             _check_layer(file, config, called[name], layers[name], parts, cast)
         _check_one_dtype(file, cast)
@@ -341,7 +341,7 @@ def _check_keys(given: set[str], held: dict[str, dict[str, torch.Tensor]], parti
     raise ValueError(f"{WEIGHTS_FILE}: wanted the tensors of the model's {len(held)} LoRA layers, got {'; '.join(said) or 'none at all'}")
 
 
-def _check_stacks(config: LoRAConfig, given: dict[str, Any], layers: dict[str, Any], version: str) -> None:
+def _check_stacks(config: LoRAConfig, given: dict[str, Any], layers: dict[str, Any], old: bool) -> None:
     """Which stack a key means depends on the others that the config names, and the layout on the PEFT that wrote it."""
     for name, layer in given.items():
         if not isinstance(layer, LoRAExperts):
@@ -353,10 +353,8 @@ def _check_stacks(config: LoRAConfig, given: dict[str, Any], layers: dict[str, A
         if meant != wanted:
             got = f"{list(config.target_parameters)}, which means {', '.join(meant) or 'none'}"
             raise ValueError(f"target_parameters: wanted names of {', '.join(wanted)} of {place}, which the model adapts, got {got}")
-        if version.startswith("0.18.") and not experts.is_transposed:
-            raise UnsupportedError(
-                f"{name}: wanted factors as PEFT writes them from 0.19 on, got those of {version}, whose A and B are swapped"
-            )
+        if old and not experts.is_transposed:
+            raise UnsupportedError(f"{name}: wanted factors as PEFT has them from 0.19 on, got an older one's, whose A and B are swapped")
 
 
 def _check_layer(file, config: LoRAConfig, name: str, layer: Any, keys: dict[str, str], cast: bool) -> None:

@@ -140,6 +140,11 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any]:
         raise ValueError(f"{path}: wanted a JSON object, got none: {error}") from None
 
 
+def by_peft_before_0_19(config: Mapping[str, Any]) -> bool:
+    """Whether such a version with target_parameters wrote a config: 0.17 without its number, but with fields that are not ours."""
+    return str(config.get("peft_version", "0.17." if "auto_mapping" in config else "")).startswith(("0.17.", "0.18."))
+
+
 def names_mean(targets: str | Collection[str] | None, name: str) -> bool:
     """Whether names, or a regular expression for the whole name, mean the module of that name."""
     if isinstance(targets, str):
