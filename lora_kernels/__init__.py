@@ -8,6 +8,7 @@ from .apply import apply_lora, remove_lora, use_segments
 from .autograd import explain, lora_linear
 from .dispatch import Choice
 from .dora import dora_linear
+from .experts_layer import LoRAExperts
 from .files import load_adapter, save_adapter
 from .lora_config import LoRAConfig
 from .multi import MultiLoRALinear
@@ -21,6 +22,7 @@ __all__ = [
     "Choice",
     "FusedLoRALinear",
     "LoRAConfig",
+    "LoRAExperts",
     "LoRAOver",
     "MultiLoRALinear",
     "MultiLoRAOver",

@@ -1,4 +1,5 @@
-"""LoRA on a plain torch model: a config with PEFT's field names says which of its layers become `FusedLoRALinear`, and back.
+"""LoRA on a plain torch model: a config with PEFT's field names says which of its layers become `FusedLoRALinear`, which of its
+experts go under `LoRAExperts`, and back.
 
 names = apply_lora(model, LoRAConfig(target_modules=["q_proj", "v_proj"], r=16));   remove_lora(model, merge=True)
 """
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .experts_layer import LoRAExperts, plain_name, why_not_adapted
 from .lora_config import LoRAConfig, all_linear, names_mean, pattern_means
 from .multi import MultiLoRALinear
 from .nn import FusedLoRALinear
@@ -26,7 +28,8 @@ from .segments import Segments
 def apply_lora(model: nn.Module, config: LoRAConfig, *, num_adapters: int | None = None, adapter_dtype=None) -> list[str]:
     """Turn the linear layers that the config names into `FusedLoRALinear`, in place, and freeze every other parameter.
 
-    A quantised layer goes under a `LoRAOver`, which keeps it.
+    A quantised layer goes under a `LoRAOver`, which keeps it. Experts whose stacks ``target_parameters`` names go under a `LoRAExperts`
+    for each, one within the other as PEFT nests them.
 
     Weights are shared, nothing of the base is copied. A module with several names is one adapted layer under all of them; tied
     weights stay tied. What else is to be trained is unfrozen afterwards, and saved by whoever does so.
@@ -37,18 +40,23 @@ def apply_lora(model: nn.Module, config: LoRAConfig, *, num_adapters: int | None
         num_adapters: E: `MultiLoRALinear` (`MultiLoRAOver`) with E slots instead, which `use_segments` tells each token's adapter.
         adapter_dtype: As in `FusedLoRALinear`; over a quantised layer None is float32.
     Returns:
-        The names of the layers, each under its first.
+        The names of the layers, then those of the stacks, each under its first.
     Raises:
         ValueError: nothing to fuse; names that the model does not have, with near ones; a module named under some of its names only.
-        TypeError: a named module is neither exactly an nn.Linear nor quantised. UnsupportedError: a layer has hooks, which would be
-        lost, or its parent passes its forward by. In each case the model is as it was.
+        TypeError: a named module is neither exactly an nn.Linear nor quantised, or has an adapter. UnsupportedError: a layer has hooks,
+        which would be lost, or its parent passes its forward by; a named parameter is not a stack that `LoRAExperts` serves;
+        num_adapters with target_parameters. In each case the model is as it was.
     """
     if not isinstance(config, LoRAConfig):
         raise TypeError(f"config: wanted a lora_kernels.LoRAConfig, got {type(config).__name__}")
+    if config.target_parameters and num_adapters is not None:
+        raise UnsupportedError(f"num_adapters: wanted None with target_parameters, whose experts have one adapter, got {num_adapters}")
     targets = _targets(model, config)
+    stacks = _stacks(model, config)
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         layers = {name: _build(model.get_submodule(name), name, config, num_adapters, adapter_dtype) for name in targets}
+        around = {name: _around(model, name, parameters, config, adapter_dtype) for name, (_, parameters) in stacks.items()}
     except BaseException:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
@@ -57,29 +65,30 @@ def apply_lora(model: nn.Module, config: LoRAConfig, *, num_adapters: int | None
         if not name.rpartition(".")[2].startswith("lora_"):  # adapters of an earlier call train on
             parameter.requires_grad_(False)
     _put(model, layers, targets)
-    return list(targets)
+    _put(model, around, {name: names for name, (names, _) in stacks.items()})
+    return [*targets, *(f"{plain_name(model, name)}.{each}" for name, (_, parameters) in stacks.items() for each in parameters)]
 
 
 def remove_lora(model: nn.Module, *, merge: bool = False) -> list[str]:
     """Turn every `FusedLoRALinear` and `MultiLoRALinear` back into an nn.Linear, in place; weights and biases stay shared and frozen.
 
-    A `LoRAOver` gives the layer below back.
+    A `LoRAOver` gives the layer below back, a `LoRAExperts` the experts.
 
     Args:
         model: A module that contains such layers.
         merge: False: the adapters are dropped, the base answers bit for bit. True: their update is added to the weights first
             (`FusedLoRALinear.merge`; the base weights are kept on the CPU until all have it), and an adapter's bias makes a new one.
     Returns:
-        The names of the layers, each under its first.
+        The names that `apply_lora` gave.
     Raises:
         ValueError: no such layer; a merged layer with ``merge=False``, which could mean either; with ``merge=True`` a stack of
         adapters, a weight that another module shares, or an adapter with NaN or Inf. UnsupportedError: a layer has hooks, or with
         ``merge=True`` a quantised base. In each case the model is as it was.
     """
-    places = _places(model, (FusedLoRALinear, MultiLoRALinear))
+    places = _places(model, (FusedLoRALinear, MultiLoRALinear, LoRAExperts))
     if not places:
         raise ValueError("model: wanted one with FusedLoRALinear or MultiLoRALinear layers, got none")
-    layers = {names[0]: layer for layer, names in places.items()}
+    layers: dict[str, Any] = {names[0]: layer for layer, names in places.items()}
     for name, layer in layers.items():
         _check_hooks(layer, name)
     merged = [name for name, layer in layers.items() if getattr(layer, "merged", False)]
@@ -87,8 +96,13 @@ def remove_lora(model: nn.Module, *, merge: bool = False) -> list[str]:
         raise ValueError(f"merge: wanted unmerged layers, got merged ones ({some(merged)}); call unmerge() first, or pass merge=True")
     if merge:
         _merge(model, layers)
-    _put(model, {name: _linear(layer) for name, layer in layers.items()}, {names[0]: names for names in places.values()})
-    return list(layers)
+    around = {name: layer for name, layer in layers.items() if isinstance(layer, LoRAExperts)}
+    within = [layer.base_layer for layer in around.values()]
+    outermost = {name: layer for name, layer in around.items() if layer not in within}
+    linear = {name: layer for name, layer in layers.items() if name not in around}
+    stacks = [f"{plain_name(model, name)}.{each.parameter_name}" for name, layer in outermost.items() for each in layer.chain()[::-1]]
+    _put(model, {name: _linear(layer) for name, layer in {**linear, **outermost}.items()}, {names[0]: names for names in places.values()})
+    return [*linear, *stacks]
 
 
 @contextlib.contextmanager
@@ -118,14 +132,11 @@ def _targets(model: nn.Module, config: LoRAConfig) -> dict[str, list[str]]:
     places = _places(model, nn.Module)
     every = [name for names in places.values() for name in names]
     linears = {name: module for module, names in places.items() if isinstance(module, nn.Linear) for name in names}
-    if not linears:
+    if not linears and config.target_modules:
         raise ValueError(f"model: wanted one that contains nn.Linear layers, got {type(model).__name__} without")
-    for label, text, means in _asked(config):
-        if not any(map(means, every)):
-            ends = sorted({name.rpartition(".")[2] for name in linears})
-            near = difflib.get_close_matches(text, sorted({*ends, *linears}))
-            hint = f"near ones: {', '.join(near)}" if near else f"its linear layers end in {some(ends, 8)}"
-            raise ValueError(f"{label}: wanted what means modules of the model, got {text!r}, which means none; {hint}")
+    _check_asked(config, every, linears, _parameters(model, places) if config.target_parameters else [])
+    if not config.target_modules:
+        return {}
     if all_linear(config.target_modules):
         head = getattr(model, "get_output_embeddings", lambda: None)()
         chosen = {name for name, module in linears.items() if module is not head}
@@ -143,6 +154,52 @@ def _targets(model: nn.Module, config: LoRAConfig) -> dict[str, list[str]]:
             _check_layer(model, module, names)
             targets[names[0]] = names
     return targets
+
+
+def _check_asked(config: LoRAConfig, every: list[str], linears: Collection[str], own: list[str]) -> None:
+    """Whatever the config asks for by a name means some module, or parameter where it may mean those."""
+    for label, text, means in _asked(config):
+        modules = every if label != "target_parameters" else []
+        parameters = own if not label.endswith("_modules") else []
+        if any(map(means, [*modules, *parameters])):
+            continue
+        known = [*(linears if modules else ()), *parameters]
+        ends = sorted({name.rpartition(".")[2] for name in known})
+        near = difflib.get_close_matches(text, sorted({*ends, *known}))
+        hint = f"near ones: {', '.join(near)}" if near else f"its {'parameters' if parameters else 'linear layers'} end in {some(ends, 8)}"
+        what = "parameters" if label == "target_parameters" else "modules or parameters" if parameters else "modules"
+        raise ValueError(f"{label}: wanted what means {what} of the model, got {text!r}, which means none; {hint}")
+
+
+def _stacks(model: nn.Module, config: LoRAConfig) -> dict[str, tuple[list[str], list[str]]]:
+    """The experts to adapt, all checked: by the first name of each all of them, and their stacks in the order of PEFT's nesting."""
+    found = {}
+    places = _places(model, nn.Module) if config.target_parameters else {}
+    adapted = [layer.experts for layer in places if isinstance(layer, LoRAExperts)]
+    for module, names in places.items():
+        own = [each for each, _ in module.named_parameters(recurse=False)]
+        plain = {name: plain_name(model, name) for name in names if own}
+        taken = {name: [each for each in own if names_mean(config.target_parameters, f"{plain[name]}.{each}")] for name in names}
+        meant = taken[names[0]]
+        if any(others != meant for others in taken.values()):
+            given = "; ".join(f"{some(each) or 'none'} in {name}" for name, each in taken.items())
+            raise ValueError(f"target_parameters: {', '.join(names)} are one module; wanted the same of each, got {given}")
+        if not meant:
+            continue
+        if module in adapted or isinstance(module, LoRAExperts):
+            raise TypeError(f"{names[0]}: wanted experts without adapters, got LoRAExperts; remove_lora(model) first")
+        for each in meant:
+            reason = why_not_adapted(module, each)
+            if reason:
+                raise UnsupportedError(f"{names[0]}.{each}: wanted a stack of experts that can be adapted, but {reason}")
+        found[names[0]] = (names, meant)
+    return found
+
+
+def _parameters(model: nn.Module, places: dict[nn.Module, list[str]]) -> list[str]:
+    """All parameters' names."""
+    pairs = [(plain_name(model, name), module) for module, names in places.items() for name in names]
+    return [f"{name}.{each}" for name, module in pairs for each, _ in module.named_parameters(recurse=False)]
 
 
 def _check_layer(model: nn.Module, module: nn.Module, names: list[str]) -> None:
@@ -187,7 +244,28 @@ def _build(linear: Any, name: str, config: LoRAConfig, num_adapters: int | None,
     )
 
 
+def _around(model: nn.Module, name: str, parameters: list[str], config: LoRAConfig, adapter_dtype) -> nn.Module:
+    more = [flag for flag in ("lora_bias", "use_dora") if getattr(config, flag)]
+    if more:
+        raise UnsupportedError(f"{', '.join(more)}: wanted False, which is what LoRAExperts computes, got True")
+    layer, plain = model.get_submodule(name), plain_name(model, name)
+    for each in parameters:
+        layer = LoRAExperts(
+            layer,
+            each,
+            r=config.rank_of(f"{plain}.{each}"),
+            lora_alpha=config.alpha_of(f"{plain}.{each}"),
+            lora_dropout=config.lora_dropout,
+            use_rslora=config.use_rslora,
+            init_lora_weights=config.init_lora_weights,
+            adapter_dtype=adapter_dtype,
+        )
+    return layer
+
+
 def _linear(layer) -> nn.Module:
+    if isinstance(layer, LoRAExperts):
+        return layer.experts
     if isinstance(layer, Over):
         return layer.base_layer
     linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
@@ -206,7 +284,7 @@ def _merge(model: nn.Module, layers: dict[str, Any]) -> None:
     for name, layer in layers.items():
         if isinstance(layer, MultiLoRALinear):
             raise ValueError(f"merge: wanted layers of one adapter, got {name} with {layer.num_adapters}; copy one out first")
-        if users[id(layer.weight)] > 1:
+        if users[id(layer.stack if isinstance(layer, LoRAExperts) else layer.weight)] > 1:
             raise ValueError(f"merge: wanted weights of their own, got {name}, whose weight another module shares and would change, too")
     done = []
     try:
@@ -237,7 +315,7 @@ def _put(model: nn.Module, layers: dict[str, nn.Module], names: dict[str, list[s
 
 def _asked(config: LoRAConfig) -> Iterator[tuple[str, str, Callable[[str], bool]]]:
     """Each name or expression of the config that is to mean some module: its field, itself, and what it means."""
-    for label in ("target_modules", "exclude_modules"):
+    for label in ("target_modules", "exclude_modules", "target_parameters"):
         given = getattr(config, label)
         if not isinstance(given, str):
             yield from ((label, each, functools.partial(names_mean, (each,))) for each in given or ())

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from .autograd import lora_linear
-from .problem import FLOATS, MAX_RANK, PLAIN, autocasts
+from .problem import FLOATS, MAX_RANK, PLAIN, UnsupportedError, autocasts
 from .segments import Segments
 
 INTERFACE = ("num_experts", "has_gate", "has_bias", "is_transposed", "_apply_gate")
@@ -24,11 +24,26 @@ OURS = (None, "eager", "grouped_mm", "batched_mm")  # ways to compute the same i
 
 
 class Factors(NamedTuple):
-    """One adapter of a stack of weights: ``A [E, r, K]``, ``B [E, N, r]``, of the weights' dtype or float32, any strides; its scale."""
+    """One adapter of a stack of weights: ``A [E, r, K]``, ``B [E, N, r]``, of the weights' dtype or float32, any strides; its scale.
+
+    p, training: The dropout on what the adapter takes in, each expert's rows with a mask of their own, and whether it acts.
+    """
 
     A: torch.Tensor
     B: torch.Tensor
     scale: float
+    p: float = 0.0
+    training: bool = False
+
+    @property
+    def drops(self) -> bool:
+        return self.training and self.p > 0
+
+
+def by_expert(lora_A: torch.Tensor, lora_B: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """PEFT's ``[E r, K]`` and ``[N, r E]`` as ``A [E, r, K]``, a view, and ``B [E, N, r]``, a copy: B's experts lie innermost."""
+    A = lora_A.view(num_experts, -1, lora_A.shape[1])
+    return A, lora_B.view(lora_B.shape[0], -1, num_experts).permute(2, 0, 1).contiguous()
 
 
 def projections(experts: nn.Module) -> tuple[str, str]:
@@ -36,8 +51,8 @@ def projections(experts: nn.Module) -> tuple[str, str]:
     return ("gate_up_proj" if experts.has_gate else "up_proj"), "down_proj"
 
 
-def why_not_experts(experts: nn.Module) -> str | None:
-    """Why `forward` cannot stand for a module's own, or None."""
+def why_not_experts(experts: nn.Module, *, frozen: bool = True) -> str | None:
+    """Why `forward` cannot stand for a module's own, or None; ``frozen``: a stack that is trained is a reason."""
     kind = type(experts).__name__
     missing = [name for name in INTERFACE if not hasattr(experts, name)]
     if missing:
@@ -52,7 +67,7 @@ def why_not_experts(experts: nn.Module) -> str | None:
                 return f"the {each} of its {kind} is a {type(t).__name__}"
             if t.dtype not in FLOATS:
                 return f"the {each} of its {kind} is {t.dtype}"
-            if t.requires_grad:
+            if frozen and t.requires_grad:
                 return f"the {each} of its {kind} is trained"
     return None
 
@@ -70,16 +85,18 @@ def forward(
         adapters: For each stack by its name the adapters that act on it, all at once; those without one are the base alone.
     Returns:
         ``[T, K]`` in x's dtype. Sums over k in the promoted dtype of experts and weights, in their order.
+    Raises:
+        UnsupportedError: several adapters on one stack, of which one drops.
     """
     first, last = projections(experts)
     plan = Segments.from_top_k(top_k_index, experts.num_experts)
     h = _projection(experts, first, x, plan, adapters.get(first, ()))
-    h = h.reshape(top_k_index.numel(), -1)
+    h = h.reshape(top_k_index.numel(), h.shape[-1])
     h = experts._apply_gate(h) if experts.has_gate else experts.act_fn(h)
     y = _projection(experts, last, h, plan.each(), adapters.get(last, ()))
     if getattr(experts, "has_post_expert_norm", False):
         y = experts.post_expert_norm(y)
-    return (y.reshape(*top_k_index.shape, -1) * top_k_weights[..., None]).sum(1).to(x.dtype)
+    return (y.reshape(*top_k_index.shape, y.shape[-1]) * top_k_weights[..., None]).sum(1).to(x.dtype)
 
 
 def _projection(experts: Any, name: str, x: torch.Tensor, plan: Segments, adapters: Sequence[Factors]) -> torch.Tensor:
@@ -92,10 +109,11 @@ def _projection(experts: Any, name: str, x: torch.Tensor, plan: Segments, adapte
         E, N, K = weight.shape
         one, ranks = weight.new_zeros(1), torch.zeros(E, dtype=torch.int32, device=weight.device)
         adapters = (Factors(one.expand(E, 1, K), one.expand(E, N, 1), 1.0),)
-    A, B, scale = adapters[0] if len(adapters) == 1 else together(adapters)
+    A, B, scale, p, training = adapters[0] if len(adapters) == 1 else together(adapters)
+    dropout: Any = dict(dropout_p=p, training=training)
 
     def call() -> torch.Tensor:
-        return lora_linear(x.to(weight.dtype), weight, A, B, bias, scale=scale, segments=plan, ranks=ranks)
+        return lora_linear(x.to(weight.dtype), weight, A, B, bias, scale=scale, segments=plan, ranks=ranks, **dropout)
 
     if not autocasts(x.device):
         return call()
@@ -105,6 +123,8 @@ def _projection(experts: Any, name: str, x: torch.Tensor, plan: Segments, adapte
 
 def together(adapters: Sequence[Factors]) -> Factors:
     """Adapters that act on the same rows, as one of all their ranks; each scale multiplies its B, in float32."""
+    if any(each.drops for each in adapters):
+        raise UnsupportedError("adapters: wanted one for a stack with dropout, each having a mask of its own, got several")
     wide = torch.promote_types(adapters[0].A.dtype, torch.float32)
     A = torch.cat([each.A.to(wide) for each in adapters], 1)
     return Factors(A, torch.cat([each.B.to(wide) * each.scale for each in adapters], 2), 1.0)

@@ -1,6 +1,7 @@
 """PEFT's adapter files, read and written: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
     base_model.model.<layer>.lora_A.weight [r, K]     lora_B.weight [N, r]     and, where trained, lora_B.bias, lora_magnitude_vector [N]
+    base_model.model.<experts>[.base_layer]...        [E r, K], [N, r E]       of stacks, the innermost declared first: `LoRAExperts`
 
 A load checks everything before it changes anything; a save leaves the old files or the new ones, never a config beside other weights.
 """
@@ -22,16 +23,18 @@ import torch
 from torch import nn
 
 from .apply import some
-from .lora_config import CONFIG_FILE, LoRAConfig, names_mean, pattern_means, read_config
+from .experts_layer import LoRAExperts, config_name
+from .lora_config import CONFIG_FILE, LoRAConfig, by_peft_before_0_19, names_mean, pattern_means, read_config
 from .multi import MultiLoRALinear
 from .nn import FusedLoRALinear, scaling_of
+from .problem import UnsupportedError
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 ATTRIBUTES = {"lora_A.weight": "lora_A", "lora_B.weight": "lora_B", "lora_B.bias": "lora_bias", "lora_magnitude_vector": "lora_magnitude"}
 VARIANTS = {"lora_bias": "lora_B.bias", "use_dora": "lora_magnitude_vector"}
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
-ADAPTED = (FusedLoRALinear, MultiLoRALinear)
+ADAPTED = (FusedLoRALinear, MultiLoRALinear, LoRAExperts)
 TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
 
@@ -50,14 +53,14 @@ def save_adapter(
     The config says what the layers are: ``r`` and ``lora_alpha`` are those of the layer of the largest rank, by which servers
     reserve room, and the patterns hold what differs from them. A scaling that was set is written as the lora_alpha that gives it. A
     merged layer's adapter is written like any other's; a module with several names is written under its first, the only one at which
-    PEFT adapts it.
+    PEFT adapts it. With `LoRAExperts` the config's ``lora_dropout`` is 0, the only one that PEFT takes beside ``target_parameters``.
 
     Written first are temporary files in the same folder, then the old config is removed if it differs, the weights are replaced, and
     the new config comes last. So an interrupted save leaves the old adapter, the new one, or no config, which no reader takes for an
     adapter. The folder's other files stay; a process that dies may leave its temporary ones in ``.adapter-*``.
 
     Args:
-        model: A module that contains `FusedLoRALinear` layers, or `MultiLoRALinear` ones and ``slot``.
+        model: A module that contains `FusedLoRALinear` or `LoRAExperts` layers, or `MultiLoRALinear` ones and ``slot``.
         folder: Made where it is missing.
         slot: Which adapter of the stacks; it is written with its own rank.
         dtype: To write in; None: the adapters' own, which must be one.
@@ -66,7 +69,8 @@ def save_adapter(
         base_model_name_or_path: For the config; None: the model's ``name_or_path``, as transformers' have.
         task_type: For the config, one of PEFT's names or None.
     Raises:
-        ValueError: no such layers, several dtypes without ``dtype``, a variant in some layers alone, NaN or Inf. TypeError: ``dtype``
+        ValueError: no such layers, several dtypes without ``dtype``, a variant in some layers alone, NaN or Inf; stacks whose names
+        mean others, too. TypeError: ``dtype``
         is none of torch's floating ones. ImportError: no safetensors. OSError: the disk's. In each case what the folder held is as it
         was.
     """
@@ -103,15 +107,15 @@ def load_adapter(
     optimizer's state and a FusedLoRALinear's scaling inside a graph are the old ones. Dropout stays the layers' own.
 
     Args:
-        model: A module that contains `FusedLoRALinear` layers (``apply_lora(model, LoRAConfig.from_folder(folder))`` makes them), or
-            `MultiLoRALinear` ones and ``slot``.
+        model: A module that contains `FusedLoRALinear` or `LoRAExperts` layers (``apply_lora(model, LoRAConfig.from_folder(folder))``
+            makes them), or `MultiLoRALinear` ones and ``slot``.
         folder: With ``adapter_config.json`` and ``adapter_model.safetensors``. Pickled weights (``.bin``) are not read.
         slot: Which adapter of the stacks to replace, at any rank they have room for; the others serve on.
         partial: Whether the file may lack layers: they are initialised again, and so answer as the base.
         cast: Whether values may be rounded to the layers' dtype, as PEFT does. Without it, a dtype that holds them all is needed:
             bfloat16 goes into float32, float32 does not go into bfloat16; and a file has one dtype.
     Returns:
-        The names of the layers that were in the file.
+        The names of the layers that were in the file, as `apply_lora` gives them.
     Raises:
         FileNotFoundError: no folder, or no such files in it. ValueError: the files are not whole, or do not fit the model.
         TypeError: dtypes. UnsupportedError: the config asks for more than plain LoRA. RuntimeError: merged layers. ImportError: no
@@ -123,40 +127,44 @@ def load_adapter(
     if merged:
         raise RuntimeError(f"model: wanted unmerged layers to load into, got merged ones ({some(merged)}); call unmerge() first")
     which = {"layers_to_transform": None, "layers_pattern": None}  # the file's own names say which layers
-    config = LoRAConfig.from_dict({**read_config(folder), **which})
+    given = read_config(folder)
+    config = LoRAConfig.from_dict({**given, **which})
+    called = {key: name for key, name, _ in _modules(model)}
     held = {name: _held(layer, slot) for name, layer in layers.items()}
     with _opened(os.path.join(folder, WEIGHTS_FILE)) as file:
         keys = _check_keys(set(file.keys()), held, partial)
+        _check_stacks(config, {called[name]: layers[name] for name in keys}, layers, by_peft_before_0_19(given))
         for name, parts in keys.items():
-            _check_layer(file, config, name, layers[name], parts, cast)
+            _check_layer(file, config, called[name], layers[name], parts, cast)
         _check_one_dtype(file, cast)
         values = {
             name: {part: _finite(key, file.get_tensor(key).to(held[name][part].dtype)) for part, key in parts.items()}
             for name, parts in keys.items()
         }
-    _put(layers, values, config, slot)
-    return list(values)
+    _put(layers, values, config, called, slot)
+    return [called[name] for name in values]
 
 
 @torch.no_grad()
-def _put(layers: dict[str, Any], values: dict[str, dict[str, torch.Tensor]], config: LoRAConfig, slot: int | None) -> None:
+def _put(layers: dict[str, Any], values: dict[str, dict[str, torch.Tensor]], config: LoRAConfig, called, slot: int | None) -> None:
     """All of it was checked: copies alone."""
     for name, layer in layers.items():
+        own = called[name]
         if name not in values:
             layer.reset_adapter(*(() if slot is None else (slot,)))
         elif slot is not None:
-            layer.load_adapter(slot, values[name]["lora_A.weight"], values[name]["lora_B.weight"], config.scaling_of(name))
+            layer.load_adapter(slot, values[name]["lora_A.weight"], values[name]["lora_B.weight"], config.scaling_of(own))
         else:
             for part, t in values[name].items():
                 getattr(layer, ATTRIBUTES[part]).copy_(t)
-            layer.lora_alpha, layer.use_rslora, layer.scaling = config.alpha_of(name), config.use_rslora, config.scaling_of(name)
+            layer.lora_alpha, layer.use_rslora, layer.scaling = config.alpha_of(own), config.use_rslora, config.scaling_of(own)
 
 
 def _layers(model: nn.Module, slot: int | None) -> dict[str, Any]:
     """The layers that ``slot`` means, by first name, as in the uncompiled model."""
     if slot is not None and (isinstance(slot, bool) or not isinstance(slot, int)):
         raise TypeError(f"slot: wanted an adapter's number, an int, got {type(slot).__name__}")
-    found: dict[str, Any] = {name: m for name, m in _modules(model) if isinstance(m, ADAPTED)}
+    found: dict[str, Any] = {name: m for name, _, m in _modules(model) if isinstance(m, ADAPTED)}
     if not found:
         hint = "apply_lora(model, config) makes them"
         raise ValueError(f"model: wanted one that contains FusedLoRALinear or MultiLoRALinear layers, got none; {hint}")
@@ -164,7 +172,7 @@ def _layers(model: nn.Module, slot: int | None) -> dict[str, Any]:
     if slot is None and stacks:
         raise ValueError(f"slot: wanted the number of an adapter, for MultiLoRALinear layers ({some(stacks)}), got None")
     if slot is not None and len(stacks) < len(found):
-        raise ValueError(f"slot: wanted None, for FusedLoRALinear layers ({some(found.keys() - stacks)}), got {slot}")
+        raise ValueError(f"slot: wanted None, for layers of one adapter ({some(found.keys() - stacks)}), got {slot}")
     for name, layer in found.items():
         if slot is not None and not 0 <= slot < layer.num_adapters:
             raise IndexError(f"slot: wanted an adapter of {name} from 0 to {layer.num_adapters - 1}, got {slot}")
@@ -173,11 +181,17 @@ def _layers(model: nn.Module, slot: int | None) -> dict[str, Any]:
     return found
 
 
-def _modules(model: nn.Module, aliases: bool = False) -> list[tuple[str, nn.Module]]:
-    """Modules below the model by name; torch.compile's wrappers do not show in names."""
-    pairs = model.named_modules(remove_duplicate=not aliases)
-    named = ((".".join(part for part in name.split(".") if part != "_orig_mod"), m) for name, m in pairs)
-    return [(name, m) for name, m in named if name]
+def _modules(model: nn.Module, aliases: bool = False) -> list[tuple[str, str, nn.Module]]:
+    """Modules below the model, by name in a file's keys, in which torch.compile's wrappers do not show, and by name in a config."""
+    found = []
+    for name, m in model.named_modules(remove_duplicate=not aliases):
+        key = ".".join(part for part in name.split(".") if part != "_orig_mod")
+        found += [(key, config_name(model, name), m)] if key else []
+    return found
+
+
+def _experts(layer: Any) -> int:
+    return layer.num_experts if isinstance(layer, LoRAExperts) else 1
 
 
 def _held(layer: Any, slot: int | None) -> dict[str, torch.Tensor]:
@@ -190,7 +204,8 @@ def _held(layer: Any, slot: int | None) -> dict[str, torch.Tensor]:
 
 def _describe(model: nn.Module, layers: dict[str, Any], held, slot: int | None, one_scale: bool) -> tuple[dict[str, Any], dict[str, float]]:
     """The config, and what each lora_B is to be multiplied by."""
-    ranks = {name: held[name]["lora_A.weight"].shape[0] for name in layers}
+    called = {key: name for key, name, _ in _modules(model)}
+    ranks = {name: held[name]["lora_A.weight"].shape[0] // _experts(layer) for name, layer in layers.items()}
     scalings = {name: float(layer.scaling if slot is None else layer.scaling[slot]) for name, layer in layers.items()}
     wrong = [name for name, scaling in scalings.items() if not math.isfinite(scaling)]
     if wrong:
@@ -208,18 +223,20 @@ def _describe(model: nn.Module, layers: dict[str, Any], held, slot: int | None, 
         factors = {name: scaling / scalings[largest] for name, scaling in scalings.items()}
         scalings = dict.fromkeys(scalings, scalings[largest])
     alphas = {name: _alpha(layer, slot, ranks[name], rslora, scalings[name]) for name, layer in layers.items()}
+    stacks = _target_parameters(_modules(model, aliases=True))
     config = {
         "peft_type": "LORA",
         "r": ranks[largest],
         "lora_alpha": alphas[largest],
-        "rank_pattern": _pattern(ranks, ranks[largest]),
-        "alpha_pattern": _pattern(alphas, alphas[largest]),
+        "rank_pattern": _pattern({called[name]: rank for name, rank in ranks.items()}, ranks[largest]),
+        "alpha_pattern": _pattern({called[name]: alpha for name, alpha in alphas.items()}, alphas[largest]),
         "target_modules": _target_modules(_modules(model, aliases=True)),
-        "lora_dropout": max(layer.lora_dropout for layer in layers.values()),
+        "lora_dropout": 0.0 if stacks else max(layer.lora_dropout for layer in layers.values()),
         "use_rslora": rslora,
         **{flag: bool(having) for flag, having in variants.items()},
         "inference_mode": True,
         **{"bias": "none", "fan_in_fan_out": False, "init_lora_weights": True, "modules_to_save": None},
+        **({"target_parameters": stacks} if stacks else {}),
     }
     return config, factors
 
@@ -238,13 +255,23 @@ def _pattern(values: dict[str, Any], default) -> dict[str, Any]:
     return {name if means == [name] else f"^{re.escape(name)}": values[name] for name, means in keys.items()}
 
 
-def _target_modules(modules: list[tuple[str, nn.Module]]) -> list[str] | str:
+def _target_modules(modules: list[tuple[str, str, nn.Module]]) -> list[str] | str:
     """The shortest that means the adapted modules and no other: last parts, names, or an expression."""
-    names = sorted({name for name, m in modules if isinstance(m, ADAPTED)})
+    names = sorted({name for _, name, m in modules if isinstance(m, (FusedLoRALinear, MultiLoRALinear))})
     for targets in (sorted({name.rpartition(".")[2] for name in names}), names):
-        if sorted({name for name, _ in modules if names_mean(targets, name)}) == names:
+        if sorted({name for _, name, _ in modules if names_mean(targets, name)}) == names:
             return targets
     return "|".join(map(re.escape, names))
+
+
+def _target_parameters(modules: list[tuple[str, str, nn.Module]]) -> list[str]:
+    """The shortest that means the adapted stacks and no other parameter: last parts, or names."""
+    names = sorted({name for _, name, m in modules if isinstance(m, LoRAExperts)})
+    every = {f"{name}.{each}" for _, name, m in modules for each, _ in m.named_parameters(recurse=False)}
+    for targets in (sorted({name.rpartition(".")[2] for name in names}), names):
+        if sorted(name for name in every if names_mean(targets, name)) == names:
+            return targets
+    raise ValueError(f"model: wanted stacks whose names mean no other parameter, as PEFT takes names by their ends, got {some(names)}")
 
 
 def _write(folder: str | os.PathLike, config: bytes, tensors: dict[str, torch.Tensor], safetensors) -> None:
@@ -314,12 +341,29 @@ def _check_keys(given: set[str], held: dict[str, dict[str, torch.Tensor]], parti
     raise ValueError(f"{WEIGHTS_FILE}: wanted the tensors of the model's {len(held)} LoRA layers, got {'; '.join(said) or 'none at all'}")
 
 
+def _check_stacks(config: LoRAConfig, given: dict[str, Any], layers: dict[str, Any], old: bool) -> None:
+    """Which stack a key means depends on the others that the config names, and the layout on the PEFT that wrote it."""
+    for name, layer in given.items():
+        if not isinstance(layer, LoRAExperts):
+            continue
+        experts, place = layer.experts, name.rpartition(".")[0]
+        wanted = sorted(m.parameter_name for m in layers.values() if isinstance(m, LoRAExperts) and m.experts is experts)
+        own = [each for each, _ in experts.named_parameters(recurse=False)]
+        meant = sorted(each for each in own if names_mean(config.target_parameters, f"{place}.{each}"))
+        if meant != wanted:
+            got = f"{list(config.target_parameters)}, which means {', '.join(meant) or 'none'}"
+            raise ValueError(f"target_parameters: wanted names of {', '.join(wanted)} of {place}, which the model adapts, got {got}")
+        if old and not experts.is_transposed:
+            raise UnsupportedError(f"{name}: wanted factors as PEFT has them from 0.19 on, got an older one's, whose A and B are swapped")
+
+
 def _check_layer(file, config: LoRAConfig, name: str, layer: Any, keys: dict[str, str], cast: bool) -> None:
-    r, room = config.rank_of(name), layer.r
-    if r > room or (isinstance(layer, FusedLoRALinear) and r != room):
-        wanted = f"rank {room}, the layer's" if isinstance(layer, FusedLoRALinear) else f"a rank from 1 to the stack's {room}"
+    r, room, one = config.rank_of(name), layer.r, not isinstance(layer, MultiLoRALinear)
+    if r > room or (one and r != room):
+        wanted = f"rank {room}, the layer's" if one else f"a rank from 1 to the stack's {room}"
         raise ValueError(f"{name}: wanted {wanted}, got {r} in {CONFIG_FILE}")
     K, N = layer.in_features, layer.out_features
+    r *= _experts(layer)
     shapes = {"lora_A.weight": [r, K], "lora_B.weight": [N, r], "lora_B.bias": [N], "lora_magnitude_vector": [N]}
     for part, key in keys.items():
         header = file.get_slice(key)

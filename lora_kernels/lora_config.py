@@ -32,16 +32,19 @@ class LoRAConfig:
 
     Args:
         target_modules: Names of layers or their endings after a dot, ``["q_proj", "layers.0.fc"]``; or a regular expression for the
-            whole name; or ``"all-linear"``, every nn.Linear but the model's ``get_output_embeddings()``.
-        r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, lora_bias, use_dora: As in `FusedLoRALinear`.
-        exclude_modules: What of it to leave out: names or a regular expression.
-        rank_pattern, alpha_pattern: r and lora_alpha of single layers, by a regular expression for the end of the name after a dot
-            (``^`` anchors it where the name begins). The first key that matches holds.
+            whole name; or ``"all-linear"``, every nn.Linear but the model's ``get_output_embeddings()``. Empty: none.
+        target_parameters: Names of a mixture's stacks or their endings after a dot, ``["mlp.experts.gate_up_proj"]`` (`LoRAExperts`).
+        r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, lora_bias, use_dora: As in `FusedLoRALinear`. A `LoRAExperts` has
+            neither of the last two.
+        exclude_modules: What of target_modules to leave out: names or a regular expression.
+        rank_pattern, alpha_pattern: r and lora_alpha of single layers and parameters, by a regular expression for the end of the name
+            after a dot (``^`` anchors it where the name begins). The first key that matches holds.
     Raises:
         TypeError, ValueError: a field's type or value. UnsupportedError: a rank outside 1 to 512.
     """
 
-    target_modules: str | Collection[str]
+    target_modules: str | Collection[str] = ()
+    target_parameters: Collection[str] = ()
     r: int = 8
     lora_alpha: float = 8
     lora_dropout: float = 0.0
@@ -57,8 +60,12 @@ class LoRAConfig:
         object.__setattr__(self, "target_modules", _names("target_modules", self.target_modules))
         if self.exclude_modules is not None:
             object.__setattr__(self, "exclude_modules", _names("exclude_modules", self.exclude_modules))
-        if not self.target_modules:
-            raise ValueError(f"target_modules: wanted names, a regular expression or {ALL_LINEAR!r}, got {self.target_modules!r}")
+        if isinstance(self.target_parameters, str):
+            raise TypeError(f"target_parameters: wanted a list of names, got {self.target_parameters!r}")
+        object.__setattr__(self, "target_parameters", _names("target_parameters", self.target_parameters))
+        if not self.target_modules and not self.target_parameters:
+            given = f"{self.target_modules!r} without target_parameters"
+            raise ValueError(f"target_modules: wanted names, a regular expression or {ALL_LINEAR!r}, got {given}")
         for name in ("rank_pattern", "alpha_pattern"):
             object.__setattr__(self, name, dict(_mapping(name, getattr(self, name))))
         for name in ("use_rslora", "init_lora_weights", "lora_bias", "use_dora"):
@@ -73,15 +80,15 @@ class LoRAConfig:
             raise ValueError(f"lora_dropout: wanted a probability in [0, 1), got {self.lora_dropout}")
 
     def rank_of(self, name: str) -> int:
-        """The rank of the layer of that name."""
+        """The rank of the layer or parameter of that name."""
         return next((rank for key, rank in self.rank_pattern.items() if pattern_means(key, name)), self.r)
 
     def alpha_of(self, name: str) -> float:
-        """The lora_alpha of the layer of that name."""
+        """The lora_alpha of the layer or parameter of that name."""
         return next((alpha for key, alpha in self.alpha_pattern.items() if pattern_means(key, name)), self.lora_alpha)
 
     def scaling_of(self, name: str) -> float:
-        """What multiplies the low-rank term of the layer of that name."""
+        """What multiplies the low-rank term of the layer or parameter of that name."""
         return scaling_of(self.alpha_of(name), self.rank_of(name), self.use_rslora)
 
     @classmethod
@@ -95,7 +102,8 @@ class LoRAConfig:
         kind = given.pop("peft_type", None)
         if kind != "LORA":
             raise ValueError(f"peft_type: wanted 'LORA', got {kind!r}")
-        missing = [name for name in ("r", "lora_alpha", "target_modules") if given.get(name) is None]
+        wanted = ("r", "lora_alpha") if given.get("target_parameters") else ("r", "lora_alpha", "target_modules")
+        missing = [name for name in wanted if given.get(name) is None]
         if missing:
             raise ValueError(f"config: wanted r, lora_alpha and target_modules, got none for {', '.join(missing)}")
         init, bias = given.pop("init_lora_weights", True), given.pop("bias", "none")
@@ -130,6 +138,11 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any]:
         return dict(_mapping(CONFIG_FILE, json.loads(text)))
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: wanted a JSON object, got none: {error}") from None
+
+
+def by_peft_before_0_19(config: Mapping[str, Any]) -> bool:
+    """Whether such a version with target_parameters wrote a config: 0.17 without its number, but with fields that are not ours."""
+    return str(config.get("peft_version", "0.17." if "auto_mapping" in config else "")).startswith(("0.17.", "0.18."))
 
 
 def names_mean(targets: str | Collection[str] | None, name: str) -> bool:

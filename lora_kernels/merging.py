@@ -48,6 +48,16 @@ def write_merged(weight, base, lora_A, lora_B, scale: float, *, row_scale=None, 
         raise ValueError("merge: wanted a finite merged weight, got NaN or Inf in base + scale * B A; the weight is unchanged")
 
 
+def write_stack(weight, base, lora_A, lora_B, scale: float) -> None:
+    """`write_merged` for each matrix of ``weight [E, N, K]`` with its ``A [E, r, K]`` and ``B [E, N, r]``, all of them or none."""
+    for e in range(weight.shape[0]):
+        try:
+            write_merged(weight[e], base[e], lora_A[e], lora_B[e], scale)
+        except BaseException:
+            weight[: e + 1].copy_(base[: e + 1])
+            raise
+
+
 def _sharded(weight) -> bool:
     return hasattr(weight, "placements")
 
@@ -124,7 +134,10 @@ class Mergeable:
         if base is None:
             base = self.weight.detach().to("cpu" if keep == "cpu" else self.weight.device, copy=True)
         self._base_weight = None
-        write_merged(self.weight.detach(), base, lora_A.detach(), lora_B.detach(), scale, row_scale=row_scale)
+        if self.weight.dim() == 3:
+            write_stack(self.weight.detach(), base, lora_A.detach(), lora_B.detach(), scale)
+        else:
+            write_merged(self.weight.detach(), base, lora_A.detach(), lora_B.detach(), scale, row_scale=row_scale)
         self._base_weight = base
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):

@@ -255,3 +255,14 @@ def init_adapter(A: torch.Tensor, B: torch.Tensor, init_lora_weights: bool) -> N
         nn.init.zeros_(B)
     else:
         nn.init.kaiming_uniform_(B, a=math.sqrt(5))
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether calling the module does more than its class's forward: torch's hooks, or a forward of its own as accelerate gives it."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )

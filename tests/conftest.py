@@ -28,6 +28,8 @@ NEEDS = {
     "test_peft_experts.py": "peft",
     "test_files.py": "peft",
     "test_files_refusals.py": "peft",
+    "test_experts_files.py": "peft",
+    "test_peft_experts.py": "peft",
     "test_huggingface.py": "peft",
     "test_inspect.py": "peft",
     "test_trainer.py": "peft",

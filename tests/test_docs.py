@@ -12,7 +12,7 @@ PAGES = [  # the page, its blocks, and the package of an extra that it is about
     ("many_adapters.md", 6, "torch"),
     ("merging.md", 4, "torch"),
     ("analysis.md", 5, "torch"),
-    ("adapter_files.md", 6, "peft"),
+    ("adapter_files.md", 7, "peft"),
     ("from_unsloth.md", 1, "peft"),
     ("peft.md", 3, "peft"),
     ("quantised.md", 3, "bitsandbytes"),

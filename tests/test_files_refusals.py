@@ -239,7 +239,7 @@ def test_nothing_is_read_before_the_header_was_checked(tmp_path, monkeypatch):
         (base, {}, ValueError, "model: wanted one that contains FusedLoRALinear or MultiLoRALinear layers, got none; apply_lora"),
         (lambda: FusedLoRALinear(4, 4), {}, ValueError, "model: wanted one that contains FusedLoRALinear"),
         (lambda: ours(num_adapters=2), {}, ValueError, "slot: wanted the number of an adapter, for MultiLoRALinear layers .*, got None"),
-        (ours, {"slot": 0}, ValueError, "slot: wanted None, for FusedLoRALinear layers .*, got 0"),
+        (ours, {"slot": 0}, ValueError, "slot: wanted None, for layers of one adapter .*, got 0"),
         (lambda: ours(num_adapters=2), {"slot": 2}, IndexError, "slot: wanted an adapter of blocks.0.q_proj from 0 to 1, got 2"),
         (lambda: ours(num_adapters=2), {"slot": -1}, IndexError, "slot: wanted an adapter of blocks.0.q_proj from 0 to 1, got -1"),
         (lambda: ours(num_adapters=2), {"slot": True}, TypeError, "slot: wanted an adapter's number, an int, got bool"),

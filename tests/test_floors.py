@@ -14,7 +14,7 @@ FLOORS = (
     ("tuning",),
     ("launch", "launch_experts", "launch_plan", "compile_only", "chain", "streams"),
     ("ops", "autograd", "dispatch", "merging"),
-    ("nn", "multi", "over", "experts", "parity", "dora", "lora_config"),
+    ("nn", "multi", "over", "experts", "experts_layer", "parity", "dora", "lora_config"),
     ("cli", "__main__", "demo", "demo_data", "demo_peft", "integrations", "apply", "files", "analysis", "inspect_adapter"),
 )
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}

@@ -14,7 +14,7 @@ from peft.tuners import lora
 from torch import nn
 
 from .. import experts as mixture
-from ..experts import Factors
+from ..experts import Factors, by_expert
 from .peft_state import active, adapter_of, hooked, in_dtype
 
 ARGUMENTS = ("hidden_states", "top_k_index", "top_k_weights")
@@ -73,7 +73,7 @@ def held(wrapper: lora.ParamWrapper) -> dict[str, list[Factors]] | str:
 
 
 def factors_of(wrapper: Any, name: str) -> Factors | str:
-    """An adapter as the kernels take it, or why they do not. B is copied once: its experts lie innermost."""
+    """An adapter as the kernels take it, or why they do not."""
     param, E = wrapper.get_param(), wrapper.num_experts
     adapter = adapter_of(wrapper, name, param.device, E)
     if isinstance(adapter, str):
@@ -82,8 +82,7 @@ def factors_of(wrapper: Any, name: str) -> Factors | str:
     if isinstance(scale, torch.Tensor):
         return f"adapter {name!r} has a scale that is a tensor"
     adapter = in_dtype(adapter, param.dtype)
-    A = adapter.A.view(E, -1, adapter.A.shape[1])
-    B = adapter.B.view(adapter.B.shape[0], -1, E).permute(2, 0, 1).contiguous()
+    A, B = by_expert(adapter.A, adapter.B, E)
     # PEFT before 0.19 takes a stack [E, N, K] for [E, K, N]: what it calls A has N columns then.
     as_stored = getattr(wrapper, "_did_swap_in_out_features", False) or wrapper.get_base_layer().is_transposed
     return Factors(A, B, scale) if as_stored else Factors(B.mT, A.mT, scale)

@@ -13,6 +13,7 @@ from peft.tuners import lora
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..nn import hooked
 from ..problem import FLOATS, MAX_RANK, UnsupportedError
 
 PLAIN = (torch.Tensor, nn.Parameter)
@@ -166,14 +167,3 @@ def adapter_of(layer: lora.LoraLayer, name: str, device: torch.device | None, ex
     else:
         scale = float(scale)
     return Adapter(A, B, scale, p, dropout.training)
-
-
-def hooked(module: nn.Module) -> bool:
-    """Whether calling the module does more than its class's forward: torch's hooks, or a forward of its own as accelerate gives it."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
