@@ -5,7 +5,7 @@
     present          for each block of neighbouring rows the adapters in it: expand keeps contiguous rows and walks this list
 
 Everything is built on the ids' device, without a host sync, at sizes that the number of tokens bounds, by the operator
-``lora_kernels::plan``: `by_library` here, and on a GPU two launches, or four for more than 8,192 tokens. So a plan built inside a CUDA-graph
+``lora_kernels::plan``: `by_library` here, and on a GPU two launches, or four above 8,192 tokens. So a plan built inside a CUDA-graph
 capture is rebuilt at every replay, from whatever the ids' buffer then holds.
 """
 

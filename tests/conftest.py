@@ -25,7 +25,6 @@ NEEDS = {
     "test_peft_mixed.py": "peft",
     "test_peft_formulas.py": "peft",
     "test_peft_quantised.py": "torchao",
-    "test_peft_experts.py": "peft",
     "test_files.py": "peft",
     "test_files_refusals.py": "peft",
     "test_experts_files.py": "peft",

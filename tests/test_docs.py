@@ -16,7 +16,7 @@ PAGES = [  # the page, its blocks, and the package of an extra that it is about
     ("from_unsloth.md", 1, "peft"),
     ("peft.md", 3, "peft"),
     ("quantised.md", 3, "bitsandbytes"),
-    ("experts.md", 2, "peft"),
+    ("experts.md", 3, "peft"),
 ]
 
 

@@ -95,6 +95,18 @@ def test_rows_without_an_expert_are_zero(impl):
 
 
 @pytest.mark.parametrize("impl", ARMS)
+def test_one_scale_for_all(impl):
+    """A number, which both shrinks apply, not a tensor with one for each expert."""
+    t, segments, dY = operands(CASE, "x", "lora_A", "lora_B"), plan(), torch.randn(M, N, device=DEVICE)
+    names = ("x", "lora_A", "lora_B")
+    ours = torch.autograd.grad(lora_linear(*t.values(), scale=0.25, segments=segments, impl=impl), [t[name] for name in names], dY)
+    double = {name: v.detach().double().requires_grad_(name in names) for name, v in t.items()}
+    y = lora_linear(*double.values(), scale=0.25, segments=segments, impl="reference")
+    for mine, truth in zip(ours, torch.autograd.grad(y, [double[name] for name in names], dY.double()), strict=True):
+        torch.testing.assert_close(mine.double(), truth, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", ARMS)
 def test_what_lies_beyond_an_experts_rank_is_not_read(impl):
     """Neither forward nor backward, where it may be NaN; its gradient is 0."""
     t, segments, ranks = operands(), plan(), torch.tensor([5, 2, 0, 3], dtype=torch.int32, device=DEVICE)
