@@ -69,6 +69,8 @@ def why_not_experts(experts: nn.Module, *, frozen: bool = True) -> str | None:
                 return f"the {each} of its {kind} is {t.dtype}"
             if frozen and t.requires_grad:
                 return f"the {each} of its {kind} is trained"
+            if t.dim() != (3 if each == name else 2) or t.shape[0] != experts.num_experts:
+                return f"the {each} of its {kind} has shape {list(t.shape)}, not a part for each of {experts.num_experts} experts"
     return None
 
 

@@ -201,10 +201,6 @@ def why_not_adapted(experts: nn.Module, parameter_name: str) -> str | None:
     names = mixture.projections(experts)
     if parameter_name not in names:
         return f"its parameter {parameter_name} is not one of {', '.join(names)}"
-    shapes = {name: getattr(experts, name).shape for name in names}
-    wrong = [name for name, shape in shapes.items() if len(shape) != 3 or shape[0] != experts.num_experts]
-    if wrong:
-        return f"the {wrong[0]} of its {kind} has shape {list(shapes[wrong[0]])}, not one matrix for each of {experts.num_experts} experts"
     return None
 
 

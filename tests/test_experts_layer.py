@@ -306,7 +306,7 @@ REFUSED = {
     ),
     "two dimensions": (
         lambda: changed(lambda m: setattr(m, "down_proj", nn.Parameter(m.down_proj[0].detach()))),
-        {}, UnsupportedError, r"down_proj of its Experts has shape \[24, 16\], not one matrix for each of 5 experts",
+        {}, UnsupportedError, r"down_proj of its Experts has shape \[24, 16\], not a part for each of 5 experts",
     ),
     "fewer than it says": (lambda: changed(lambda m: setattr(m, "num_experts", 6)), {}, UnsupportedError, "each of 6 experts"),
     "hooks": (lambda: changed(lambda m: m.register_forward_hook(lambda *args: None)), {}, UnsupportedError, "its Experts has hooks"),

@@ -115,8 +115,7 @@ def test_a_row_block_is_ready_when_each_of_its_tokens_is():
         assert flags.pop() == [32 * blocks, 5 * blocks]
 
 
-@pytest.mark.parametrize("adapters, masked", [(0, False), (6, False), (6, True)])
-@pytest.mark.parametrize("split", [1, 3])
+@pytest.mark.parametrize("adapters, masked, split", [(0, False, 1), (6, False, 3), (6, True, 3)])
 def test_without_gradients_u_stays_in_parts(adapters, masked, split):
     """Nothing keeps u then: expand adds shrink's partial sums of K itself. dX alone does the same with dS."""
     config = replace(TILES, shrink=replace(TILES.shrink, split=3), expand=replace(TILES.expand, split=split, masked=masked))
