@@ -299,6 +299,11 @@ PLANNED = [
     Mutant("plan kernel: base-only tokens left out", PLANNER, "mask=slot <= E, other=0)", "mask=slot < E, other=0)", 2),
     Mutant("plan kernel: the last block's wrong ids alone", PLANNER, "wrong |= tl.load", "wrong = tl.load"),
     Mutant("plan kernel: always valid", PLANNER, "tl.max(wrong, 0) == 0", "tl.max(wrong, 0) >= 0"),
+    Mutant("plan: a part's token before itself", PLANNER, "others[None, :] < tokens[:, None]", "others[None, :] <= tokens[:, None]"),
+    Mutant("plan: all slots of a part", PLANNER, "(its_slot[None, :] == slot[:, None]) & (others", "(slot[:, None] >= 0) & (others"),
+    Mutant("plan: counts of the part itself", PLANNER, "tl.load(ends_ptr + at - 1, mask=at > 0, other=0)", "tl.load(ends_ptr + at)"),
+    Mutant("plan: counts past the last token", PLANNER, "tl.where(tokens < M, slots(ids, tokens, M, E), -1)", "slots(ids, tokens, M, E)"),
+    Mutant("plan: another part's counts", PLANNER, "slot * parts + block * BLOCK // PART)", "slot * parts)"),
 ]  # fmt: skip
 
 OVERLAPPED = [

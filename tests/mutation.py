@@ -38,7 +38,7 @@ SELECTIONS = {  # a mutant's tests: their files, and which of them run first
     "experts": (["test_experts.py"], "not (compiles or opcheck or 512 or of_every_size or twice)"),
     "merge": (["test_merging.py"], "one_rounding or in_place or blocks or not_finite or merged"),
     "overlap": (["test_overlap.py"], "test"),
-    "plan": (["test_plan.py"], "equals or apart or one_adapter or out_of_range or any_block"),
+    "plan": (["test_plan.py"], "equals or apart or one_adapter or out_of_range or any_block or parts"),
     "split": (["test_kernels.py", "test_segments_edges.py"], "splits_of_one_tile or K_split and 0.1 or in_parts or parts_of_a_tile"),
     "segments": (
         ["test_refusals.py", "test_segments.py", "test_segments_edges.py"],
