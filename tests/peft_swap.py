@@ -190,7 +190,7 @@ def compare(forward, layer, x, args, kwargs) -> None:
 def sharpened(layer):
     """A copy with other values in B and another scale: PEFT's tests leave them at zero and one, which hide slips in backward."""
     layer = copy.deepcopy(layer)
-    for each in (m for m in layer.modules() if isinstance(m, lora.LoraLayer)):
+    for each in (m for m in layer.modules() if m is layer or isinstance(m, lora.ParamWrapper)):
         for name, up in each.lora_B.items():
             torch.nn.init.normal_(up.weight, std=0.3, generator=torch.Generator().manual_seed(1))
             each.scaling[name] = each.scaling[name] * 1.5
