@@ -19,7 +19,7 @@ from torch import nn
 from .experts_layer import LoRAExperts, plain_name, why_not_adapted
 from .lora_config import LoRAConfig, all_linear, names_mean, pattern_means
 from .multi import MultiLoRALinear
-from .nn import FusedLoRALinear
+from .nn import FusedLoRALinear, has_hooks
 from .over import LoRAOver, MultiLoRAOver, Over, quantised
 from .problem import UnsupportedError
 from .segments import Segments
@@ -217,8 +217,7 @@ def _check_layer(model: nn.Module, module: nn.Module, names: list[str]) -> None:
 
 
 def _check_hooks(module: nn.Module, name: str) -> None:
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    if hooks or hasattr(module, "_hf_hook"):
+    if has_hooks(module) or hasattr(module, "_hf_hook"):
         raise UnsupportedError(f"{name}: wanted a layer without hooks, which would be lost, got one with; remove them first")
 
 

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from . import philox
+from .problem import is_stack
 from .segments import Adapters, Segments
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -143,7 +144,7 @@ def forward(x, weight, lora_A, lora_B, bias, seed, adapters: Adapters, scale: fl
             return torch.addmm(base, u, B.t()), u
         return base_linear(x, weight, bias).addmm_(u, B.t()), u
     u = x.new_zeros(M, A.shape[1])
-    experts = weight is not None and weight.dim() == 3
+    experts = is_stack(weight)
     if experts:
         y = x.new_zeros(M, weight.shape[1])
     else:
@@ -175,7 +176,7 @@ def backward(dy, x, weight, lora_A, lora_B, u, seed, adapters: Adapters, scale: 
     dx: Any = None
     da: Any = None
     db: Any = None
-    experts = weight is not None and weight.dim() == 3
+    experts = is_stack(weight)
     if need_dx and weight is not None and not experts:
         dx = base_linear(dy, weight.t(), None) if _by_onednn(dy, weight) else torch.mm(dy, weight)
     elif need_dx and adapters.segments is not None:

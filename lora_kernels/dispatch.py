@@ -184,7 +184,7 @@ def backward_arm(dy, x, weight, lora_A, lora_B, u, adapters: Adapters, dropout_p
         aligned=problem.descriptors_possible(dy, w, lora_A, lora_B),
         wide=problem.offsets_pass_int32(dy, w),
         base=weight is None and lora_A is not None,
-        experts=weight is not None and weight.dim() == 3,
+        experts=problem.is_stack(weight),
         **problem.segment_fields(adapters),
     )
     choice = choose(p, dy.device, impl, key)
@@ -195,7 +195,7 @@ def backward_arm(dy, x, weight, lora_A, lora_B, u, adapters: Adapters, dropout_p
 
 def arm_of(weight: torch.Tensor | None):
     """The module whose ``forward`` and ``backward`` launch the kernels beside this weight."""
-    if weight is not None and weight.dim() == 3:
+    if problem.is_stack(weight):
         from . import launch_experts
 
         return launch_experts

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from .autograd import lora_linear
-from .problem import FLOATS, MAX_RANK, PLAIN, UnsupportedError, autocasts
+from .problem import FLOATS, PLAIN, UnsupportedError, autocasts
 from .segments import Segments
 
 INTERFACE = ("num_experts", "has_gate", "has_bias", "is_transposed", "_apply_gate")
@@ -24,14 +24,14 @@ OURS = (None, "eager", "grouped_mm", "batched_mm")  # ways to compute the same i
 
 
 class Factors(NamedTuple):
-    """One adapter of a stack of weights: ``A [E, r, K]``, ``B [E, N, r]``, of the weights' dtype or float32, any strides; its scale.
+    """One adapter: ``A [r, K]``, ``B [N, r]``, or of a stack of weights ``A [E, r, K]``, ``B [E, N, r]``; any strides. Its scale.
 
     p, training: The dropout on what the adapter takes in, each expert's rows with a mask of their own, and whether it acts.
     """
 
     A: torch.Tensor
     B: torch.Tensor
-    scale: float
+    scale: float | torch.Tensor
     p: float = 0.0
     training: bool = False
 
@@ -128,11 +128,5 @@ def together(adapters: Sequence[Factors]) -> Factors:
     if any(each.drops for each in adapters):
         raise UnsupportedError("adapters: wanted one for a stack with dropout, each having a mask of its own, got several")
     wide = torch.promote_types(adapters[0].A.dtype, torch.float32)
-    A = torch.cat([each.A.to(wide) for each in adapters], 1)
-    return Factors(A, torch.cat([each.B.to(wide) * each.scale for each in adapters], 2), 1.0)
-
-
-def why_not_together(adapters: Sequence[Factors]) -> str | None:
-    """Why these adapters cannot act on the same rows in one call."""
-    rank = sum(each.A.shape[1] for each in adapters)
-    return f"its adapters have rank {rank} together; the kernels take 1 to {MAX_RANK}" if rank > MAX_RANK else None
+    A = torch.cat([each.A.to(wide) for each in adapters], -2)
+    return Factors(A, torch.cat([each.B.to(wide) * each.scale for each in adapters], -1), 1.0)

@@ -257,12 +257,11 @@ def init_adapter(A: torch.Tensor, B: torch.Tensor, init_lora_weights: bool) -> N
         nn.init.kaiming_uniform_(B, a=math.sqrt(5))
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether any of torch's hooks is called with the module, forward or backward."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+
+
 def hooked(module: nn.Module) -> bool:
     """Whether calling the module does more than its class's forward: torch's hooks, or a forward of its own as accelerate gives it."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
+    return has_hooks(module) or "forward" in module.__dict__

@@ -283,9 +283,9 @@ def cases(device: torch.device, quick: bool = False) -> list[Case]:
         found += [replace(odd, dtype=dtypes[0], adapters=7, popularity=popularity, p=0.1, impl=impl) for impl in ("triton", "torch")]
     given = replace(odd, dtype=dtypes[0], p=0.1, base=True)
     found += [given, replace(given, adapters=7, mixed_ranks=True)]
-    tile = Expand(ways[0].expand.block_m, ways[0].expand.block_n, ways[0].expand.block_k, group_m=2, num_warps=4, num_stages=2)
     routed = replace(odd, dtype=dtypes[0], p=0.1, adapters=7, experts=True, mixed_ranks=True)
-    found += [routed, replace(routed, config=Config(replace(ways[0].shrink, block_m=tile.block_m, num_stages=1), tile, ways[0].wgrad))]
+    plain = ways[0]  # with shrink's tiles as expand's, both being the plan's gathered ones
+    found += [routed, replace(routed, config=replace(plain, shrink=replace(plain.shrink, block_m=plain.expand.block_m, num_stages=1)))]
     if not quick:
         found += [replace(routed, p=0.0, mixed_ranks=False, dtype=dtype, popularity="runs", bias=False) for dtype in dtypes]
         found += [replace(routed, layout=layout) for layout in ("transposed", "sliced", "expanded")]

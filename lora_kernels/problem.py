@@ -113,9 +113,14 @@ def contiguous_axis(t: torch.Tensor, first: str, second: str) -> str:
     return second if t.stride(1) == 1 else first if t.stride(0) == 1 else ""
 
 
+def is_stack(weight: torch.Tensor | None) -> bool:
+    """Whether a weight is a stack ``[E, N, K]``, one for each adapter."""
+    return weight is not None and weight.dim() == 3
+
+
 def one_of(weight: torch.Tensor) -> torch.Tensor:
     """A weight ``[N, K]``: itself, or a stack's first."""
-    return weight[0] if weight.dim() == 3 else weight
+    return weight[0] if is_stack(weight) else weight
 
 
 def segment_fields(adapters: Adapters) -> dict:
@@ -142,7 +147,7 @@ def describe(x, weight, lora_A, lora_B, *, dropout: bool, adapters: Adapters = O
         wide=offsets_pass_int32(x, w),
         adapter_dtype=lora_A.dtype,
         base=weight is None,
-        experts=w is not weight and weight is not None,
+        experts=is_stack(weight),
         **segment_fields(adapters),
     )
 
@@ -189,7 +194,7 @@ def check_arguments(x, weight, lora_A, lora_B, bias, base, scale, dropout_p, see
         check_tensor("bias", bias, "a tensor [out_features] or None")
     if segments is not None:
         check_segments(x, segments)
-        if segments.top_k > 1 and (weight is None or weight.dim() != 3):
+        if segments.top_k > 1 and not is_stack(weight):
             given = "base" if weight is None else f"weight {_shape(weight)}"
             raise ValueError(f"segments: wanted a plan of one row a token beside {given}, got {segments.top_k}; segments.each() is one")
     if base is None:
@@ -203,7 +208,7 @@ def check_arguments(x, weight, lora_A, lora_B, bias, base, scale, dropout_p, see
             "weight: wanted a frozen base weight, got one with requires_grad=True; "
             "call weight.requires_grad_(False): LoRA trains lora_A and lora_B only"
         )
-    if weight is not None and weight.dim() == 3 and bias is not None and bias.requires_grad:
+    if bias is not None and bias.requires_grad and is_stack(weight):
         raise UnsupportedError("bias: wanted a frozen one beside a stack of weights, got requires_grad=True")
     check_scale(scale, x, segments)
     if ranks is not None:
@@ -277,18 +282,24 @@ def check_base(x, weight, bias, base) -> None:
 
 
 def check_shapes(x, weight, lora_A, lora_B, bias, segments=None) -> None:
-    stack = [segments.num_adapters] if segments is not None and weight.dim() == 3 else []
-    if weight.dim() != 2 + len(stack) or list(weight.shape[:-2]) != stack:
-        hint = "; a stack of weights needs segments" if weight.dim() == 3 and not stack else ""
-        wanted = f"[{stack[0]}, out_features, in_features], one for each adapter of segments" if stack else "[out_features, in_features]"
-        raise ValueError(f"weight: wanted shape {wanted}, got {_shape(weight)}{hint}")
-    N, K = weight.shape[-2:]
+    if is_stack(weight) and segments is not None:
+        E, N, K = weight.shape
+        if E != segments.num_adapters:
+            wanted = f"[{segments.num_adapters}, out_features, in_features], one for each adapter of segments"
+            raise ValueError(f"weight: wanted shape {wanted}, got {_shape(weight)}")
+        biases: tuple[int, ...] = (E, N)
+    elif weight.dim() != 2:
+        hint = "; a stack of weights needs segments" if is_stack(weight) else ""
+        raise ValueError(f"weight: wanted shape [out_features, in_features], got {_shape(weight)}{hint}")
+    else:
+        N, K = weight.shape
+        biases = (N,)
     if x.dim() < 1 or x.shape[-1] != K:
         raise ValueError(f"x: wanted shape [..., {K}] to match weight {_shape(weight)}, got {_shape(x)}")
     if not one_adapter_fits(N, K, lora_A, lora_B, segments):
         check_adapters(N, K, f"to match weight {_shape(weight)}", lora_A, lora_B, segments)
-    if bias is not None and list(bias.shape) != [*stack, N]:
-        raise ValueError(f"bias: wanted shape {[*stack, N]} to match weight {_shape(weight)}, got {_shape(bias)}")
+    if bias is not None and tuple(bias.shape) != biases:
+        raise ValueError(f"bias: wanted shape {list(biases)} to match weight {_shape(weight)}, got {_shape(bias)}")
 
 
 def one_adapter_fits(N: int, K: int, lora_A, lora_B, segments) -> bool:

@@ -56,6 +56,21 @@ def as_on_a_users_cpu(monkeypatch):
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def without_waiting():
+    """Calls a function twice; whatever waits for the GPU in the second call is an error."""
+
+    def call(step):
+        step()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    return call
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)

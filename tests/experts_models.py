@@ -38,8 +38,7 @@ class NotGated(Experts):
     def __init__(self, is_transposed=False, has_bias=False):
         super().__init__(is_transposed, has_bias)
         self.up_proj, self.act_fn = nn.Parameter(self.gate_up_proj.detach().clone()), lambda h: torch.tanh(h[..., :I])
-        self.down = self.down_proj
-        del self.gate_up_proj, self.down_proj, self.down  # declared anew, so that up_proj comes first
+        del self.gate_up_proj, self.down_proj  # declared anew, so that up_proj comes first
         self.down_proj = nn.Parameter(0.3 * torch.randn(E, K, I))
 
 

@@ -122,15 +122,10 @@ def test_cuda_graph_capture_and_replay(impl, p):
         torch.testing.assert_close(outs[0].float(), step()[0].float(), rtol=2e-2, atol=2e-2)
 
 
-def test_nothing_waits_for_the_device():
+def test_nothing_waits_for_the_device(without_waiting):
     t = parity.inputs(LAYER, CUDA)
     args = [t[name] for name in ("x", "weight", "lora_A", "lora_B", "bias")]
-    lora_linear(*args, dropout_p=0.1, training=True, impl="triton")
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        lora_linear(*args, dropout_p=0.1, training=True, impl="triton")
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    without_waiting(lambda: lora_linear(*args, dropout_p=0.1, training=True, impl="triton"))
 
 
 @pytest.mark.parametrize("how", ["awaited", "stream", "pdl"])

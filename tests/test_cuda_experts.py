@@ -76,7 +76,7 @@ def test_graph_replay_with_new_routing():
 
 
 @pytest.mark.parametrize("T", [192, 4000])
-def test_nothing_waits_for_the_device(T):
+def test_nothing_waits_for_the_device(T, without_waiting):
     args, index = routed(T=T)
     leaves = [args[0].requires_grad_(), args[2].requires_grad_(), args[3].requires_grad_()]
     dY = torch.randn(T, 8, 768, device=CUDA, dtype=torch.bfloat16)
@@ -85,12 +85,7 @@ def test_nothing_waits_for_the_device(T):
         y = lora_linear(*args, segments=Segments.from_top_k(index, 24), dropout_p=0.1, training=True)
         torch.autograd.grad(y, leaves, dY)
 
-    step()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    without_waiting(step)
 
 
 def test_more_than_2_31_elements():

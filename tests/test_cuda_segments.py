@@ -118,7 +118,7 @@ def test_training_step_under_a_graph():
         assert torch.equal(ours, eager)
 
 
-def test_nothing_waits_for_the_device():
+def test_nothing_waits_for_the_device(without_waiting):
     t = parity.inputs(MANY, CUDA)
     leaves = [t[name].requires_grad_() for name in ("x", "lora_A", "lora_B")]
     ids = parity.adapter_ids(MANY).to(CUDA)
@@ -128,12 +128,7 @@ def test_nothing_waits_for_the_device():
         y = lora_linear(leaves[0], t["weight"], leaves[1], leaves[2], segments=s, dropout_p=0.1, training=True)
         torch.autograd.grad(y, leaves, t["dY"])
 
-    step()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    without_waiting(step)
 
 
 def test_segments_take_the_kernels_by_themselves():

@@ -26,9 +26,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..autograd import lora_linear
+from ..experts import together
 from .peft_experts import routed, why_not_routed
 from .peft_mixed import mixed, why_not_mixed
-from .peft_state import PLAIN, Adapter, Base, Beside, active, adapters_of, base_of, in_dtype, product_of, why_not_together
+from .peft_state import PLAIN, Base, Beside, active, adapters_of, base_of, in_dtype, product_of, why_not_together
 
 __all__ = [
     "Fused",
@@ -109,7 +110,7 @@ def _single(layer: Any, x: torch.Tensor) -> torch.Tensor | None:
     if len(adapters) > 1:
         if why_not_together(adapters) is not None:
             return None
-        adapters = [_together(adapters)]
+        adapters = [together(adapters)]
     x, base = _settled(layer, x, base)
     one = in_dtype(adapters[0], base.dtype)
     return lora_linear(
@@ -120,14 +121,6 @@ def _single(layer: Any, x: torch.Tensor) -> torch.Tensor | None:
 def _settled(layer: Any, x: torch.Tensor, base: Base | Beside) -> tuple[torch.Tensor, Base]:
     """x and the base of a call that is to be fused: from here on PEFT's forward is out of the question."""
     return product_of(layer, x) if isinstance(base, Beside) else (x, base)
-
-
-def _together(adapters: list[Adapter]) -> Adapter:
-    """Adapters that act on the same tokens, as one of all their ranks; each scale multiplies its B, in float32."""
-    wide = torch.promote_types(adapters[0].A.dtype, torch.float32)
-    A = torch.cat([adapter.A.to(wide) for adapter in adapters])
-    B = torch.cat([adapter.B.to(wide) * adapter.scale for adapter in adapters], dim=1)
-    return Adapter(A, B, 1.0, 0.0, False)
 
 
 def _mixed(layer: Any, x: torch.Tensor, names: list[str]) -> torch.Tensor | None:

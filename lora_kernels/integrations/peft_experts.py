@@ -15,7 +15,7 @@ from torch import nn
 
 from .. import experts as mixture
 from ..experts import Factors, by_expert
-from .peft_state import active, adapter_of, hooked, in_dtype
+from .peft_state import active, adapter_of, hooked, in_dtype, why_not_together
 
 ARGUMENTS = ("hidden_states", "top_k_index", "top_k_weights")
 
@@ -64,12 +64,16 @@ def held(wrapper: lora.ParamWrapper) -> dict[str, list[Factors]] | str:
             return f"the wrapper of its {each.parameter_name} has hooks"
         if each.parameter_name not in mixture.projections(experts):
             return f"its parameter {each.parameter_name} is not one of {', '.join(mixture.projections(experts))}"
-        factors = [factors_of(each, name) for name in active(each)]
-        wrong = next((one for one in factors if isinstance(one, str)), None) or mixture.why_not_together(factors)  # type: ignore[arg-type]
-        if wrong:
-            return wrong
-        adapters[each.parameter_name] = factors
-    return adapters  # type: ignore[return-value]
+        found = []
+        for name in active(each):
+            factors = factors_of(each, name)
+            if isinstance(factors, str):
+                return factors
+            found.append(factors)
+        if (reason := why_not_together(found)) is not None:
+            return reason
+        adapters[each.parameter_name] = found
+    return adapters
 
 
 def factors_of(wrapper: Any, name: str) -> Factors | str:

@@ -14,13 +14,14 @@ import torch
 from torch.nn import functional as F
 
 from ..autograd import lora_linear
+from ..experts import Factors
 from ..segments import Segments
-from .peft_state import Adapter, Base
+from .peft_state import Base
 
 KEPT = 32  # plans and tables; a model has a few at a time, one for each set of adapters that its layers have
 
 
-def mixed(x: torch.Tensor, base: Base, adapters: list[Adapter], ids: tuple[int, ...]) -> torch.Tensor:
+def mixed(x: torch.Tensor, base: Base, adapters: list[Factors], ids: tuple[int, ...]) -> torch.Tensor:
     """x ``[samples, ..., K]`` with ``adapters[ids[i]]`` for sample i, -1 for the base alone."""
     ranks = tuple(adapter.A.shape[0] for adapter in adapters)
     A, B = _stacks(adapters, max(ranks))
@@ -44,14 +45,14 @@ def mixed(x: torch.Tensor, base: Base, adapters: list[Adapter], ids: tuple[int, 
     )
 
 
-def why_not_mixed(adapters: list[Adapter]) -> str | None:
+def why_not_mixed(adapters: list[Factors]) -> str | None:
     """Why adapters cannot share one call of a mixed batch."""
     if len({adapter.p if adapter.drops else 0.0 for adapter in adapters}) > 1:
         return "its adapters differ in dropout"
     return None
 
 
-def _stacks(adapters: list[Adapter], rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _stacks(adapters: list[Factors], rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """``[E, rank, K]`` and ``[E, N, rank]``, in float32 unless all have the same dtype."""
     downs, ups = [adapter.A for adapter in adapters], [adapter.B for adapter in adapters]
     if any(A.dtype is not downs[0].dtype for A in downs):

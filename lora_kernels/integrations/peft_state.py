@@ -13,6 +13,7 @@ from peft.tuners import lora
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..experts import Factors
 from ..nn import hooked
 from ..problem import FLOATS, MAX_RANK, UnsupportedError
 
@@ -36,20 +37,6 @@ class Beside(NamedTuple):
     """Why a fused call takes the base product from the layer below, whose own kernels and hooks make it."""
 
     reason: str
-
-
-class Adapter(NamedTuple):
-    """``A [r, K]`` and ``B [N, r]``, scale and dropout of one adapter."""
-
-    A: torch.Tensor
-    B: torch.Tensor
-    scale: float | torch.Tensor
-    p: float
-    training: bool
-
-    @property
-    def drops(self) -> bool:
-        return self.training and self.p > 0
 
 
 def active(layer: lora.Linear) -> list[str]:
@@ -102,7 +89,7 @@ def product_of(layer: lora.LoraLayer, x: torch.Tensor) -> tuple[torch.Tensor, Ba
     return x.to(product.dtype), Base(None, None, product.dtype, product)
 
 
-def adapters_of(layer: lora.LoraLayer, names: list[str], base: Base | Beside, x: torch.Tensor | None) -> list[Adapter] | str:
+def adapters_of(layer: lora.LoraLayer, names: list[str], base: Base | Beside, x: torch.Tensor | None) -> list[Factors] | str:
     """The adapters of these names, in this order; names that the layer does not have are an error."""
     found = []
     device = None if x is None else x.device
@@ -116,26 +103,26 @@ def adapters_of(layer: lora.LoraLayer, names: list[str], base: Base | Beside, x:
     return found
 
 
-def why_not_together(adapters: list[Adapter]) -> str | None:
+def why_not_together(adapters: list[Factors]) -> str | None:
     """Why several adapters cannot act on the same tokens in one call."""
     if len(adapters) < 2:
         return None
     if any(adapter.drops for adapter in adapters):
         return "several adapters are active at once, with dropout: each has a mask of its own"
-    rank = sum(adapter.A.shape[0] for adapter in adapters)
+    rank = sum(adapter.A.shape[-2] for adapter in adapters)
     if rank > MAX_RANK:
         return f"several adapters are active at once, of rank {rank} together; the kernels take 1 to {MAX_RANK}"
     return None
 
 
-def in_dtype(adapter: Adapter, dtype: torch.dtype) -> Adapter:
+def in_dtype(adapter: Factors, dtype: torch.dtype) -> Factors:
     """A and B as they take part in a product of this dtype: in it, or in float32."""
     if adapter.A.dtype is adapter.B.dtype and (adapter.A.dtype is dtype or adapter.A.dtype is torch.float32):
         return adapter
     return adapter._replace(A=adapter.A.float(), B=adapter.B.float())
 
 
-def adapter_of(layer: lora.LoraLayer, name: str, device: torch.device | None, experts: int = 1) -> Adapter | str:
+def adapter_of(layer: lora.LoraLayer, name: str, device: torch.device | None, experts: int = 1) -> Factors | str:
     """An adapter of a layer, whose A and B hold those of so many experts, or why it takes no fused call."""
     if name in layer.lora_variant:
         return f"adapter {name!r} is a {type(layer.lora_variant[name]).__name__}"
@@ -166,4 +153,4 @@ def adapter_of(layer: lora.LoraLayer, name: str, device: torch.device | None, ex
         scale = scale.to(A.device, torch.float32)
     else:
         scale = float(scale)
-    return Adapter(A, B, scale, p, dropout.training)
+    return Factors(A, B, scale, p, dropout.training)
