@@ -15,7 +15,9 @@ from .multi import MultiLoRALinear
 from .nn import FusedLoRALinear
 from .over import LoRAOver, MultiLoRAOver
 from .problem import UnsupportedError
+from .projections import Projection, lora_linears
 from .segments import Segments
+from .shared_input import share_inputs
 
 __version__ = "0.4.0"
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "LoRAOver",
     "MultiLoRALinear",
     "MultiLoRAOver",
+    "Projection",
     "Segments",
     "UnsupportedError",
     "apply_lora",
@@ -33,8 +36,10 @@ __all__ = [
     "explain",
     "load_adapter",
     "lora_linear",
+    "lora_linears",
     "reference",
     "remove_lora",
     "save_adapter",
+    "share_inputs",
     "use_segments",
 ]

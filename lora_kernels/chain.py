@@ -3,6 +3,8 @@
     u = scale (drop(x) A^T)      y = x W^T + bias, then y += u B^T in place
     dS = scale (dY B)            dX = dY W, then dX += D.(dS A)      dA = dS^T drop(x)      dB = dY^T u
 
+Layers of one x (`projections`) add their dX to one tensor, GEMM's beta = 1, and share u and dA.
+
 The scale rides on the skinny products as GEMM's alpha, in float32; nothing makes an extra pass over y, and dY B is
 computed once for dA and dX. The dropout mask is regenerated from Philox, never stored.
 
@@ -49,6 +51,15 @@ def _by_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
 def _onednn() -> bool:
     has_op = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     return has_op and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+
+
+def base_gradient(dy: torch.Tensor, weight: torch.Tensor, onto: torch.Tensor | None) -> torch.Tensor:
+    """``dY W``, added to ``onto`` where there is one, by the fastest library at hand."""
+    if not _by_onednn(dy, weight):
+        return torch.mm(dy, weight) if onto is None else onto.addmm_(dy, weight)
+    if onto is None:
+        return base_linear(dy, weight.t(), None)
+    return torch.ops.mkldnn._linear_pointwise.binary(dy, onto, weight.t(), None, "add")
 
 
 def scaled_mm(a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
@@ -130,16 +141,21 @@ def add_product(t: torch.Tensor, rows: slice | torch.Tensor | None, a, b, bits=N
         part.add_(drop(scaled_mm(a, b, keep), bits))
 
 
-def forward(x, weight, lora_A, lora_B, bias, seed, adapters: Adapters, scale: float, p: float, save_u=True, config=None, base=None):
+def down(x, lora_A, adapters: Adapters, scale: float, save_u=True, config=None):
+    """``u = scale x A^T [M, R]``; see `launch.down`."""
+    u = scaled_mm(x, lora_A.to(x.dtype).t(), scale)
+    return u if adapters.scales is None else u.mul_(adapters.scales)
+
+
+def forward(x, weight, lora_A, lora_B, bias, seed, adapters: Adapters, scale: float, p: float, save_u=True, config=None, base=None, u=None):
     """``y [M, N]`` and ``u [M, r]`` for x ``[M, K]``; p = 0 means no dropout. The signature is an arm's: u costs nothing here."""
     A, B = (lora_A, lora_B) if lora_A.dtype == x.dtype else (lora_A.to(x.dtype), lora_B.to(x.dtype))
     M, bits = x.shape[0] * adapters.top_k, None
     if p:  # the 1 / (1 - p) goes into the product's scale, so that nothing is rounded here
         bits, scale = kept_bits(seed, M, x.shape[1], p, x.dtype), scale * philox.inv_keep(p)
     if adapters.segments is None:
-        u = scaled_mm(x if bits is None else drop(x, bits), A.t(), scale)
-        if adapters.scales is not None:
-            u.mul_(adapters.scales)
+        if u is None:
+            u = down(x if bits is None else drop(x, bits), A, adapters, scale)
         if base is not None:
             return torch.addmm(base, u, B.t()), u
         return base_linear(x, weight, bias).addmm_(u, B.t()), u
@@ -160,10 +176,13 @@ def forward(x, weight, lora_A, lora_B, bias, seed, adapters: Adapters, scale: fl
     return y, u
 
 
-def backward(dy, x, weight, lora_A, lora_B, u, seed, adapters: Adapters, scale: float, p: float, needs, adapter_dtype, config=None):
+def backward(
+    dy, x, weight, lora_A, lora_B, u, seed, adapters: Adapters, scale: float, p: float, needs, adapter_dtype, config=None,
+    onto=None, ds=None, all_ds=None,
+):  # fmt: skip
     """``dX [M, K], dA [(E,) r, K], dB [(E,) N, r]``, each None where not needed; operands that no needed gradient uses may be None.
 
-    Without a weight dX is the adapter's part alone.
+    The rest as in `launch.backward`; onto, ds and all_ds come without segments.
     """
     need_dx, need_da, need_db = needs
     bits = None
@@ -178,22 +197,20 @@ def backward(dy, x, weight, lora_A, lora_B, u, seed, adapters: Adapters, scale: 
     db: Any = None
     experts = is_stack(weight)
     if need_dx and weight is not None and not experts:
-        dx = base_linear(dy, weight.t(), None) if _by_onednn(dy, weight) else torch.mm(dy, weight)
+        dx = base_gradient(dy, weight, onto)
     elif need_dx and adapters.segments is not None:
         dx = dy.new_zeros(dy.shape[0], A.shape[-1])
     if adapters.segments is None:
-        ds: Any = None
-        if need_dx or need_da:
-            ds = scaled_mm(dy, B, scale)
-            if adapters.scales is not None:
-                ds.mul_(adapters.scales)
+        if need_dx or need_da or ds is not None:
+            own = down(dy, B.t(), adapters, scale)
+            ds = own if ds is None else ds.copy_(own)
         if dx is not None:
             add_product(dx, None, ds, A, bits, keep)
         elif need_dx:
             dx = scaled_mm(ds, A, keep)
             dx = dx if bits is None else drop(dx, bits)
         if need_da:
-            da = _grad_A(ds, x, bits, keep, adapter_dtype)
+            da = _grad_A(ds if all_ds is None else all_ds, x, bits, keep, adapter_dtype)
         if need_db:
             db = _grad_B(dy, u, adapter_dtype)
         return dx, da, db

@@ -165,6 +165,11 @@ def forward_arm(x, weight, lora_A, lora_B, adapters: Adapters, dropout_p: float,
     return arm_of(weight).forward, choice.config
 
 
+def down_arm(arm: tuple):
+    """(function, config) that computes u alone, of an arm that `forward_arm` chose."""
+    return CHAIN_DOWN if arm[1] is None else (arm_of(None).down, arm[1])
+
+
 def backward_arm(dy, x, weight, lora_A, lora_B, u, adapters: Adapters, dropout_p: float, impl: str, key: str):
     """(function, config) that computes a backward pass from dY ``[M, N]``; operands may be None where no gradient uses them."""
     if plainly_chain(dy.device, impl, key):
@@ -207,14 +212,15 @@ def arm_of(weight: torch.Tensor | None):
 def _without_autocast(which: str):
     """The chain's pass of this name for operands that have their dtypes already, whose gradients accumulate in theirs."""
 
-    def run(first, *args):
+    def run(first, *args, **others):
         if not problem.autocasts(first.device):
-            return getattr(chain, which)(first, *args)
+            return getattr(chain, which)(first, *args, **others)
         with torch.autocast(first.device.type, enabled=False):
-            return getattr(chain, which)(first, *args)
+            return getattr(chain, which)(first, *args, **others)
 
     return run
 
 
+CHAIN_DOWN = _without_autocast("down"), None
 CHAIN_FORWARD = _without_autocast("forward"), None
 CHAIN_BACKWARD = _without_autocast("backward"), None

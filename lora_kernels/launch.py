@@ -105,12 +105,12 @@ def _split(length: int, block: int, wanted: int) -> tuple[int, int]:
     return per_split, cdiv(blocks, per_split)
 
 
-def run_shrink(x, a, *, scale: float, adapters: Adapters = ONE, dropout, config: Config, dtype: torch.dtype, parts: bool = False):
+def run_shrink(x, a, *, scale: float, adapters: Adapters = ONE, dropout, config: Config, dtype: torch.dtype, parts: bool = False, out=None):
     """``scale * (D.x) a`` as ``[M, R]`` in ``dtype``. x: ``[M, K]``, a: ``[(E,) K, R]``, any strides. dropout: None or (seed, p).
 
     Where the plan has k times as many tokens, each row of x stands for k.
 
-    parts: Return float32 ``[splits, M, R]``, not yet added, where K was split.
+    parts: Return float32 ``[splits, M, R]``, not yet added, where K was split. out: ``[M, R]`` to write to, by its strides.
     """
     c, seg = config.shrink, adapters.segments
     fan = fan_of(x, seg)
@@ -120,10 +120,11 @@ def run_shrink(x, a, *, scale: float, adapters: Adapters = ONE, dropout, config:
     blocks, splits = _split(K, c.block_k, c.split)
     # Partial sums lie a multiple of 16 rows apart: their stride compiles one kernel then, whatever M and R.
     rows = M if splits == 1 else 16 * cdiv(M, 16)
-    z = x.new_empty(splits, rows, R, dtype=torch.float32 if splits > 1 else dtype)[:, :M]
+    whole = splits == 1 and out is not None
+    z = out[None] if whole else x.new_empty(splits, rows, R, dtype=torch.float32 if splits > 1 else dtype)[:, :M]
     seed, threshold, inv_keep = _dropout(dropout)
     args = (
-        _matrix(x), _matrix(a), (z, R, 1), z.stride(0) if splits > 1 else 0,
+        _matrix(x), _matrix(a), _matrix(z), z.stride(0) if splits > 1 else 0,
         adapters.gather(), adapters.number, _stack_stride(a), adapters.scales, adapters.ranks,
         seed, threshold, scale * inv_keep, M, K, R, blocks,
     )  # fmt: skip
@@ -137,6 +138,8 @@ def run_shrink(x, a, *, scale: float, adapters: Adapters = ONE, dropout, config:
     if config.expand.pdl:
         options["LET_GO"] = in_order if interpreted() else let_next_begin
     _run(shrink, (tiles, cdiv(R, block_r), splits), args, options)
+    if out is not None:
+        return out if whole else out.copy_(z.sum(0))
     return z if parts and splits > 1 else z[0] if splits == 1 else z.sum(0).to(dtype)
 
 
@@ -203,16 +206,16 @@ def tile_counters(M: int, N: int, config: Config, device: torch.device) -> torch
 
 def run_expand(
     x, w, v, *,
-    transposed: bool, u, a=None, scale=1.0, adapters: Adapters = ONE, bias=None, base=None, out=None, exact=False,
+    transposed: bool, u, a=None, scale=1.0, adapters: Adapters = ONE, bias=None, base=None, out=None, onto=None, exact=False,
     drop_x=None, drop_uv=None, counters=None, config: Config,
 ):  # fmt: skip
     """``x w + D.(u v) + bias`` as ``[M, N]``, and u.
 
     w: ``[K, N]``, v: ``[(E,) R, N]``, a: ``[(E,) K, R]``, all three the other way round if transposed (as the parameters lie for the
     forward pass). u: ``[M, R]``, or float32 ``[parts, M, R]`` to be added, where it is given; a matrix to write it to, or None, where
-    the kernel computes it. base: the base product, where the library made it. out: where the result goes, base itself too. exact: u v in
-    float32 whatever the dtypes. w and base None: ``D.(u v) + bias`` alone. drop_x, drop_uv: None or (seed, p). counters: `tile_counters`,
-    made here where they are not given.
+    the kernel computes it. base: the base product, where the library made it. out: where the result goes, base itself too. onto: the same,
+    and what is there is added. exact: u v in float32 whatever the dtypes. w and base None: ``D.(u v) + bias`` alone. drop_x, drop_uv:
+    None or (seed, p). counters: `tile_counters`, made here where they are not given.
     """
     c, seg = config.expand, adapters.segments
     if transposed:
@@ -221,6 +224,7 @@ def run_expand(
     narrow = exact or (w is None and x.itemsize == 4)  # float32 products are unrolled as deep as this
     block_r = rank_block(R, 32 if narrow else LOOP_RANK if c.u == "loop" else TILE_RANK if adapters.ranks is None else MIXED_RANK)
     r_blocks = cdiv(R, block_r)
+    out = out if onto is None else onto
     y = x.new_empty(M, N) if out is None else out
     num_m, tiles = cdiv(M, c.block_m), cdiv(M, c.block_m) * cdiv(N, c.block_n)
     gathered = seg.tile_adapter.shape[0] if seg else 0
@@ -261,7 +265,7 @@ def run_expand(
     blocks = max(c.block_m, c.block_n, c.block_k)
     options = dict(
         LOAD_X=load_x, LOAD_W=load_w, LOAD_U=load_u, U=c.u, SEGMENTS=seg is not None, MASKED=c.masked, WALK=c.walk or None,
-        SPLIT=parts is not None, EXACT=exact, SAVE_U=c.u == "loop" and u is not None,
+        SPLIT=parts is not None, EXACT=exact, ADD=onto is not None, SAVE_U=c.u == "loop" and u is not None,
         DROP_X=drop_x is not None and c.u != "given",
         DROP_UV=drop_uv is not None, PRECISION="ieee" if exact else precision(x.dtype),
         BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, BLOCK_R=block_r,
@@ -294,25 +298,28 @@ def _dropout(dropout) -> tuple:
     return seed, philox.threshold_of(p), philox.inv_keep(p)
 
 
+def down(x, lora_A, adapters: Adapters, scale: float, save_u: bool, config: Config):
+    """``u = scale x A^T [M, R]``, in parts unless ``save_u``: of several layers of one x, for their `forward`, where none drops."""
+    with on_device(x):
+        return run_shrink(x, lora_A.mT, scale=scale, adapters=adapters, dropout=None, config=config, dtype=x.dtype, parts=not save_u)
+
+
 def forward(
-    x, weight, lora_A, lora_B, bias, seed, adapters: Adapters, scale: float, p: float, save_u: bool, config: Config, base=None
+    x, weight, lora_A, lora_B, bias, seed, adapters: Adapters, scale: float, p: float, save_u: bool, config: Config, base=None, u=None
 ):  # fmt: skip
-    """``y [M, N]`` and ``u [M, r]`` (None unless ``save_u``) for x ``[M, K]``; p = 0: no dropout. base: as in `lora_linear`, ``[M, N]``."""
+    """``y [M, N]`` and ``u [M, r]`` (None unless ``save_u``) for x ``[M, K]``; p = 0: no dropout. base: as in `lora_linear`, ``[M, N]``.
+
+    u: What `down` gave, for a configuration that takes it (``expand.u="given"``).
+    """
     drop = (seed, p) if p else None
     shared: dict[str, Any] = dict(transposed=True, adapters=adapters, config=config)
     with on_device(x):
         if config.expand.u == "given":
             counters = tile_counters(x.shape[0], lora_B.shape[-2], config, x.device)
-            u = run_shrink(
-                x,
-                lora_A.mT,
-                scale=scale,
-                adapters=adapters,
-                dropout=drop,
-                config=config,
-                dtype=x.dtype,
-                parts=not save_u,
-            )
+            if u is None:
+                u = run_shrink(
+                    x, lora_A.mT, scale=scale, adapters=adapters, dropout=drop, config=config, dtype=x.dtype, parts=not save_u
+                )  # fmt: skip
             if base is not None:
                 return run_expand(x, None, lora_B, u=u, base=base, **shared)
             if config.expand.base == "library":
@@ -323,32 +330,40 @@ def forward(
         return run_expand(x, weight, lora_B, u=space, a=lora_A, scale=scale, bias=bias, drop_x=drop, **shared)
 
 
-def backward(dy, x, weight, lora_A, lora_B, u, seed, adapters: Adapters, scale: float, p: float, needs, adapter_dtype, config: Config):
+def backward(
+    dy, x, weight, lora_A, lora_B, u, seed, adapters: Adapters, scale: float, p: float, needs, adapter_dtype, config: Config,
+    onto=None, ds=None, all_ds=None,
+):  # fmt: skip
     """``dX [M, K], dA [(E,) r, K], dB [(E,) N, r]``, each None where not in ``needs``; operands no needed gradient uses may be None.
 
-    Without a weight dX is the adapter's part alone.
+    Without a weight dX is the adapter's part alone. onto: The dX of other layers of x, to which this one's is added. ds: ``[M, r]``,
+    where dS is wanted, by columns of ``all_ds [M, R]`` of all these layers: dA is then of all their ranks.
     """
     need_dx, need_da, need_db = needs
     drop = (seed, p) if p else None
     shared: dict[str, Any] = dict(adapters=adapters, config=config)
     dx = None
-    ds: torch.Tensor | None = None
+    keep_ds = need_da or ds is not None
     with on_device(dy):
         one_launch = need_dx and config.expand.u != "given"
         counters = tile_counters(dy.shape[0], lora_A.shape[-1], config, dy.device) if need_dx else None
-        if (need_dx or need_da) and not one_launch:
-            ds = run_shrink(dy, lora_B, scale=scale, dropout=None, dtype=dy.dtype, parts=not need_da, **shared)
-        if one_launch:
-            ds = dy.new_empty(dy.shape[0], lora_B.shape[-1]) if need_da else None
+        if (need_dx or keep_ds) and not one_launch:
+            ds = run_shrink(dy, lora_B, scale=scale, dropout=None, dtype=dy.dtype, parts=not keep_ds, out=ds, **shared)
+        if one_launch and keep_ds and ds is None:
+            ds = dy.new_empty(dy.shape[0], lora_B.shape[-1])
         gradients: dict[str, Any] = dict(scale=1.0, dtype=adapter_dtype, **shared)
-        for_a = prepare_wgrad(x, ds, dropout=drop, out_transposed=True, **gradients) if need_da else None
+        for_a = prepare_wgrad(x, ds if all_ds is None else all_ds, dropout=drop, out_transposed=True, **gradients) if need_da else None
         for_b = prepare_wgrad(dy, u, dropout=None, out_transposed=False, **gradients) if need_db else None
         forked = fork(dy) if need_dx and config.wgrad.beside == "stream" else None
         if one_launch:
-            dx, _ = run_expand(dy, weight, lora_A, transposed=False, u=ds, a=lora_B, scale=scale, drop_uv=drop, **shared)
+            dx, _ = run_expand(dy, weight, lora_A, transposed=False, u=ds, a=lora_B, scale=scale, drop_uv=drop, onto=onto, **shared)
         elif need_dx:
-            base = torch.mm(dy, weight) if config.expand.base == "library" and weight is not None else None
-            dx, _ = run_expand(dy, weight, lora_A, transposed=False, u=ds, base=base, out=base, drop_uv=drop, counters=counters, **shared)
+            base = None
+            if config.expand.base == "library" and weight is not None:
+                base, onto = torch.mm(dy, weight) if onto is None else onto.addmm_(dy, weight), None
+            dx, _ = run_expand(
+                dy, weight, lora_A, transposed=False, u=ds, base=base, out=base, onto=onto, drop_uv=drop, counters=counters, **shared
+            )  # fmt: skip
         with beside(forked):
             for start, _ in filter(None, (for_a, for_b)):
                 start(need_dx and config.wgrad.beside == "pdl")

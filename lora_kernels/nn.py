@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from .autograd import lora_linear, with_lora_bias
 from .dora import dora_linear, weight_norm
 from .merging import Mergeable
 from .problem import MAX_RANK, UnsupportedError, check_tensor
+from .projections import Projection
 
 
 class FusedLoRALinear(Mergeable, nn.Module):
@@ -45,6 +47,7 @@ class FusedLoRALinear(Mergeable, nn.Module):
     in_features: int
     out_features: int
     lora_dropout: float
+    _shares: Any = None  # the `SharedInput` of this layer and others, if any
 
     def __init__(
         self,
@@ -136,8 +139,16 @@ class FusedLoRALinear(Mergeable, nn.Module):
         dropout = dict(scale=self.scaling, dropout_p=self.lora_dropout, training=self.training)
         if self.lora_magnitude is not None:
             return dora_linear(x, self.weight, self.lora_A, self.lora_B, self.lora_magnitude, self.bias, **dropout)
+        if self._shares is not None and (own := self.projection(x)) is not None:
+            return self._shares.call(self, x, own)
         x, weight, bias, base = self._operands(x)
         return lora_linear(x, weight, self.lora_A, self.lora_B, bias, base=base, lora_bias=self.lora_bias, **dropout)
+
+    def projection(self, x: torch.Tensor) -> Projection | None:
+        """The layer as one of several of x, or None where it is computed alone."""
+        if self.merged or not self.enabled or self.weight is None or self.lora_magnitude is not None or self.lora_bias is not None:
+            return None
+        return Projection(self.weight, self.lora_A, self.lora_B, self.bias, self.scaling, self.lora_dropout if self.training else 0.0)
 
     def _operands(self, x: torch.Tensor) -> tuple:
         """x, weight, bias and base product of a call."""

@@ -20,6 +20,7 @@ import torch
 from . import philox, problem, reference
 from .autograd import lora_linear
 from .dispatch import arch_of, why_not_here
+from .projections import Projection, lora_linears
 from .segments import Segments, by_library
 from .tuning import Arch, Config, Expand, Shrink, Wgrad
 
@@ -49,10 +50,12 @@ class Case:
     base: bool = False  # given in the place of weight and bias
     experts: bool = False  # a weight and a bias, frozen, for each adapter
     top_k: int = 1  # so many tokens of the plan are one of x, whose are M / top_k
+    layers: int = 1  # of one x: so many times N outputs and R ranks, not evenly shared out
 
     def terms(self, tensor: str) -> int:
         """How many products one element of y or a gradient sums, those of u or dS among them."""
-        return {"y": self.K + self.R, "dX": self.N + self.R, "dA": self.M + self.N, "dB": self.M + self.K, "dbias": self.M}[tensor]
+        M, N, K, R = self.M, self.N, self.K, self.R
+        return {"y": K + R, "dX": self.layers * (N + R), "dA": M + N, "dB": M + K, "dbias": M}[tensor]
 
     @property
     def name(self) -> str:
@@ -65,6 +68,7 @@ class Case:
             parts += [f"{self.adapters} adapters {self.popularity}"] + (["mixed ranks"] if self.mixed_ranks else [])
         parts += ["base given"] if self.base else ["experts"] if self.experts else []
         parts += [f"top {self.top_k}"] if self.top_k > 1 else []
+        parts += [f"{self.layers} layers of one x"] if self.layers > 1 else []
         parts += [self.impl] if self.impl != "triton" else []
         if self.config:
             e = self.config.expand
@@ -95,16 +99,16 @@ def inputs(case: Case, device: torch.device) -> dict:
     def draw(*shape, spread=1.0, dtype=case.dtype):
         return (torch.randn(shape, generator=generator, dtype=torch.float64) * spread).to(dtype).to(device)
 
-    adapter = case.adapter_dtype or case.dtype
+    adapter, N = case.adapter_dtype or case.dtype, case.N * case.layers
     stack = [case.adapters] if case.adapters else []
     each = stack if case.experts else []
     tensors = {
         "x": draw(case.M // case.top_k, case.K),
-        "weight": draw(*each, case.N, case.K, spread=case.K**-0.5),
-        "lora_A": draw(*stack, case.R, case.K, spread=case.K**-0.5, dtype=adapter),
-        "lora_B": draw(*stack, case.N, case.R, spread=case.R**-0.5, dtype=adapter),
-        "bias": draw(*each, case.N) if case.bias else None,
-        "dY": draw(case.M, case.N, spread=case.N**-0.5),
+        "weight": draw(*each, N, case.K, spread=case.K**-0.5),
+        "lora_A": draw(*stack, case.R * case.layers, case.K, spread=case.K**-0.5, dtype=adapter),
+        "lora_B": draw(*stack, N, case.R, spread=case.R**-0.5, dtype=adapter),
+        "bias": draw(*each, N) if case.bias else None,
+        "dY": draw(case.M, N, spread=case.N**-0.5),
         "base": None,
     }
     if case.base:
@@ -119,7 +123,7 @@ def inputs(case: Case, device: torch.device) -> dict:
             wide = torch.full((*t.shape[:-2], t.shape[-2] + 2, t.shape[-1] + 3), float("nan"), dtype=t.dtype, device=device)
             tensors[name] = wide[..., 1:-1, 2:-1].copy_(t)
     elif case.layout == "expanded":
-        tensors["dY"] = tensors["dY"][:1, :1].expand(case.M, case.N)
+        tensors["dY"] = tensors["dY"][:1, :1].expand(case.M, N)
     return tensors
 
 
@@ -155,6 +159,15 @@ def many(case: Case, device: torch.device) -> dict:
     return {"scale": scale, "segments": plan, "ranks": ranks}
 
 
+def projections(case: Case, t: dict) -> list[Projection]:
+    """The layers of one x: the first has three halves of N outputs, the second half, and masks are each one's own."""
+    ends = [case.N * i + case.N // 2 * (i == 1) for i in range(1, case.layers)]
+    weights, Bs = t["weight"].tensor_split(ends), t["lora_B"].tensor_split(ends)
+    biases = [None] * case.layers if t["bias"] is None else t["bias"].tensor_split(ends)
+    parts = zip(weights, t["lora_A"].tensor_split(case.layers), Bs, biases, strict=True)
+    return [Projection(*part, case.scale, case.p, SEED + i) for i, part in enumerate(parts)]
+
+
 def evaluate(case: Case, tensors: dict, impl: str, dtype: torch.dtype | None = None) -> list:
     """y, dX, dA, dB, dbias (or dbase) of a case by an impl; in ``dtype`` if given, on copies of the same values."""
     t: dict = {name: None if v is None else v.detach() if dtype is None else v.to(dtype) for name, v in tensors.items()}
@@ -162,10 +175,14 @@ def evaluate(case: Case, tensors: dict, impl: str, dtype: torch.dtype | None = N
     names = [name for name in trained if t[name] is not None]
     for name in names:
         t[name] = t[name].requires_grad_()
-    y = lora_linear(
-        t["x"], t["weight"], t["lora_A"], t["lora_B"], t["bias"], **many(case, t["x"].device), base=t["base"], dropout_p=case.p,
-        training=True, seed=SEED, impl=impl, config=case.config if impl == "triton" else None,
-    )  # fmt: skip
+    how: dict[str, Any] = dict(training=True, impl=impl, config=case.config if impl == "triton" else None)
+    if case.layers > 1:
+        y = torch.cat(lora_linears(t["x"], projections(case, t), **how), -1)
+    else:
+        y = lora_linear(
+            t["x"], t["weight"], t["lora_A"], t["lora_B"], t["bias"],
+            **many(case, t["x"].device), base=t["base"], dropout_p=case.p, seed=SEED, **how,
+        )  # fmt: skip
     grads = torch.autograd.grad(y, [t[name] for name in names], t["dY"].view_as(y) if case.top_k > 1 else t["dY"])
     return [y.detach(), *grads] + [None] * (5 - 1 - len(grads))
 
@@ -283,6 +300,8 @@ def cases(device: torch.device, quick: bool = False) -> list[Case]:
         found += [replace(odd, dtype=dtypes[0], adapters=7, popularity=popularity, p=0.1, impl=impl) for impl in ("triton", "torch")]
     given = replace(odd, dtype=dtypes[0], p=0.1, base=True)
     found += [given, replace(given, adapters=7, mixed_ranks=True)]
+    shared = replace(odd, dtype=dtypes[0], layers=3)
+    found += [shared, replace(shared, p=0.1), *(replace(shared, layers=2, config=config) for config in ways if not config.expand.tma)]
     routed = replace(odd, dtype=dtypes[0], p=0.1, adapters=7, experts=True, mixed_ranks=True)
     plain = ways[0]  # with shrink's tiles as expand's, both being the plan's gathered ones
     found += [routed, replace(routed, config=replace(plain, shrink=replace(plain.shrink, block_m=plain.expand.block_m, num_stages=1)))]
@@ -294,6 +313,9 @@ def cases(device: torch.device, quick: bool = False) -> list[Case]:
         found += [replace(routed, M=2 * odd.M, R=100), replace(routed, popularity="none")]
         found += [replace(given, p=0.0, layout="sliced"), replace(given, M=2 * odd.M, adapters=7, mixed_ranks=True)]
         found += [replace(given, impl="torch"), replace(given, p=0.0, impl="torch")]
+        found += [replace(shared, dtype=dtype, p=p, impl="torch") for dtype in (*dtypes, torch.bfloat16) for p in (0.0, 0.1)]
+        found += [replace(shared, p=0.1, layout=layout) for layout in ("transposed", "sliced", "expanded")]
+        found += [replace(even, layers=2, config=config) for config in ways if config.expand.tma or config.expand.base == "library"]
     found += [replace(odd, dtype=torch.float16, adapter_dtype=torch.float32), replace(even, R=100, bias=False), replace(odd, M=1)]
     found += [replace(odd, dtype=dtype, p=p, impl="torch") for dtype in (*dtypes, torch.bfloat16) for p in (0.0, 0.1)]
     return [case for case in dict.fromkeys(found) if _served(case, arch)]

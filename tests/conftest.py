@@ -24,6 +24,7 @@ NEEDS = {
     "test_peft_states.py": "peft",
     "test_peft_mixed.py": "peft",
     "test_peft_formulas.py": "peft",
+    "test_peft_shared.py": "peft",
     "test_peft_quantised.py": "torchao",
     "test_files.py": "peft",
     "test_files_refusals.py": "peft",

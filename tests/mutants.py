@@ -131,7 +131,7 @@ ONE_ADAPTER = [
     Mutant("launch: loop without 1 / (1 - p)", LAUNCH, "scale * (inv_keep if drop_x else 1.0)", "scale"),
     Mutant("launch: bias twice on library base", LAUNCH, "u=u, base=y, out=y", "u=u, bias=bias, base=y, out=y"),
     Mutant("launch: dropout on dY", LAUNCH, "lora_B, scale=scale, dropout=None", "lora_B, scale=scale, dropout=drop"),
-    Mutant("launch: dA without dropout", LAUNCH, "(x, ds, dropout=drop", "(x, ds, dropout=None"),
+    Mutant("launch: dA without dropout", LAUNCH, "all_ds, dropout=drop", "all_ds, dropout=None"),
     Mutant("launch: flags not zeroed", LAUNCH, "flags = torch.zeros(", "flags = torch.empty("),
 ]  # fmt: skip
 
@@ -235,7 +235,7 @@ MANY = [
     Mutant("launch: no ranks in backward", LAUNCH, SHARED, SHARED.replace("=adapters,", "=adapters._replace(ranks=None),")),
     Mutant("launch: no scales awaited", LAUNCH, 'None if c.u == "given" else adapters.scales', "None"),
     Mutant("launch: adapters a row apart", LAUNCH, "return t.stride(0) if", "return t.stride(1) if"),
-    Mutant("launch: dS in parts for wgrad", LAUNCH, "parts=not need_da", "parts=True"),
+    Mutant("launch: dS in parts for wgrad", LAUNCH, "parts=not keep_ds", "parts=True"),
     Mutant("runs: all tokens are neighbours", CHAIN, "last[e] - first[e] == end - begin - 1", "True"),
     Mutant("runs: one gap is none", CHAIN, "== end - begin - 1", "<= end - begin"),
     Mutant("runs: last token left out", CHAIN, "slice(first[e], last[e] + 1)", "slice(first[e], last[e])"),
@@ -320,7 +320,7 @@ BASE = [
     Mutant("base: written to", LAUNCH, "u=u, base=base, **", "u=u, base=base, out=base, **"),
     Mutant("base: by its rows alone", LAUNCH, "load_dense, _matrix(base)", "load_dense, (base, base.shape[1], 1)"),
     Mutant("base: not read", LAUNCH, READ_BASE, READ_BASE.replace("None:", "None and w is not None:")),
-    Mutant("base: dX with dY for a base", LAUNCH, "and weight is not None else None", "and weight is not None else dy"),
+    Mutant("base: dX with dY for a base", LAUNCH, "and weight is not None:\n", "and weight is not None or not weight:\n"),
     Mutant("base: torch arm writes to it", CHAIN, "return torch.addmm(base, u, B.t()), u", "return base.addmm_(u, B.t()), u"),
     Mutant("base: torch arm without a copy", CHAIN, "base.clone(memory_format=torch.contiguous_format)", "base"),
     Mutant("base: torch arm drops nothing of dX", CHAIN, "dx = dx if bits is None else drop(dx, bits)", "dx = dx"),

@@ -19,7 +19,8 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from mutants import MUTANTS, Mutant
+from mutants import Mutant
+from mutants_shared import EVERY
 
 ROOT = Path(__file__).resolve().parents[1]
 SELECTIONS = {  # a mutant's tests: their files, and which of them run first
@@ -36,6 +37,10 @@ SELECTIONS = {  # a mutant's tests: their files, and which of them run first
     ),
     "base": (["test_base_given.py", "test_memory.py"], "test_base_given.py and not (compiles or 200 or 512 or blocks)"),
     "experts": (["test_experts.py"], "not (compiles or opcheck or 512 or of_every_size or twice)"),
+    "shared": (
+        ["test_projections.py", "test_shared_input.py"],
+        "not (test_ranks or test_sizes or looks_on or named_arm or refusals) or triton and test_sizes and 65-129",
+    ),
     "merge": (["test_merging.py"], "one_rounding or in_place or blocks or not_finite or merged"),
     "overlap": (["test_overlap.py"], "test"),
     "plan": (["test_plan.py"], "equals or apart or one_adapter or out_of_range or any_block or parts"),
@@ -114,9 +119,9 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="print the mutants, run nothing")
     parser.add_argument("--whole", action="store_true", help="meet the whole test file before surviving")
     args = parser.parse_args()
-    mutants = [m for m in MUTANTS if not args.only or args.only in f"{m.tests}: {m.name}"]
+    mutants = [m for m in EVERY if not args.only or args.only in f"{m.tests}: {m.name}"]
     try:
-        for mutant in MUTANTS:
+        for mutant in EVERY:
             compile(mutated(ROOT / "lora_kernels", mutant), mutant.file, "exec")
     except LookupError as error:
         print(error, file=sys.stderr)

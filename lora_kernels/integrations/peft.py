@@ -27,9 +27,10 @@ from transformers.pytorch_utils import Conv1D
 
 from ..autograd import lora_linear
 from ..experts import together
+from ..projections import Projection
 from .peft_experts import routed, why_not_routed
 from .peft_mixed import mixed, why_not_mixed
-from .peft_state import PLAIN, Base, Beside, active, adapters_of, base_of, in_dtype, product_of, why_not_together
+from .peft_state import PLAIN, Base, Beside, active, adapters_of, base_of, in_dtype, product_of, projection_of, why_not_together
 
 __all__ = [
     "Fused",
@@ -58,6 +59,12 @@ QUANTISED = {  # PEFT's layers that add the adapters to what a quantised layer m
 
 class Fused:
     """The forward pass of a LoRA layer of PEFT's by `lora_kernels.lora_linear`, also for ``adapter_names``, in training too."""
+
+    _shares: Any = None  # the `SharedInput` of this layer and others, if any
+
+    def projection(self, x: torch.Tensor) -> Projection | None:
+        """The layer as one of several of x, or None where it is computed alone."""
+        return projection_of(self, x)
 
     def forward(self: Any, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         names = kwargs.get("adapter_names")
@@ -100,6 +107,8 @@ def __getattr__(name: str) -> type:
 
 def _single(layer: Any, x: torch.Tensor) -> torch.Tensor | None:
     """Every token through the active adapters; None where PEFT's forward is to compute it."""
+    if layer._shares is not None and (own := projection_of(layer, x)) is not None:
+        return layer._shares.call(layer, x, own)
     names = active(layer)
     base = base_of(layer, x) if names else ""
     if isinstance(base, str):
@@ -231,6 +240,7 @@ def unfuse(model: nn.Module) -> int:
     """Undo `fuse`: every fused layer is PEFT's own again. Returns how many."""
     fused: list = [m for m in model.modules() if isinstance(m, Fused)]
     for module in fused:
+        module.__dict__.pop("_shares", None)
         module.__class__ = next(kind for kind in type(module).__mro__ if not issubclass(kind, Fused))
     return len(fused)
 

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from ..experts import Factors
 from ..nn import hooked
 from ..problem import FLOATS, MAX_RANK, UnsupportedError
+from ..projections import Projection
 
 PLAIN = (torch.Tensor, nn.Parameter)
 DROPOUTS = (nn.Dropout, nn.Identity)
@@ -101,6 +102,19 @@ def adapters_of(layer: lora.LoraLayer, names: list[str], base: Base | Beside, x:
             return adapter
         found.append(adapter)
     return found
+
+
+def projection_of(layer: Any, x: torch.Tensor) -> Projection | None:
+    """The layer as one of several of x, or None: only one adapter, and a base whose product a fused call makes, take part."""
+    names = [] if layer._disable_adapters or layer.merged_adapters else active(layer)
+    base = base_of(layer, x) if len(names) == 1 else ""
+    if not isinstance(base, Base) or base.weight is None:
+        return None
+    adapters = adapters_of(layer, names, base, x)
+    if isinstance(adapters, str) or in_dtype(adapters[0], base.dtype) is not adapters[0]:
+        return None
+    one = adapters[0]
+    return Projection(base.weight, one.A, one.B, base.bias, one.scale, one.p if one.training else 0.0)
 
 
 def why_not_together(adapters: list[Factors]) -> str | None:

@@ -11,7 +11,7 @@ reach another's tokens. Either a token selects its own product, which takes a se
 others are zero in each product, and what is not finite in v, for 0 * inf is NaN, is taken out of it and added to its own tokens as NaN.
 
 Without a loader of w, x is the base product itself, made by the library or by another layer, or a weight into which ``u v`` is merged
-(EXACT: u v in float32). Without one of x either, y is ``u v`` alone.
+(EXACT: u v in float32). Without one of x either, y is ``u v`` alone. ADD: y holds a term already, dX of other layers of the same x, say.
 
 SPLIT (u given, few tokens): parts of one tile go to several programs, the low-rank product to the first and ranges of K to the others. Each
 writes a float32 partial sum; whichever comes last adds them in their order, so the result does not depend on which it was.
@@ -177,6 +177,7 @@ def expand_tile(
     WALK: tl.constexpr,
     SPLIT: tl.constexpr,
     EXACT: tl.constexpr,
+    ADD: tl.constexpr,
     SAVE_U: tl.constexpr,
     DROP_X: tl.constexpr,
     DROP_UV: tl.constexpr,
@@ -269,14 +270,16 @@ def expand_tile(
             acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
             for i in tl.range(0, parts[3]):
                 acc += tl.load(part_ptrs + tl.cast(i, tl.int64) * parts[1], mask=y_mask, other=0.0)
-            store_tile(acc, bias_ptr, y_ptrs, y_mask, n0, N, BLOCK_N)
+            store_tile(acc, bias_ptr, y_ptrs, y_mask, n0, N, ADD, BLOCK_N)
     else:
-        store_tile(acc, bias_ptr, y_ptrs, y_mask, n0, N, BLOCK_N)
+        store_tile(acc, bias_ptr, y_ptrs, y_mask, n0, N, ADD, BLOCK_N)
 
 
 @triton.jit
-def store_tile(acc, bias_ptr, y_ptrs, y_mask, n0, N, BLOCK_N: tl.constexpr):
-    """Add the bias, round once, store."""
+def store_tile(acc, bias_ptr, y_ptrs, y_mask, n0, N, ADD: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Add the bias and what is there, round once, store."""
+    if ADD:
+        acc += tl.load(y_ptrs, mask=y_mask, other=0.0)
     if bias_ptr is not None:
         n = n0 + tl.arange(0, BLOCK_N)
         acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
@@ -323,6 +326,7 @@ def expand(
     WALK: tl.constexpr,
     SPLIT: tl.constexpr,
     EXACT: tl.constexpr,
+    ADD: tl.constexpr,
     SAVE_U: tl.constexpr,
     DROP_X: tl.constexpr,
     DROP_UV: tl.constexpr,
@@ -390,6 +394,6 @@ def expand(
             expand_tile(
                 x, w, a, u, v, bias_ptr, y, rows, stride_ve, scales_ptr, ranks_ptr, flag_ptr,
                 parts, part, blocks_per_part, seed, threshold, inv_keep, scale, pid_m, pid_n, M, N, K, R,
-                LOAD_X, LOAD_W, LOAD_U, U, SEGMENTS, MASKED, WALK, SPLIT, EXACT, SAVE_U, DROP_X, DROP_UV, PRECISION,
+                LOAD_X, LOAD_W, LOAD_U, U, SEGMENTS, MASKED, WALK, SPLIT, EXACT, ADD, SAVE_U, DROP_X, DROP_UV, PRECISION,
                 BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, R_BLOCKS, EVEN_N, EVEN_K, EVEN_R, WIDE, WAIT,
             )  # fmt: skip

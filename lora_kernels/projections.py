@@ -1,0 +1,206 @@
+"""``lora_linears``: several layers of one x, as q, k and v are, or gate and up, in one node of the graph.
+
+    Y_i = x W_i^T + U_i B_i^T + bias_i       U = scale x [A_1; A_2; ...]^T, from one read of x
+    dX = sum of dY_i W_i + dS_i A_i          each product added to dX as it is made, where autograd would add whole tensors
+    [dA_1; dA_2; ...] = dS^T x               from one read of x;  dB_i = dY_i^T U_i
+
+With dropout each layer has a mask of its own, so that U_i and dA_i are of x as it drops it, and dX alone is shared. The kernels and the
+chain are those of one layer (`lora_linear`), and which of them a layer takes is its own choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch.autograd.function import once_differentiable
+from torch.compiler import is_compiling
+
+from . import dispatch, problem, reference
+from .autograd import carried, lora_linear, prepare
+from .problem import MAX_RANK, PLAIN, UnsupportedError, rows
+from .segments import ONE, Adapters
+
+
+class Projection(NamedTuple):
+    """One layer of a shared x; each field as in `lora_linear`.
+
+    weight: ``[N, K]``, frozen. lora_A: ``[r, K]``. lora_B: ``[N, r]``. bias: ``[N]`` or None. scale: a float, or a float32 tensor of one
+    element. dropout_p: in [0, 1), acts when training. seed: its mask's, None to draw one.
+    """
+
+    weight: torch.Tensor
+    lora_A: torch.Tensor
+    lora_B: torch.Tensor
+    bias: torch.Tensor | None = None
+    scale: float | torch.Tensor = 1.0
+    dropout_p: float = 0.0
+    seed: torch.Tensor | int | None = None
+
+
+class _Layer(NamedTuple):
+    """A projection as its arm takes it: its tensors apart, which autograd saves."""
+
+    adapters: Adapters
+    scale: float
+    p: float
+
+
+class LoRALinearsFunction(torch.autograd.Function):
+    """``y_i [..., N_i]`` for each layer, with gradients for x and each layer's A, B and bias."""
+
+    @staticmethod
+    def forward(ctx, x, layers, impl, config, *tensors):
+        five = _fives(tensors)
+        need_x, needs = ctx.needs_input_grad[0], _fives(ctx.needs_input_grad[4:])
+        ys, us, columns = _forward(x, five, layers, impl, config, [need[2] for need in needs])
+        saved: list = [x if any(need[1] for need in needs) else None]
+        for (weight, A, B, _, seed), u, (_, need_A, need_B, *_) in zip(five, us, needs, strict=True):
+            saved += [weight if need_x else None, A if need_x else None, B if need_x or need_A else None, u if need_B else None]
+            saved.append(seed if need_x or need_A else None)
+        ctx.save_for_backward(*saved)
+        if not need_x:
+            ctx.mark_non_differentiable(*(y for y, need in zip(ys, needs, strict=True) if not any(need)))
+        ctx.set_materialize_grads(False)
+        ctx.constants = (layers, impl, config, columns, need_x, needs, [A.dtype for _, A, *_ in five])
+        return tuple(ys)
+
+    @staticmethod
+    def backward(ctx, *dys):
+        return _gradients_once(ctx, *dys) if torch.is_grad_enabled() else _gradients(ctx, *dys)
+
+
+def _fives(flat: Sequence) -> list[Sequence]:
+    """A tuple a layer: weight, lora_A, lora_B, bias and seed."""
+    return [flat[i : i + 5] for i in range(0, len(flat), 5)]
+
+
+def _forward(x, tensors, layers: Sequence[_Layer], impl: str, config: str, save: Sequence[bool]):
+    """Each layer's ``y [..., N]`` and ``u [M, r]``, and which columns of the shared u are whose, None where each has its own."""
+    x2 = rows(x)
+    arms = [
+        dispatch.forward_arm(x2, weight, A, B, layer.adapters, layer.p, impl, config)
+        for (weight, A, B, *_), layer in zip(tensors, layers, strict=True)
+    ]
+    columns = _columns([A for _, A, *_ in tensors], layers)
+    us: list = [None] * len(layers)
+    if columns is not None and all(chosen is None or chosen.expand.u == "given" for _, chosen in arms):
+        A = torch.cat([A for _, A, *_ in tensors])
+        run, chosen = dispatch.down_arm(arms[0])
+        keep = any(save) or any(chosen is None for _, chosen in arms)
+        u = run(x2, A, layers[0].adapters, layers[0].scale, keep, chosen)
+        us = [u[..., own] for own in columns]
+    ys = []
+    for i, ((run, chosen), (weight, A, B, bias, seed), layer) in enumerate(zip(arms, tensors, layers, strict=True)):
+        y, us[i] = run(x2, weight, A, B, bias, seed, layer.adapters, layer.scale, layer.p, save[i], chosen, u=us[i])
+        ys.append(y if x is x2 else torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[1]]))
+    return ys, us, columns
+
+
+def _columns(As: Sequence[torch.Tensor], layers: Sequence[_Layer]) -> list[slice] | None:
+    """The columns of one u that are each layer's, or None: with dropout, scales or dtypes that differ, or too large a rank in all."""
+    one = layers[0]
+    ends = [0]
+    for A, layer in zip(As, layers, strict=True):
+        if layer.p or layer.scale != one.scale or layer.adapters.scales is not one.adapters.scales or A.dtype != As[0].dtype:
+            return None
+        ends.append(ends[-1] + A.shape[0])
+    return [slice(a, b) for a, b in zip(ends, ends[1:], strict=False)] if ends[-1] <= MAX_RANK else None
+
+
+def _gradients(ctx, *dys):
+    layers, impl, config, columns, need_x, needs, dtypes = ctx.constants
+    x, *flat = ctx.saved_tensors
+    tensors = _fives(flat)
+    live = [i for i, dy in enumerate(dys) if dy is not None]
+    grads: list = [[None] * 5 for _ in layers]
+    dx = all_ds = None
+    if columns is not None and len(live) == len(layers) and all(need[1] for need in needs):
+        all_ds = dys[0].new_empty(rows(dys[0]).shape[0], columns[-1].stop)
+    x2 = None if x is None else rows(x)
+    for i in live:
+        (weight, A, B, u, seed), (_, need_A, need_B, need_bias, _), layer = tensors[i], needs[i], layers[i]
+        dy = rows(dys[i])
+        shared: dict[str, Any] = dict(onto=dx)
+        if all_ds is not None:
+            need_A = i == live[-1]  # dS is whole then, and dX's last launch has company
+            shared |= dict(ds=all_ds[:, columns[i]], all_ds=all_ds)
+        if need_x or need_A or need_B or all_ds is not None:
+            run, chosen = dispatch.backward_arm(dy, x2, weight, A, B, u, layer.adapters, layer.p, impl, config)
+            need = (need_x, need_A, need_B)
+            its_dx, da, db = run(
+                dy, x2, weight, A, B, u, seed, layer.adapters, layer.scale, layer.p, need, dtypes[i], chosen, **shared
+            )  # fmt: skip
+            dx = its_dx if need_x else None
+            grads[i][1:3] = da, db
+        grads[i][3] = dy.sum(0) if need_bias else None
+    if all_ds is not None:
+        da = grads[live[-1]][1]
+        for i in live:
+            grads[i][1] = da[columns[i]]
+    if dx is not None and dys[live[0]].dim() != 2:
+        dx = dx.view(*dys[live[0]].shape[:-1], dx.shape[1])
+    return dx, None, None, None, *(grad for five in grads for grad in five)
+
+
+_gradients_once = once_differentiable(_gradients)
+
+
+def lora_linears(x, projections: Sequence[Projection], *, training=False, config=None, impl="auto") -> tuple[torch.Tensor, ...]:
+    """`lora_linear` for several layers of one x, reading and adding together what they share.
+
+    Args:
+        x: Tokens ``[..., K]``, as in `lora_linear`.
+        projections: A `Projection` for each layer; their N, ranks, scales and dropouts may differ. Without dropout and with one scale
+            they share the product with A, too.
+        training: Whether dropout acts.
+        config, impl: As in `lora_linear`, for each of them.
+    Returns:
+        ``[..., N_i]`` for each. Under torch.compile, and wherever else torch looks on, these are separate calls of `lora_linear`.
+    Gradients:
+        As of separate calls. dX is summed in the order of the projections, in x's dtype, as autograd sums; gradients of A that were
+        computed together are views of one tensor.
+    Raises:
+        As `lora_linear`, the projection named.
+    """
+    if isinstance(projections, Projection) or not all(isinstance(each, Projection) for each in projections):
+        raise TypeError(f"projections: wanted a sequence of lora_kernels.Projection, got {_what(projections)}")
+    if not projections:
+        raise ValueError("projections: wanted at least one, got none")
+    checked, key = [], ""
+    for i, each in enumerate(projections):
+        try:
+            x, weight, bias, key = prepare(
+                x, each.weight, each.lora_A, each.lora_B, each.bias, None, each.scale, each.dropout_p, each.seed, None, None, config, impl
+            )  # fmt: skip
+        except (TypeError, ValueError, UnsupportedError) as error:
+            raise type(error)(f"projections[{i}]: {error}") from None
+        checked.append(each._replace(weight=weight, bias=bias))
+    if impl == "reference" or seen(x, checked):
+        how: dict[str, Any] = dict(training=training, config=config, impl=impl)
+        return tuple(lora_linear(x, *each[:4], scale=each.scale, dropout_p=each.dropout_p, seed=each.seed, **how) for each in checked)
+    layers, tensors = [], []
+    for each in checked:
+        p = float(each.dropout_p) if training else 0.0
+        adapters, scale = carried(None, each.scale, None) if isinstance(each.scale, torch.Tensor) else (ONE, each.scale)
+        layers.append(_Layer(adapters, float(scale), p))
+        tensors.append((*each[:4], reference.as_seed(each.seed, x.device) if p else None))
+    trained = x.requires_grad or any(t is not None and t.requires_grad for five in tensors for t in five)
+    if trained and torch.is_grad_enabled():
+        return LoRALinearsFunction.apply(x, tuple(layers), impl, key, *(t for five in tensors for t in five))
+    return tuple(_forward(x, tensors, layers, impl, key, [False] * len(layers))[0])
+
+
+def _what(projections) -> str:
+    if isinstance(projections, Projection):
+        return "a Projection itself"
+    return ", ".join(sorted({type(each).__name__ for each in projections}))
+
+
+def seen(x: torch.Tensor, projections: Sequence[Projection]) -> bool:
+    """Whether a compiler, a mode or a tensor's class is to see the operators of single calls; or there is nothing to compute."""
+    if is_compiling() or torch._C._len_torch_dispatch_stack() != 0:
+        return True
+    tensors = [x, *(t for each in projections for t in each[:4] if t is not None)]
+    return not (x.is_cuda or x.device == problem.CPU) or any(type(t) not in PLAIN or t.numel() == 0 for t in tensors)

@@ -1,0 +1,62 @@
+"""The slips of `mutation.py` where layers share an x, and all slips together."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from mutants import CHAIN, EXPAND, LAUNCH, MUTANTS, Mutant
+
+TOGETHER, INPUT = "projections.py", "shared_input.py"
+
+SHARED = [
+    Mutant("shared: what y holds is not added", EXPAND, "    if ADD:\n", "    if ADD and not ADD:\n"),
+    Mutant("shared: y is told to hold nothing", LAUNCH, "ADD=onto is not None", "ADD=False"),
+    Mutant("shared: y is not what was given", LAUNCH, "out = out if onto is None else onto", "out = out"),
+    Mutant("shared: dS in parts stays there", LAUNCH, "out if whole else out.copy_(z.sum(0))", "out"),
+    Mutant("shared: dS written side by side", LAUNCH, "_matrix(z), z.stride(0)", "(z, R, 1), z.stride(0)"),
+    Mutant("shared: dA of the last layer's dS", LAUNCH, "ds if all_ds is None else all_ds", "ds"),
+    Mutant("shared: library's dX of one layer", LAUNCH, "onto.addmm_(dy, weight), None", "torch.mm(dy, weight), None"),
+    Mutant("shared: library's dX added twice", LAUNCH, "onto.addmm_(dy, weight), None", "onto.addmm_(dy, weight), onto"),
+    Mutant("shared: u taken again", LAUNCH, "            if u is None:\n", "            if True:\n", note="equivalent: the same u"),
+    Mutant("shared: u of a scale of 1", LAUNCH, "scale=scale, adapters=adapters, dropout=None", "adapters=adapters, dropout=None, scale=1"),
+    Mutant("shared: torch arm's dX of one layer", CHAIN, " if onto is None else onto.addmm_(dy, weight)", ""),
+    Mutant("shared: torch arm's dA of the last dS", CHAIN, "ds if all_ds is None else all_ds", "ds"),
+    Mutant("shared: torch arm's dS not handed out", CHAIN, "own if ds is None else ds.copy_(own)", "own"),
+    Mutant("shared: torch arm's scale on the device", CHAIN, "u if adapters.scales is None else u.mul_(adapters.scales)", "u"),
+    Mutant("shared: one u for all scales", TOGETHER, "layer.scale != one.scale or ", ""),
+    Mutant("shared: one u for all scales on the device", TOGETHER, "layer.adapters.scales is not one.adapters.scales or ", ""),
+    Mutant("shared: one u for all masks", TOGETHER, "if layer.p or ", "if "),
+    Mutant("shared: one u for all dtypes", TOGETHER, " or A.dtype != As[0].dtype", ""),
+    Mutant("shared: one u of any rank", TOGETHER, "if ends[-1] <= MAX_RANK", "if ends[-1]", note="equivalent: the same sums"),
+    Mutant("shared: u for who makes its own", TOGETHER, 'chosen is None or chosen.expand.u == "given"', "True", note="equivalent: unread"),
+    Mutant("shared: u in parts for wgrad", TOGETHER, "keep = any(save) or any(", "keep = any("),
+    Mutant("shared: dA of layers without dY", TOGETHER, "len(live) == len(layers) and ", ""),
+    Mutant("shared: dA where one is frozen", TOGETHER, " and all(need[1] for need in needs)", ""),
+    Mutant("shared: dA before the last dS", TOGETHER, "need_A = i == live[-1]", "need_A = i == live[0]"),
+    Mutant("shared: dX of the last layer", TOGETHER, "dict(onto=dx)", "dict(onto=None)"),
+    Mutant("shared: no bias gradient", TOGETHER, "dy.sum(0) if need_bias else None", "None"),
+    Mutant("shared: dX without leading sizes", TOGETHER, "dys[live[0]].dim() != 2", "False"),
+    Mutant("shared: seeds of one layer", TOGETHER, "as_seed(each.seed", "as_seed(checked[0].seed"),
+    Mutant("shared: drops outside training", TOGETHER, "float(each.dropout_p) if training else 0.0", "float(each.dropout_p)"),
+    Mutant("shared: x kept for nobody", TOGETHER, "x if any(need[1] for need in needs) else None", "x"),
+    Mutant("shared: a graph for what is frozen", TOGETHER, "if not any(need)))", "if False))"),
+    Mutant("input: of any x", INPUT, "made.x is x and ", ""),
+    Mutant("input: in any state", INPUT, "made.state == state and ", ""),
+    Mutant("input: of any parameters", INPUT, " and stamp == _stamp(own)", ""),
+    Mutant("input: of parameters of any version", INPUT, "t._version, t.shape", "t.shape"),
+    Mutant("input: of parameters at any place", INPUT, "(t.data_ptr(), t._version", "(t._version"),
+    Mutant("input: trained or not", INPUT, ", t.requires_grad)", ")"),
+    Mutant("input: of an x that was written to", INPUT, "return x._version, ", "return "),
+    Mutant("input: with or without a graph", INPUT, "torch.is_grad_enabled(), autocast", "autocast"),
+    Mutant("input: under any autocast", INPUT, "torch.is_grad_enabled(), autocast", "torch.is_grad_enabled()"),
+    Mutant("input: a copy has the other's results", INPUT, '{**self.__dict__, "made": None}', "dict(self.__dict__)"),
+    Mutant("input: a replica leads", INPUT, "if not any(layer is each for each in self.layers.values()):", "if False:"),
+    Mutant("input: it never ends", INPUT, "            if self.idle > 1:\n", "            if self.idle > 9:\n"),
+    Mutant("input: it ends at once", INPUT, "            if self.idle > 1:\n", "            if self.idle > 0:\n"),
+    Mutant("input: strays are counted for ever", INPUT, "                    self.idle = 0\n", "                    pass\n"),
+    Mutant("input: the third layer's result is dropped", INPUT, "self.made = made\n                else", "pass\n                else"),
+    Mutant("input: in inference mode", INPUT, " or x.is_inference()", ""),
+    Mutant("input: compiled", INPUT, "is_compiling() or ", ""),
+]  # fmt: skip
+
+EVERY = [*MUTANTS, *(replace(m, tests="shared") for m in SHARED)]
