@@ -12,13 +12,14 @@ from pathlib import Path
 
 import torch
 
-from . import check, compiles, experts, host, memory, merge, multi, roof, sanitize, single, tune
+from . import check, compiles, experts, host, memory, merge, multi, roof, sanitize, shared, single, tune
 from .session import Session, say
 
 SECTIONS = {
     "check": check.run,
     "roof": roof.run,
     "single": single.run,
+    "shared": shared.run,
     "memory": memory.run,
     "host": host.run,
     "merge": merge.run,

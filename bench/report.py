@@ -11,11 +11,12 @@ import argparse
 import re
 from pathlib import Path
 
-from . import expert_tables, multi_tables, peft_tables, plots, report_tables, tune_tables
+from . import expert_tables, multi_tables, peft_tables, plots, report_tables, shared_tables, tune_tables
 from .conditions import ROOT, machine, read_rows
 
-COMMANDS = report_tables.COMMANDS | multi_tables.COMMANDS | expert_tables.COMMANDS | peft_tables.COMMANDS | tune_tables.COMMANDS
-RENDERERS = report_tables.RENDERERS | multi_tables.RENDERERS | expert_tables.RENDERERS | peft_tables.RENDERERS | tune_tables.RENDERERS
+TABLES = (report_tables, shared_tables, multi_tables, expert_tables, peft_tables, tune_tables)
+COMMANDS = {name: command for each in TABLES for name, command in each.COMMANDS.items()}
+RENDERERS = {name: renderer for each in TABLES for name, renderer in each.RENDERERS.items()}
 PLOTS = plots.PLOTS | peft_tables.PLOTS
 _MARK = re.compile(r"<!-- (/?)bench:([\w-]+) -->")
 

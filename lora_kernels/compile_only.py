@@ -111,10 +111,13 @@ def compile_calls(run, arch: Arch, label: str, only: str = "") -> list[Report]:
     return reports
 
 
-def compile_pass(problem: Problem, arch: Arch, config: Config, label: str = "", backward: bool = False) -> list[Report]:
+def compile_pass(
+    problem: Problem, arch: Arch, config: Config, label: str = "", backward: bool = False, onto: bool = False
+) -> list[Report]:  # fmt: skip
     """Compile all kernels of one pass; for the backward pass the problem is dX's, as `Problem.backward` gives it.
 
-    Beside a base product that is given, or a stack of weights, expand or `experts` alone: the others are what they are beside a weight.
+    Beside a base product that is given, or a stack of weights, or where dX is added to that of other layers (``onto``), expand or `experts`
+    alone: the others are what they are beside a weight.
     """
     M, R, dtype, adapter = min(problem.M, 512), problem.R, problem.dtype, problem.adapter_dtype or problem.dtype
     N, K = (problem.K, problem.N) if backward else (problem.N, problem.K)
@@ -138,11 +141,12 @@ def compile_pass(problem: Problem, arch: Arch, config: Config, label: str = "", 
     def run():
         if backward:
             u = torch.empty(M, R, dtype=dtype)
-            arm.backward(dy, x, weight, A, B, u, seed, adapters, 1.0, p, (True, True, True), adapter, config)
+            added: dict[str, Any] = dict(onto=torch.empty_like(x)) if onto else {}
+            arm.backward(dy, x, weight, A, B, u, seed, adapters, 1.0, p, (True, True, True), adapter, config, **added)
         else:
             arm.forward(x, weight, A, B, bias, seed, adapters, 1.0, p, True, config, base)
 
-    return compile_calls(run, arch, label, "experts" if problem.experts else "expand" if problem.base else "")
+    return compile_calls(run, arch, label, "experts" if problem.experts else "expand" if problem.base or onto else "")
 
 
 def heuristic_reports(arch: Arch, progress=lambda done, total, what: None) -> list[Report]:
@@ -151,6 +155,8 @@ def heuristic_reports(arch: Arch, progress=lambda done, total, what: None) -> li
     calls: list[tuple[str, Callable[[], list[Report]]]] = []
     for label, problem, backward in problems:
         calls.append((label, functools.partial(compile_pass, problem, arch, heuristic(problem, arch), label, backward)))
+    for label, problem in shared_problems():
+        calls.append((label, functools.partial(compile_pass, problem, arch, heuristic(problem, arch), label, True, True)))
     for R in (16, 96):
         calls.append((f"merge r={R}", functools.partial(compile_merge, R, arch)))
     for sizes in ((512, 16, 16), (512, 128, 32), (65536, 128, 128)):
@@ -247,6 +253,14 @@ def expert_problems() -> Iterator[tuple[str, Problem, bool]]:
         if rows > 64:
             yield f"backward {label}", problem.backward(), True
             yield f"backward {label} dropout", replace(problem, dropout="x").backward(), True
+
+
+def shared_problems() -> Iterator[tuple[str, Problem]]:
+    """dX that is added to that of another layer of the same x, as of k to that of q."""
+    for M, R, dtype in ((16, 16, torch.bfloat16), (8192, 16, torch.bfloat16), (8192, 96, torch.bfloat16), (8192, 16, torch.float32)):
+        for dropout in ("", "x") if R == 16 else ("",):
+            problem = Problem(M, 1024, 4096, R, dtype, dropout)
+            yield f"backward of several layers M={M} r={R}{' dropout' if dropout else ''}", problem.backward()
 
 
 def _first_tensor(args) -> torch.Tensor:

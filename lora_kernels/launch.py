@@ -225,6 +225,9 @@ def run_expand(
     block_r = rank_block(R, 32 if narrow else LOOP_RANK if c.u == "loop" else TILE_RANK if adapters.ranks is None else MIXED_RANK)
     r_blocks = cdiv(R, block_r)
     out = out if onto is None else onto
+    # Neither is read before what it waits for: beside a shrink that runs yet (pdl), which began after the launch that wrote it had ended.
+    # The first term costs fewer registers; with dropout, whose mask comes before the first product, the last does.
+    add = None if onto is None else "first" if drop_uv is None else "last"
     y = x.new_empty(M, N) if out is None else out
     num_m, tiles = cdiv(M, c.block_m), cdiv(M, c.block_m) * cdiv(N, c.block_n)
     gathered = seg.tile_adapter.shape[0] if seg else 0
@@ -265,7 +268,7 @@ def run_expand(
     blocks = max(c.block_m, c.block_n, c.block_k)
     options = dict(
         LOAD_X=load_x, LOAD_W=load_w, LOAD_U=load_u, U=c.u, SEGMENTS=seg is not None, MASKED=c.masked, WALK=c.walk or None,
-        SPLIT=parts is not None, EXACT=exact, ADD=onto is not None, SAVE_U=c.u == "loop" and u is not None,
+        SPLIT=parts is not None, EXACT=exact, ADD=add, SAVE_U=c.u == "loop" and u is not None,
         DROP_X=drop_x is not None and c.u != "given",
         DROP_UV=drop_uv is not None, PRECISION="ieee" if exact else precision(x.dtype),
         BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, BLOCK_R=block_r,

@@ -85,7 +85,8 @@ def _forward(x, tensors, layers: Sequence[_Layer], impl: str, config: str, save:
     ]
     columns = _columns([A for _, A, *_ in tensors], layers)
     us: list = [None] * len(layers)
-    if columns is not None and all(chosen is None or chosen.expand.u == "given" for _, chosen in arms):
+    # To put the As together is to read and write them once; it saves reading x for all layers but one.
+    if columns is not None and (len(layers) - 1) * x2.shape[0] > 2 * columns[-1].stop and all(_takes_u(chosen) for _, chosen in arms):
         A = torch.cat([A for _, A, *_ in tensors])
         run, chosen = dispatch.down_arm(arms[0])
         keep = any(save) or any(chosen is None for _, chosen in arms)
@@ -96,6 +97,11 @@ def _forward(x, tensors, layers: Sequence[_Layer], impl: str, config: str, save:
         y, us[i] = run(x2, weight, A, B, bias, seed, layer.adapters, layer.scale, layer.p, save[i], chosen, u=us[i])
         ys.append(y if x is x2 else torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[1]]))
     return ys, us, columns
+
+
+def _takes_u(config) -> bool:
+    """Whether an arm, the chain where there is no configuration, takes u as `down` gives it."""
+    return config is None or config.expand.u == "given"
 
 
 def _columns(As: Sequence[torch.Tensor], layers: Sequence[_Layer]) -> list[slice] | None:

@@ -141,7 +141,7 @@ SPLIT = [
     Mutant("split: range of the part before", EXPAND, "k_begin = (part - 1) *", "k_begin = part *"),
     Mutant("split: range up to K", EXPAND, "tl.minimum(k_begin + blocks_per_part * BLOCK_K, K))", "K)"),
     Mutant("split: part 0 takes K, too", EXPAND, "tl.where(part == 0, k_begin, tl", "tl.where(part < 0, k_begin, tl"),
-    Mutant("split: low rank in each part", EXPAND, "if part == 0:", "if part >= 0:"),
+    Mutant("split: low rank in each part", EXPAND, "if part == 0:\n            if", "if part >= 0:\n            if"),
     Mutant("split: parts written over each other", EXPAND, PART_STORE, PART_STORE.replace("* parts[1]", "* 0")),
     Mutant("split: counter of a row of tiles", EXPAND, "parts[2] + pid_m * tl.cdiv(N, BLOCK_N) + pid_n", "parts[2] + pid_m"),
     Mutant("split: added by the first to come", EXPAND, "arrived == parts[3] - 1", "arrived == 0"),

@@ -17,6 +17,7 @@ ARMS = ("triton", "torch")
 M, K = 19, 40
 NS, RS = (24, 17, 33), (3, 5, 1)
 CASE = Case(M, 37, 50, 5, layers=3)
+LIBRARY, SPLIT = with_u("given", base="library"), with_u("given", split=3)
 
 
 def layers(p=0.0, scale=0.5, dtype=torch.float32, ranks=RS, trained=(True, True, True), widths=NS) -> list[Projection]:
@@ -72,11 +73,11 @@ def recorded(call) -> list[str]:
     return seen
 
 
-@pytest.mark.parametrize("impl", ARMS)
-@pytest.mark.parametrize("R", [1, 3, 16, 17, 64, 100, 170, 171, 512])
+@pytest.mark.parametrize("impl, R", [*itertools.product(ARMS, (1, 3, 16, 17, 50, 171, 512)), ("torch", 170)])
 def test_ranks(impl, R):
-    """Up to 512 in all they share u and dA; beyond that each layer has its own."""
-    result = run_case(replace(CASE, R=R, M=17, N=21, K=33, impl=impl), DEVICE)
+    """Up to 512 in all they share u and dA, given so many tokens; beyond that each layer has its own."""
+    M = 3 * R + 1 if R <= 170 else 17
+    result = run_case(replace(CASE, R=R, M=M, N=21, K=33, impl=impl, config=TILES if impl == "triton" else None), DEVICE)
     assert result.ok and (result.launches > 0) == (impl == "triton"), result
 
 
@@ -88,14 +89,14 @@ def test_sizes(impl, p, size):
     assert result.ok and (result.launches > 0) == (impl == "triton"), result
 
 
-@pytest.mark.parametrize("impl", ARMS)
+@pytest.mark.parametrize("impl, config", [("torch", None), *(("triton", each) for each in (None, TILES, LIBRARY, SPLIT))])
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("lead", [(M,), (2, 3), ()])
-def test_they_are_separate_calls(impl, p, lead):
+def test_they_are_separate_calls(impl, config, p, lead):
     """Unequal widths and ranks; the same masks, the same values to the rounding of sums in another order."""
     x = tokens(*lead) if lead else tokens(1)[0].detach().requires_grad_()
     own = layers(p)
-    ys, theirs = lora_linears(x, own, training=True, impl=impl), separately(x, own, training=True, impl=impl)
+    ys, theirs = lora_linears(x, own, training=True, impl=impl, config=config), separately(x, own, training=True, impl="reference")
     assert isinstance(ys, tuple)
     for y, wanted in zip(ys, theirs, strict=True):
         assert y.is_contiguous() and y.grad_fn is ys[0].grad_fn
@@ -136,7 +137,7 @@ def test_a_layer_with_nothing_to_train_has_no_graph():
     assert not any(y.requires_grad for y in lora_linears(x, [frozen, frozen]))
 
 
-@pytest.mark.parametrize("change", ["ranks", "scales", "dtypes", "one frozen"])
+@pytest.mark.parametrize("change", ["ranks", "scales", "scales on the device", "dtypes", "one frozen"])
 @pytest.mark.parametrize("impl", ARMS)
 def test_what_keeps_them_from_sharing_a_product(impl, change):
     """Too large a rank in all, scales or dtypes that differ: each layer its own u; an A that is not trained: each its own dA."""
@@ -144,6 +145,8 @@ def test_what_keeps_them_from_sharing_a_product(impl, change):
     x, own = tokens(dtype=dtype), layers(ranks=(300, 300, 5) if change == "ranks" else RS, dtype=dtype)
     if change == "scales":
         own = [p._replace(scale=scale) for p, scale in zip(own, (0.5, 2.0, torch.tensor(0.25, device=DEVICE)), strict=True)]
+    if change == "scales on the device":
+        own = [p._replace(scale=torch.tensor(0.25 + i, device=DEVICE)) for i, p in enumerate(own)]
     if change == "dtypes":
         wide = {name: getattr(own[1], name).detach().float().requires_grad_() for name in ("lora_A", "lora_B")}
         own[1] = own[1]._replace(**wide)
@@ -159,13 +162,16 @@ def test_what_keeps_them_from_sharing_a_product(impl, change):
         assert ours[name].dtype == theirs[name].dtype
         rounded = dtype if ours[name].dtype != dtype else None
         assert budget_used(ours[name], theirs[name], wanted, rounded, terms=300) <= 1, name
+        assert rounded is None or (ours[name] != ours[name].to(rounded)).any(), f"{name} was rounded on its way"
 
 
 def test_a_scale_on_the_device_is_shared():
     scale = torch.tensor(0.75, device=DEVICE)
     x, own = tokens(), layers(scale=scale)
     assert recorded(lambda: lora_linears(x, own, impl="triton", config=TILES)).count("shrink") == 1
-    close(gradients(lora_linears(x, own), x, own), gradients(separately(x, own), x, own))
+    wanted = gradients(separately(x, own, impl="reference"), x, own)
+    close(gradients(lora_linears(x, own, impl="triton", config=TILES), x, own), wanted)
+    close(gradients(lora_linears(x, own, impl="torch"), x, own), wanted)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
@@ -176,6 +182,7 @@ def test_launches(p):
     how = dict(training=True, impl="triton", config=TILES)
     forward = recorded(lambda: ys.extend(lora_linears(x, own, **how)))
     assert sorted(forward) == ["expand"] * 3 + ["shrink"] * (3 if p else 1)
+    assert recorded(lambda: lora_linears(x[:9], own, **how)).count("shrink") == 3  # fewer tokens than it takes to be worth it
     backward = recorded(lambda: gradients(ys, x, own))
     assert sorted(backward) == ["expand"] * 3 + ["shrink"] * 3 + ["wgrad"] * (6 if p else 4)
 
@@ -196,6 +203,9 @@ def test_bytes_kept(impl, p):
     with Kept() as kept:
         lora_linears(x, own, training=True, impl=impl)
     assert sum(t.numel() == x.numel() for t in kept.tensors) == 1
+    with Kept() as without:
+        lora_linears(x, [each._replace(lora_A=each.lora_A.detach()) for each in own], training=True, impl=impl)
+    assert not any(t.numel() == x.numel() for t in without.tensors)
     besides = [t for each in own for t in each[:4]]
     assert kept.bytes(besides) == 4 * M * K + 4 * M * sum(RS) + 3 * SEED * bool(p)
 

@@ -11,7 +11,8 @@ reach another's tokens. Either a token selects its own product, which takes a se
 others are zero in each product, and what is not finite in v, for 0 * inf is NaN, is taken out of it and added to its own tokens as NaN.
 
 Without a loader of w, x is the base product itself, made by the library or by another layer, or a weight into which ``u v`` is merged
-(EXACT: u v in float32). Without one of x either, y is ``u v`` alone. ADD: y holds a term already, dX of other layers of the same x, say.
+(EXACT: u v in float32). Without one of x either, y is ``u v`` alone. ADD: what y holds already, dX of other layers of x, is the
+sum's "first" term, or its "last".
 
 SPLIT (u given, few tokens): parts of one tile go to several programs, the low-rank product to the first and ranges of K to the others. Each
 writes a float32 partial sum; whichever comes last adds them in their order, so the result does not depend on which it was.
@@ -21,34 +22,17 @@ import triton
 import triton.language as tl
 
 from .dropout import drop, keep_tile
-from .load import load_dense, tile_base, tile_mask, tile_offsets
+from .load import load_dense, tile_mask, tile_ptrs
 from .shrink import shrink_tile
 from .tiles import grouped_tile
 
 
 @triton.jit
 def own_product(
-    uv,
-    own,
-    u,
-    v,
-    m0,
-    n0,
-    r0,
-    M,
-    N,
-    R,
-    rank,
-    TYPE: tl.constexpr,
-    LOAD_U: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    EVEN_N: tl.constexpr,
-    EVEN_R: tl.constexpr,
-    WIDE: tl.constexpr,
-):
+    uv, own, u, v, m0, n0, r0, M, N, R, rank,
+    TYPE: tl.constexpr, LOAD_U: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    EVEN_N: tl.constexpr, EVEN_R: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
     """``uv + u v`` in the rows ``own`` [BLOCK_M, 1], and uv, unchanged, in the others."""
     u_tile = LOAD_U(u, m0, r0, M, R, BLOCK_M, BLOCK_R, False, EVEN_R, WIDE, own).to(TYPE)
     v_tile = load_dense(v, r0, n0, rank, N, BLOCK_R, BLOCK_N, EVEN_R, EVEN_N, WIDE).to(TYPE)
@@ -202,8 +186,6 @@ def expand_tile(
     if SPLIT:
         k_begin = (part - 1) * blocks_per_part * BLOCK_K
         k_end = tl.where(part == 0, k_begin, tl.minimum(k_begin + blocks_per_part * BLOCK_K, K))
-    y_ptrs = tile_base(y[0], m0, n0, y[1], y[2]) + tile_offsets(y[1], y[2], BLOCK_M, BLOCK_N, WIDE)
-    y_mask = tile_mask(m0, n0, M, N, BLOCK_M, BLOCK_N)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if U == "given" and (WAIT is None or SPLIT):
         if part == 0:
@@ -213,6 +195,9 @@ def expand_tile(
                 acc, u, v, rows, stride_ve, ranks_ptr, seed, threshold, inv_keep, m0, n0, M, N, R, TYPE,
                 LOAD_U, SEGMENTS, MASKED, WALK, DROP_UV, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R, R_BLOCKS, EVEN_N, EVEN_R, WIDE, True,
             )  # fmt: skip
+    if ADD == "first":
+        if part == 0:
+            acc += tl.load(tile_ptrs(y, m0, n0, BLOCK_M, BLOCK_N, WIDE), mask=tile_mask(m0, n0, M, N, BLOCK_M, BLOCK_N), other=0.0)
     if LOAD_X is None:
         pass
     elif LOAD_W is None:
@@ -241,7 +226,7 @@ def expand_tile(
             u_tile = (u_acc * scale).to(TYPE)
             if SAVE_U:
                 if pid_n == 0:
-                    u_ptrs = tile_base(u[0], m0, 0, u[1], u[2]) + tile_offsets(u[1], u[2], BLOCK_M, BLOCK_R, WIDE)
+                    u_ptrs = tile_ptrs(u, m0, 0, BLOCK_M, BLOCK_R, WIDE)
                     tl.store(u_ptrs, u_tile, mask=tile_mask(m0, 0, M, R, BLOCK_M, BLOCK_R))
             if DROP_UV:
                 uv = tl.dot(u_tile, v_tile.to(u_tile.dtype), input_precision=PRECISION)
@@ -260,8 +245,9 @@ def expand_tile(
                 acc, u, v, rows, stride_ve, ranks_ptr, seed, threshold, inv_keep, m0, n0, M, N, R, TYPE,
                 LOAD_U, SEGMENTS, MASKED, WALK, DROP_UV, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R, R_BLOCKS, EVEN_N, EVEN_R, WIDE, False,
             )  # fmt: skip
+    y_mask = tile_mask(m0, n0, M, N, BLOCK_M, BLOCK_N)
     if SPLIT:
-        part_ptrs = tile_base(parts[0], m0, n0, y[1], y[2]) + tile_offsets(y[1], y[2], BLOCK_M, BLOCK_N, WIDE)
+        part_ptrs = tile_ptrs((parts[0], y[1], y[2]), m0, n0, BLOCK_M, BLOCK_N, WIDE)
         tl.store(part_ptrs + tl.cast(part, tl.int64) * parts[1], acc, mask=y_mask)
         tl.debug_barrier()
         arrived = tl.atomic_add(parts[2] + pid_m * tl.cdiv(N, BLOCK_N) + pid_n, 1, sem="acq_rel", scope="gpu")
@@ -270,15 +256,18 @@ def expand_tile(
             acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
             for i in tl.range(0, parts[3]):
                 acc += tl.load(part_ptrs + tl.cast(i, tl.int64) * parts[1], mask=y_mask, other=0.0)
-            store_tile(acc, bias_ptr, y_ptrs, y_mask, n0, N, ADD, BLOCK_N)
+            store_tile(acc, bias_ptr, y, y_mask, m0, n0, N, ADD, BLOCK_M, BLOCK_N, WIDE)
     else:
-        store_tile(acc, bias_ptr, y_ptrs, y_mask, n0, N, ADD, BLOCK_N)
+        store_tile(acc, bias_ptr, y, y_mask, m0, n0, N, ADD, BLOCK_M, BLOCK_N, WIDE)
 
 
 @triton.jit
-def store_tile(acc, bias_ptr, y_ptrs, y_mask, n0, N, ADD: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Add the bias and what is there, round once, store."""
-    if ADD:
+def store_tile(
+    acc, bias_ptr, y, y_mask, m0, n0, N, ADD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr
+):  # fmt: skip
+    """Add the bias, round once, store."""
+    y_ptrs = tile_ptrs(y, m0, n0, BLOCK_M, BLOCK_N, WIDE)
+    if ADD == "last":
         acc += tl.load(y_ptrs, mask=y_mask, other=0.0)
     if bias_ptr is not None:
         n = n0 + tl.arange(0, BLOCK_N)

@@ -25,6 +25,12 @@ def tile_base(ptr, i0, j0, stride_i, stride_j):
 
 
 @triton.jit
+def tile_ptrs(t, i0, j0, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, WIDE: tl.constexpr):
+    """Pointers ``[BLOCK_I, BLOCK_J]`` to a tile of t: (pointer, stride_i, stride_j)."""
+    return tile_base(t[0], i0, j0, t[1], t[2]) + tile_offsets(t[1], t[2], BLOCK_I, BLOCK_J, WIDE)
+
+
+@triton.jit
 def tile_mask(i0, j0, I, J, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr):
     return (i0 + tl.arange(0, BLOCK_I) < I)[:, None] & (j0 + tl.arange(0, BLOCK_J) < J)[None, :]
 
@@ -45,7 +51,7 @@ def load_dense(
 ):
     """Any strides. t: (pointer, stride_i, stride_j). EVEN_*: the axis needs no mask. only: None, or [BLOCK_I, 1], the rows to read."""
     # [BLOCK_I, BLOCK_J]
-    ptrs = tile_base(t[0], i0, j0, t[1], t[2]) + tile_offsets(t[1], t[2], BLOCK_I, BLOCK_J, WIDE)
+    ptrs = tile_ptrs(t, i0, j0, BLOCK_I, BLOCK_J, WIDE)
     if only is not None:
         return tl.load(ptrs, mask=only & tile_mask(i0, j0, I, J, BLOCK_I, BLOCK_J), other=0.0)
     if EVEN_I and EVEN_J:

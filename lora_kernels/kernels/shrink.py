@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .dropout import drop
-from .load import load_dense, load_rows, row_offsets, tile_base, tile_mask, tile_offsets
+from .load import load_dense, load_rows, row_offsets, tile_mask, tile_ptrs
 from .tiles import gathered_tile
 
 
@@ -80,7 +80,7 @@ def shrink_tile(
         ptrs = row_offsets(z, tokens, r0) + r[None, :] * z[2]
         mask = row_mask[:, None] & (r0 + r < R)[None, :]
     else:
-        ptrs = tile_base(z[0], m0, r0, z[1], z[2]) + tile_offsets(z[1], z[2], BLOCK_M, BLOCK_R, WIDE)
+        ptrs = tile_ptrs(z, m0, r0, BLOCK_M, BLOCK_R, WIDE)
         mask = tile_mask(m0, r0, M, R, BLOCK_M, BLOCK_R)
     tl.store(ptrs, out.to(z[0].dtype.element_ty), mask=mask)
     return tokens, row_mask
