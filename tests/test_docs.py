@@ -17,6 +17,7 @@ PAGES = [  # the page, its blocks, and the package of an extra that it is about
     ("peft.md", 3, "peft"),
     ("quantised.md", 3, "bitsandbytes"),
     ("experts.md", 3, "peft"),
+    ("shared_input.md", 2, "transformers"),
 ]
 
 
