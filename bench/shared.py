@@ -10,7 +10,6 @@ ARM is torch, and with kernels auto and triton. Before an arm is timed, its y an
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,7 +17,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from lora_kernels import Projection, lora_linear, lora_linears
+from lora_kernels import Projection, lora_linear, lora_linears, parity
 
 from . import variants
 from .memory import saved_by
@@ -142,7 +141,6 @@ def run(session: Session) -> int:
 
 def check(point: SharedPoint, formula: Formula, device: torch.device) -> None:
     """ValueError if y or a gradient is further from float32 than the budget of `lora_kernels.parity` allows."""
-    parity = importlib.import_module("lora_kernels.parity")
     results = []
     for run, dtype in ((formula, None), (partial(alone, impl="reference"), None), (partial(alone, impl="reference"), torch.float32)):
         layers = point.layers(device, dtype)
