@@ -178,7 +178,10 @@ def _reweighted(model, x):
 
 
 def _replaced(model, x):
-    model.k_proj.lora_A = nn.Parameter(torch.ones(3, K, dtype=torch.float64))
+    new = torch.ones(3, K, dtype=torch.float64)
+    while new._version < model.k_proj.lora_A._version:  # so that its place alone tells them apart
+        new.mul_(1)
+    model.k_proj.lora_A = nn.Parameter(new)
 
 
 def _rescaled(model, x):
