@@ -19,6 +19,7 @@ from torch.compiler import is_compiling
 from .autograd import lora_linear
 from .problem import autocasts
 from .projections import Projection, lora_linears, seen
+from .reference import as_seed
 
 GROUPS = (
     ("q_proj", "k_proj", "v_proj"),
@@ -33,12 +34,26 @@ GROUPS = (
 )
 
 
+FEW = 64  # tokens
+
+
+class _Result(NamedTuple):
+    """What was made for a layer, of which its ``stamp`` tells whether it is still right.
+
+    drawn: Where it drops, the states of torch's generator before and after its seed.
+    """
+
+    stamp: tuple
+    y: torch.Tensor
+    drawn: tuple[torch.Tensor, torch.Tensor] | None
+
+
 class _Made(NamedTuple):
-    """What one call made for the other layers of its group: of which x, in which state, and each layer's ``(stamp, y)``."""
+    """What one call made for the other layers of its group: of which x, and in which state."""
 
     x: torch.Tensor
     state: tuple
-    ys: dict[nn.Module, tuple[tuple, torch.Tensor]]
+    results: dict[nn.Module, _Result]
 
 
 class SharedInput:
@@ -47,6 +62,7 @@ class SharedInput:
     def __init__(self, layers: dict[str, nn.Module]):
         self.layers = layers
         self.idle = 0  # calls in a row whose results were not all taken
+        self.ended: set[nn.Module] = set()  # layers that were computed alone for that
         self.made: _Made | None = None
 
     def __getstate__(self) -> dict:  # a copy, or a file, has nothing of a call
@@ -54,22 +70,27 @@ class SharedInput:
 
     def call(self, layer: nn.Module, x: torch.Tensor, own: Projection) -> torch.Tensor:
         """``y`` of one of the layers, for which ``own`` is what it would compute alone."""
-        # A tensor of inference mode does not tell whether it was written to.
-        if is_compiling() or self.idle > 1 or seen(x, [own]) or x.is_inference():
+        # A tensor of inference mode does not tell whether it was written to. Without a dX few tokens have nothing to share.
+        few = not torch.is_grad_enabled() and x.numel() <= FEW * x.shape[-1]
+        if is_compiling() or few or seen(x, [own]) or x.is_inference() or _captured(x):
+            return _alone(x, own)
+        # Within a backward pass a checkpoint recomputes: what was computed together before is so now, for it counts the tensors saved.
+        recomputed = torch._C._current_graph_task_id() != -1
+        if layer in self.ended if recomputed else self._ends(layer):
             return _alone(x, own)
         made, self.made = self.made, None
         state = _state(x)
-        if made is not None and layer in made.ys:
-            stamp, y = made.ys.pop(layer)
-            if made.x is x and made.state == state and stamp == _stamp(own):
-                if made.ys:
+        if made is not None and layer in made.results:
+            result = made.results.pop(layer)
+            if made.x is x and made.state == state and result.stamp == _stamp(own) and _as_drawn(x, result.drawn):
+                if made.results:
                     self.made = made
                 else:
                     self.idle = 0
-                return y
-        if made is not None:
+                return result.y
+        if made is not None and not recomputed:
             self.idle += 1
-            if self.idle > 1:
+            if self._ends(layer):
                 names = ", ".join(self.layers)
                 warnings.warn(f"share_inputs: {names} were not called with one x, twice in a row; each is computed alone now", stacklevel=4)
                 return _alone(x, own)
@@ -78,9 +99,18 @@ class SharedInput:
         others = {each: one for each in self.layers.values() if each is not layer and (one := _beside(own, each, x)) is not None}
         if not others:
             return _alone(x, own)
-        y, *ys = lora_linears(x, [own, *others.values()], training=True)
-        self.made = _Made(x, state, {each: (_stamp(one), y) for (each, one), y in zip(others.items(), ys, strict=True)})
+        seeds, drawn = _draw(x, [own, *others.values()])
+        parts = [one._replace(seed=seed) for one, seed in zip((own, *others.values()), seeds, strict=True)]
+        y, *ys = lora_linears(x, parts, training=True)
+        stamps = [_stamp(one) for one in others.values()]
+        self.made = _Made(x, state, dict(zip(others, map(_Result, stamps, ys, drawn[1:]), strict=True)))
         return y
+
+    def _ends(self, layer: nn.Module) -> bool:
+        """Whether the group has ended; what is recomputed of this layer's call will be told the same."""
+        if self.idle > 1:
+            self.ended.add(layer)
+        return self.idle > 1
 
 
 def _alone(x: torch.Tensor, own: Projection) -> torch.Tensor:
@@ -93,6 +123,45 @@ def _beside(own: Projection, layer: Any, x: torch.Tensor) -> Projection | None:
     if one is None or seen(x, [one]) or any(getattr(one.weight, what) != getattr(own.weight, what) for what in ("device", "dtype")):
         return None
     return one if one.weight.shape[1] == own.weight.shape[1] else None
+
+
+def _generator(x: torch.Tensor) -> torch.Generator:
+    return torch.cuda.default_generators[x.device.index] if x.is_cuda else torch.default_generator
+
+
+def _captured(x: torch.Tensor) -> bool:
+    """Whether a CUDA graph is captured, inside which the generator's state is not known."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _draw(x: torch.Tensor, parts: Sequence[Projection]) -> tuple[list, list]:
+    """A seed for each that drops, and the generator's states before and after it, which is then left as after the first alone.
+
+    The others' seeds are drawn for good when their results are taken, so that torch's generator goes as if each layer stood alone: a
+    checkpoint recomputes the same masks, whether or not its layers compute together then.
+    """
+    if not any(one.dropout_p for one in parts):
+        return [None] * len(parts), [None] * len(parts)
+    generator = _generator(x)
+    states, seeds, drawn = [generator.get_state()], [], []
+    for one in parts:
+        seeds.append(as_seed(None, x.device) if one.dropout_p else None)
+        states.append(generator.get_state() if one.dropout_p else states[-1])
+        drawn.append((states[-2], states[-1]) if one.dropout_p else None)
+    generator.set_state(states[1])
+    return seeds, drawn
+
+
+def _as_drawn(x: torch.Tensor, drawn: tuple[torch.Tensor, torch.Tensor] | None) -> bool:
+    """Whether the generator stands where this layer's seed was drawn; if so it goes on to behind it."""
+    if drawn is None:
+        return True
+    before, after = drawn
+    generator = _generator(x)
+    if not torch.equal(generator.get_state(), before):
+        return False
+    generator.set_state(after)
+    return True
 
 
 def _state(x: torch.Tensor) -> tuple:

@@ -222,9 +222,47 @@ def test_what_changes_between_two_calls_counts(change):
         torch.testing.assert_close(ours, wanted)
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1), (1, 2, 0)])
+@pytest.mark.parametrize("between", [False, True])
+def test_torchs_generator_goes_as_if_each_stood_alone(order, between):
+    """Seeds are drawn when a layer is called, whatever is drawn between two calls: masks are those of each alone."""
+    runs = []
+    for shared in (True, False):
+        model, x = adapted(Attention, shared=shared, p=0.5), x_of()
+        torch.manual_seed(6)
+        found = []
+        for i in order:
+            found.append(getattr(model, QKV[i])(x))
+            found.append(torch.get_rng_state())
+            if between:
+                found.append(torch.rand(3))
+        runs.append(found)
+    for ours, wanted in zip(*runs, strict=True):
+        torch.testing.assert_close(ours, wanted)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpoint_recomputes_what_it_computed_while_a_group_ends(reentrant):
+    """Masks, and as many saved tensors, though k and v are not of q's x."""
+    runs = []
+    for shared in (True, False):
+        model, found = adapted(Attention, shared=shared, p=0.5), []
+        torch.manual_seed(6)
+        with warnings.catch_warnings(record=True) as said:
+            for _ in range(3):
+                x = x_of(70).requires_grad_()
+                y = checkpoint(model, x, x_of(70).flip(0), use_reentrant=reentrant)
+                y.square().sum().backward()
+                found.append(x.grad)
+        assert any("twice in a row" in str(each.message) for each in said) == shared
+        runs.append(found)
+    for ours, wanted in zip(*runs, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-10, atol=1e-10)
+
+
 def test_grad_mode_and_autocast_count():
     model, plain = (adapted(Attention, shared=shared, dtype=torch.float32) for shared in (True, False))
-    x = x_of(dtype=torch.float32)
+    x = x_of(70, dtype=torch.float32)
     with torch.no_grad():
         assert not model.q_proj(x).requires_grad
     assert model.k_proj(x).requires_grad
@@ -265,7 +303,7 @@ def test_under_checkpointing(groups, reentrant):
             forward = layer.forward
             layer.forward = lambda x, forward=forward: checkpoint(forward, x, use_reentrant=reentrant)
     for _ in range(2):
-        same(step(model, x_of()), step(plain, x_of()))
+        same(step(model, x_of(70)), step(plain, x_of(70)))
     assert groups == [3] * 8
 
 
@@ -318,7 +356,7 @@ def test_threads_do_not_take_each_others(groups):
 
 
 def test_alone_where_it_must_be(groups):
-    """Compiled, in inference mode, under fake tensors, without tokens."""
+    """Compiled, in inference mode, under fake tensors, without tokens, and where there is nothing to share: few tokens, no gradient."""
     model, plain = adapted(Attention), adapted(Attention, shared=False)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     x = x_of()
@@ -326,9 +364,14 @@ def test_alone_where_it_must_be(groups):
     with torch.inference_mode():
         torch.testing.assert_close(model(x_of()), plain(x_of()))
     assert model(x_of(0)).shape == (0, K)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x_of(64)), plain(x_of(64)))
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         assert model(mode.from_tensor(x)).shape == (M, K)
     assert groups == []
+    with torch.no_grad():
+        torch.testing.assert_close(model(x_of(65)), plain(x_of(65)))
+    assert groups == [3]
 
 
 def test_offloaded_activations_are_offloaded_once():
