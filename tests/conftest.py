@@ -16,6 +16,10 @@ if PTX_MACHINE:
     stand_in.install(PTX_MACHINE, seed=int(seed) if seed else None, races=bool(seed))
 elif not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    if importlib.util.find_spec("triton"):
+        import quick_interpreter
+
+        quick_interpreter.install()
 
 
 # What an optional extra brings, and the tests that come with it.
