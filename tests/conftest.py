@@ -41,6 +41,9 @@ NEEDS = {
 }
 collect_ignore = [file for file, package in NEEDS.items() if importlib.util.find_spec(package) is None]
 
+# The longest files, which begin first, so that one of two workers does not wait for the other's last.
+LONGEST = ("test_compile_only.py", "test_machine.py", "test_kernels.py", "test_segments.py", "test_huggingface.py", "test_distributed.py")
+
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
@@ -82,6 +85,7 @@ def _seeded():
 
 def pytest_collection_modifyitems(config, items):
     """Tests marked cuda are collected where a GPU is, those marked interpreted where the interpreter is: no skip, it is another suite."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
     others = {"interpreted"} if torch.cuda.is_available() else {"interpreted", "cuda"} if PTX_MACHINE else {"cuda"}
     kept, gone = [], []
     for item in items:
