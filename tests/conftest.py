@@ -16,6 +16,10 @@ if PTX_MACHINE:
     stand_in.install(PTX_MACHINE, seed=int(seed) if seed else None, races=bool(seed))
 elif not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    if importlib.util.find_spec("triton"):
+        import quick_interpreter
+
+        quick_interpreter.install()
 
 
 # What an optional extra brings, and the tests that come with it.
@@ -37,6 +41,9 @@ NEEDS = {
     "test_plot.py": "matplotlib",
 }
 collect_ignore = [file for file, package in NEEDS.items() if importlib.util.find_spec(package) is None]
+
+# The longest files, which begin first, so that one of two workers does not wait for the other's last.
+LONGEST = ("test_compile_only.py", "test_machine.py", "test_kernels.py", "test_segments.py", "test_huggingface.py", "test_distributed.py")
 
 
 @pytest.fixture(scope="session")
@@ -79,6 +86,7 @@ def _seeded():
 
 def pytest_collection_modifyitems(config, items):
     """Tests marked cuda are collected where a GPU is, those marked interpreted where the interpreter is: no skip, it is another suite."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
     others = {"interpreted"} if torch.cuda.is_available() else {"interpreted", "cuda"} if PTX_MACHINE else {"cuda"}
     kept, gone = [], []
     for item in items:

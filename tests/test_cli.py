@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lora_kernels import cli, dispatch, parity
+from lora_kernels import cli, compile_only, dispatch, parity
+from lora_kernels.compile_only import Report
 
 ON_GPU = torch.cuda.is_available()
 
@@ -74,7 +75,12 @@ def test_compile_refuses_unknown_architectures():
     assert out.returncode == 2 and "wanted a name such as sm_90 or gfx942, got 'hopper'" in out.stderr
 
 
-def test_compile_prints_a_table():
-    out = run("compile", "--arch", "sm_90")
-    assert out.returncode == 0, out.stderr
-    assert "wgmma" in out.stdout and "spills: 0" in out.stdout
+@pytest.mark.parametrize("spills, status", [(0, 0), (2, 1)])
+def test_compile_prints_a_table(spills, status, monkeypatch, capsys):
+    """test_compile_only.py has the compiler's own reports in it."""
+    report = Report("expand given", "M=16", "sm_90", "bfloat16", 128, spills, 1024, 232448, "wgmma", True, 8, False)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(compile_only, "heuristic_reports", lambda arch, progress: [report])
+    assert cli.main(["compile", "--arch", "sm_90"]) == status
+    out = capsys.readouterr().out
+    assert "wgmma" in out and f"spills: {spills}" in out and ("BAD" in out) == bool(spills)
