@@ -295,11 +295,12 @@ def _nvidia_resources(compiled, ptx: str) -> tuple[int, int, bool]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        registers = re.search(r"REG:(\d+)", _cuobjdump("--dump-resource-usage", file.name))
-        sass = _cuobjdump("--dump-sass", file.name)
-    if not registers:
-        raise RuntimeError("cuobjdump: wanted a line with REG, got none")
-    return int(registers.group(1)), reloads_in_loops(sass), serialized(ptx, sass)
+        used = re.search(r"REG:(\d+) STACK:(\d+)", _cuobjdump("--dump-resource-usage", file.name))
+        if not used:
+            raise RuntimeError("cuobjdump: wanted a line with REG and STACK, got none")
+        # Half a second to disassemble, for what spills (to its stack) or may be serialized.
+        sass = _cuobjdump("--dump-sass", file.name) if used[2] != "0" or _grouped(ptx) else ""
+    return int(used[1]), reloads_in_loops(sass), serialized(ptx, sass)
 
 
 def serialized(ptx: str, sass: str) -> bool:
@@ -307,8 +308,11 @@ def serialized(ptx: str, sass: str) -> bool:
 
     Groups of one instruction do not tell.
     """
-    grouped = ptx.count("wgmma.mma_async") > ptx.count("wgmma.commit_group")
-    return grouped and all("gsb0" in instruction for instruction in re.findall(r"HGMMA[^;]*;", sass))
+    return _grouped(ptx) and all("gsb0" in instruction for instruction in re.findall(r"HGMMA[^;]*;", sass))
+
+
+def _grouped(ptx: str) -> bool:
+    return ptx.count("wgmma.mma_async") > ptx.count("wgmma.commit_group")
 
 
 def reloads_in_loops(sass: str) -> int:
