@@ -59,7 +59,9 @@ class LoRALinearsFunction(torch.autograd.Function):
         for (weight, A, B, _, seed), u, (_, need_A, need_B, *_) in zip(five, us, needs, strict=True):
             saved += [weight if need_x else None, A if need_x else None, B if need_x or need_A else None, u if need_B else None]
             saved.append(seed if need_x or need_A else None)
-        ctx.save_for_backward(*saved)
+        ctx.save_for_backward(
+            *saved, *(layer.adapters.scales for layer in layers)
+        )  # so that a scale written to before backward is an error
         if not need_x:
             ctx.mark_non_differentiable(*(y for y, need in zip(ys, needs, strict=True) if not any(need)))
         ctx.set_materialize_grads(False)
@@ -118,7 +120,7 @@ def _columns(As: Sequence[torch.Tensor], layers: Sequence[_Layer]) -> list[slice
 def _gradients(ctx, *dys):
     layers, impl, config, columns, need_x, needs, dtypes = ctx.constants
     x, *flat = ctx.saved_tensors
-    tensors = _fives(flat)
+    tensors = _fives(flat[: 5 * len(layers)])
     live = [i for i, dy in enumerate(dys) if dy is not None]
     grads: list = [[None] * 5 for _ in layers]
     dx = all_ds = None

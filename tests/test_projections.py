@@ -101,6 +101,9 @@ def test_they_are_separate_calls(impl, config, p, lead):
     for y, wanted in zip(ys, theirs, strict=True):
         assert y.is_contiguous() and y.grad_fn is ys[0].grad_fn
         torch.testing.assert_close(y, wanted, rtol=1e-5, atol=1e-4)
+    with torch.no_grad():  # u stays in parts then
+        for y, wanted in zip(lora_linears(x, own, training=True, impl=impl, config=config), ys, strict=True):
+            torch.testing.assert_close(y, wanted, rtol=1e-5, atol=1e-4)
     close(gradients(ys, x, own), gradients(theirs, x, own))
 
 
@@ -172,6 +175,10 @@ def test_a_scale_on_the_device_is_shared():
     wanted = gradients(separately(x, own, impl="reference"), x, own)
     close(gradients(lora_linears(x, own, impl="triton", config=TILES), x, own), wanted)
     close(gradients(lora_linears(x, own, impl="torch"), x, own), wanted)
+    ys = lora_linears(x, own)
+    scale.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        gradients(ys, x, own)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
