@@ -59,9 +59,8 @@ class LoRALinearsFunction(torch.autograd.Function):
         for (weight, A, B, _, seed), u, (_, need_A, need_B, *_) in zip(five, us, needs, strict=True):
             saved += [weight if need_x else None, A if need_x else None, B if need_x or need_A else None, u if need_B else None]
             saved.append(seed if need_x or need_A else None)
-        ctx.save_for_backward(
-            *saved, *(layer.adapters.scales for layer in layers)
-        )  # so that a scale written to before backward is an error
+        # The scales, too: torch tells then if one was written to before the backward pass.
+        ctx.save_for_backward(*saved, *(layer.adapters.scales for layer in layers))
         if not need_x:
             ctx.mark_non_differentiable(*(y for y, need in zip(ys, needs, strict=True) if not any(need)))
         ctx.set_materialize_grads(False)
