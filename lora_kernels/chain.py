@@ -143,7 +143,7 @@ def add_product(t: torch.Tensor, rows: slice | torch.Tensor | None, a, b, bits=N
 
 def down(x, lora_A, adapters: Adapters, scale: float, save_u=True, config=None):
     """``u = scale x A^T [M, R]``; see `launch.down`."""
-    u = scaled_mm(x, lora_A.to(x.dtype).t(), scale)
+    u = scaled_mm(x, (lora_A if lora_A.dtype is x.dtype else lora_A.to(x.dtype)).t(), scale)
     return u if adapters.scales is None else u.mul_(adapters.scales)
 
 

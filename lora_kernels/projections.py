@@ -183,7 +183,8 @@ def lora_linears(x, projections: Sequence[Projection], *, training=False, config
             )  # fmt: skip
         except (TypeError, ValueError, UnsupportedError) as error:
             raise type(error)(f"projections[{i}]: {error}") from None
-        checked.append(each._replace(weight=weight, bias=bias))
+        cast = weight is not each.weight or bias is not each.bias
+        checked.append(each._replace(weight=weight, bias=bias) if cast else each)
     if impl == "reference" or seen(x, checked):
         how: dict[str, Any] = dict(training=training, config=config, impl=impl)
         return tuple(lora_linear(x, *each[:4], scale=each.scale, dropout_p=each.dropout_p, seed=each.seed, **how) for each in checked)
@@ -209,5 +210,12 @@ def seen(x: torch.Tensor, projections: Sequence[Projection]) -> bool:
     """Whether a compiler, a mode or a tensor's class is to see the operators of single calls; or there is nothing to compute."""
     if is_compiling() or torch._C._len_torch_dispatch_stack() != 0:
         return True
-    tensors = [x, *(t for each in projections for t in each[:4] if t is not None)]
-    return not (x.is_cuda or x.device == problem.CPU) or any(type(t) not in PLAIN or t.numel() == 0 for t in tensors)
+    if not (x.is_cuda or x.device == problem.CPU) or type(x) not in PLAIN or x.numel() == 0:
+        return True
+    for each in projections:
+        if each.weight.numel() == 0:
+            return True
+        for t in each[:4]:
+            if t is not None and type(t) not in PLAIN:
+                return True
+    return False
