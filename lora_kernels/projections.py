@@ -143,9 +143,10 @@ def _gradients(ctx, *dys):
             grads[i][1:3] = da, db
         grads[i][3] = dy.sum(0) if need_bias else None
     if all_ds is not None:
-        da = grads[live[-1]][1]
-        for i in live:
-            grads[i][1] = da[columns[i]]
+        # Not views, to which some optimizers' ways with a gradient do not apply.
+        each = torch.unsafe_split_with_sizes(grads[-1][1], [own.stop - own.start for own in columns])
+        for its_grads, da in zip(grads, each, strict=True):
+            its_grads[1] = da
     if dx is not None and dys[live[0]].dim() != 2:
         dx = dx.view(*dys[live[0]].shape[:-1], dx.shape[1])
     return dx, None, None, None, *(grad for five in grads for grad in five)
@@ -167,7 +168,7 @@ def lora_linears(x, projections: Sequence[Projection], *, training=False, config
         ``[..., N_i]`` for each. Under torch.compile, and wherever else torch looks on, these are separate calls of `lora_linear`.
     Gradients:
         As of separate calls. dX is summed in the order of the projections, in x's dtype, as autograd sums; gradients of A that were
-        computed together are views of one tensor.
+        computed together lie in one storage.
     Raises:
         As `lora_linear`, the projection named.
     """
