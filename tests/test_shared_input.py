@@ -249,6 +249,7 @@ def test_a_checkpoint_recomputes_what_it_computed_while_a_group_ends(reentrant):
         model, found = adapted(Attention, shared=shared, p=0.5), []
         torch.manual_seed(6)
         with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
             for _ in range(3):
                 x = x_of(70).requires_grad_()
                 y = checkpoint(model, x, x_of(70).flip(0), use_reentrant=reentrant)
