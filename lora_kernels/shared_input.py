@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.compiler import is_compiling
 
 from .autograd import lora_linear
 from .problem import autocasts
@@ -72,7 +71,7 @@ class SharedInput:
         """``y`` of one of the layers, for which ``own`` is what it would compute alone."""
         # A tensor of inference mode does not tell whether it was written to. Without a dX few tokens have nothing to share.
         few = not torch.is_grad_enabled() and x.numel() <= FEW * x.shape[-1]
-        if is_compiling() or few or seen(x, [own]) or x.is_inference() or _captured(x):
+        if seen(x, [own]) or few or x.is_inference() or _captured(x):
             return _alone(x, own)
         # Within a backward pass a checkpoint recomputes: what was computed together before is so now, for it counts the tensors saved.
         recomputed = torch._C._current_graph_task_id() != -1

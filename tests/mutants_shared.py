@@ -61,11 +61,11 @@ SHARED = [
     Mutant("input: strays are counted for ever", INPUT, "                    self.idle = 0\n", "                    pass\n"),
     Mutant("input: the third layer's result is dropped", INPUT, "self.made = made\n                else", "pass\n                else"),
     Mutant("input: in inference mode", INPUT, " or x.is_inference()", ""),
-    Mutant("input: few tokens without a gradient", INPUT, "is_compiling() or few or", "is_compiling() or"),
+    Mutant("input: few tokens without a gradient", INPUT, "seen(x, [own]) or few or", "seen(x, [own]) or"),
     Mutant("input: seeds drawn early", INPUT, "    generator.set_state(states[1])\n", ""),
     Mutant("input: seeds not drawn", INPUT, "    generator.set_state(after)\n", ""),
     Mutant("input: seeds of an earlier state", INPUT, "if not torch.equal(generator.get_state(), before):", "if False:"),
-    Mutant("input: compiled", INPUT, "is_compiling() or ", ""),
+    Mutant("input: where torch looks on", INPUT, "if seen(x, [own]) or few", "if few"),
 ]  # fmt: skip
 
 EVERY = [*MUTANTS, *(replace(m, tests="shared") for m in SHARED)]
