@@ -55,7 +55,7 @@ def test_a_llama_trains_as_pefts(groups):
     same(step(fused), step(stock))
     assert groups == [3, 2] * 2
     for each in (stock, fused):
-        each.gradient_checkpointing_enable()
+        each.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # otherwise few tokens stand alone first
         each.enable_input_require_grads()
     same(step(fused), step(stock))
     assert groups == [3, 2] * 6
