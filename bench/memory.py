@@ -69,15 +69,20 @@ def saved_by(call: Callable[[], torch.Tensor], besides: Iterable[torch.Tensor]) 
 
 def peak_bytes(formula: Formula, o: Operands) -> int | None:
     """The most memory that a forward and a backward pass add on a GPU; None on a CPU, which torch does not account for."""
-    if o.x.device.type != "cuda":
+    return peak_of(lambda: gradients(o, formula(o)), o.x.device)
+
+
+def peak_of(call: Callable[[], object], device: torch.device) -> int | None:
+    """The same of a call, whose result is kept until the peak is read."""
+    if device.type != "cuda":
         return None
     for _ in range(2):  # the first pass compiles, and makes the library's workspaces
-        torch.cuda.synchronize(o.x.device)
-        torch.cuda.reset_peak_memory_stats(o.x.device)
-        before = torch.cuda.memory_allocated(o.x.device)
-        kept = gradients(o, formula(o))
-        torch.cuda.synchronize(o.x.device)
-        peak = torch.cuda.max_memory_allocated(o.x.device) - before
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        kept = call()
+        torch.cuda.synchronize(device)
+        peak = torch.cuda.max_memory_allocated(device) - before
         del kept
     return peak
 

@@ -17,10 +17,10 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from lora_kernels import Projection, lora_linear, lora_linears, parity
+from lora_kernels import Projection, lora_linears, parity
 
 from . import variants
-from .memory import saved_by
+from .memory import peak_of, saved_by
 from .session import Budget, Session, say
 from .table import rounded, significant, text_table
 from .timing import Step, clock_for, interleave, message
@@ -61,23 +61,23 @@ class SharedPoint(Point):
 def grid(cuda: bool, quick: bool) -> list[SharedPoint]:
     """Training by tokens, with dropout and without, then decode."""
     if not cuda or quick:
-        small = {"small q,k,v": (96, (96, 32, 32))} if quick else {"1024 q,k,v": (1024, (1024, 256, 256))}
+        widths_of = {"small q,k,v": (96, (96, 32, 32))} if quick else {"1024 q,k,v": (1024, (1024, 256, 256))}
         dtype, tokens, few = torch.float32, ((32,) if quick else (2048, 512)), (1,)
     else:
-        small, dtype, tokens, few = WIDTHS, torch.bfloat16, (8192, 2048), FEW_TOKENS[::3]
+        widths_of, dtype, tokens, few = WIDTHS, torch.bfloat16, (8192, 2048), FEW_TOKENS[::3]
 
     def point(grid: str, name: str, M: int, p: float) -> SharedPoint:
-        K, widths = small[name]
+        K, widths = widths_of[name]
         return SharedPoint(grid, name, M, K, sum(widths), 16, p, dtype, widths)
 
     return [
-        *(point("train", name, M, p) for M in tokens for name in small for p in (0.0, 0.1)),
-        *(point("decode", name, M, 0.0) for name in small for M in few),
+        *(point("train", name, M, p) for M in tokens for name in widths_of for p in (0.0, 0.1)),
+        *(point("decode", name, M, 0.0) for name in widths_of for M in few),
     ]
 
 
 def alone(x: torch.Tensor, parts: list[Projection], impl: str) -> list[torch.Tensor]:
-    return [lora_linear(x, *p[:4], scale=p.scale, dropout_p=p.dropout_p, seed=p.seed, training=True, impl=impl) for p in parts]
+    return [each.alone(x, training=True, impl=impl) for each in parts]
 
 
 def peft(x: torch.Tensor, parts: list[Projection]) -> list[torch.Tensor]:
@@ -110,10 +110,12 @@ def run(session: Session) -> int:
     for point in budget.walk(grid(cuda, session.quick)):
         layers, steps, kept = point.layers(session.device), {}, {}
         x, parts, _ = layers
+        few = replace(point, M=min(point.M, 512))
+        wanted = [results(few, partial(alone, impl="reference"), session.device, dtype) for dtype in (None, torch.float32)]
         for name, formula in arms.items():
             try:
                 if ":" in name:
-                    check(replace(point, M=min(point.M, 512)), formula, session.device)
+                    check(few, results(few, formula, session.device), *wanted)
                 kept[name] = memory(formula, layers) if point.grid == "train" else {}
                 forward = partial(formula, x, parts)
                 steps[name] = Step(forward, partial(gradients, layers)) if point.grid == "train" else Step(torch.no_grad()(forward))
@@ -139,31 +141,23 @@ def run(session: Session) -> int:
     return failed
 
 
-def check(point: SharedPoint, formula: Formula, device: torch.device) -> None:
+def results(point: SharedPoint, formula: Formula, device: torch.device, dtype: torch.dtype | None = None) -> list[torch.Tensor]:
+    """y of each layer, then the gradients."""
+    layers = point.layers(device, dtype)
+    ys = list(formula(*layers[:2]))
+    return [t.detach() for t in (*ys, *gradients(layers, ys))]
+
+
+def check(point: SharedPoint, ours: list[torch.Tensor], same_dtype: list[torch.Tensor], truth: list[torch.Tensor]) -> None:
     """ValueError if y or a gradient is further from float32 than the budget of `lora_kernels.parity` allows."""
-    results = []
-    for run, dtype in ((formula, None), (partial(alone, impl="reference"), None), (partial(alone, impl="reference"), torch.float32)):
-        layers = point.layers(device, dtype)
-        ys = run(layers[0], layers[1])
-        results.append([*ys, *gradients(layers, ys)])
-    for i, (ours, same, truth) in enumerate(zip(*results, strict=True)):
-        used = parity.budget_used(ours.detach(), same.detach(), truth.detach().double(), terms=point.M + point.N + point.K)
+    for i, (result, same, true) in enumerate(zip(ours, same_dtype, truth, strict=True)):
+        used = parity.budget_used(result, same, true.double(), terms=point.M + point.N + point.K)
         if used > 1:
             raise ValueError(f"result {i} at {point} is {used:.3g} times as far from float32 as may be")
 
 
 def memory(formula: Formula, layers: Layers) -> dict:
     """Bytes saved for backward, and on a GPU the peak of forward and backward above what was in use."""
-    x, parts, dys = layers
+    x, parts, _ = layers
     saved = saved_by(lambda: list(formula(x, parts)), (x, *(t for p in parts for t in p[:3])))
-    if x.device.type != "cuda":
-        return dict(saved_bytes=saved)
-    gradients(layers, formula(x, parts))
-    torch.cuda.synchronize(x.device)
-    torch.cuda.reset_peak_memory_stats(x.device)
-    before = torch.cuda.memory_allocated(x.device)
-    kept = gradients(layers, formula(x, parts))
-    torch.cuda.synchronize(x.device)
-    peak = torch.cuda.max_memory_allocated(x.device) - before
-    del kept
-    return dict(saved_bytes=saved, peak_bytes=peak)
+    return dict(saved_bytes=saved, peak_bytes=peak_of(lambda: gradients(layers, formula(x, parts)), x.device))

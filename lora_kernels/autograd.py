@@ -9,6 +9,8 @@ which all layers share.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch.autograd.function import once_differentiable
 
@@ -18,6 +20,16 @@ from .segments import ONE, Adapters
 from .tuning import Config
 
 IMPLS = ("auto", "triton", "torch", "reference")
+
+
+def refused_twice(gradients: Callable) -> Callable:
+    """torch's `once_differentiable` where a graph of the gradients is made (create_graph=True); nobody else pays for it."""
+    guarded = once_differentiable(gradients)
+
+    def backward(ctx, *dys):
+        return guarded(ctx, *dys) if torch.is_grad_enabled() else gradients(ctx, *dys)
+
+    return backward
 
 
 class LoRALinearFunction(torch.autograd.Function):
@@ -44,27 +56,21 @@ class LoRALinearFunction(torch.autograd.Function):
         return y
 
     @staticmethod
+    @refused_twice
     def backward(ctx, dy):
-        return _gradients_once(ctx, dy) if torch.is_grad_enabled() else _gradients(ctx, dy)
-
-
-def _gradients(ctx, dy):
-    x, weight, lora_A, lora_B, u, seed, scales, ranks, *plan = ctx.saved_tensors
-    adapters = Adapters.from_flat(scales, ranks, plan, ctx.geometry)
-    dx, da, db, dbias = ops.backward(dy, x, weight, lora_A, lora_B, u, seed, adapters, *ctx.constants)
-    need_x, need_A, need_B, need_bias = ctx.constants[2]
-    return (
-        dx if need_x else None,
-        None,
-        da if need_A else None,
-        db if need_B else None,
-        dbias if need_bias else None,
-        dy if ctx.need_base else None,
-        *(None,) * (ctx.inputs - 6),
-    )
-
-
-_gradients_once = once_differentiable(_gradients)  # what a graph of the gradients (create_graph=True) needs, and nobody else pays for
+        x, weight, lora_A, lora_B, u, seed, scales, ranks, *plan = ctx.saved_tensors
+        adapters = Adapters.from_flat(scales, ranks, plan, ctx.geometry)
+        dx, da, db, dbias = ops.backward(dy, x, weight, lora_A, lora_B, u, seed, adapters, *ctx.constants)
+        need_x, need_A, need_B, need_bias = ctx.constants[2]
+        return (
+            dx if need_x else None,
+            None,
+            da if need_A else None,
+            db if need_B else None,
+            dbias if need_bias else None,
+            dy if ctx.need_base else None,
+            *(None,) * (ctx.inputs - 6),
+        )
 
 
 def lora_linear(
@@ -129,9 +135,7 @@ def lora_linear(
             base=base, scale=scale, dropout_p=p, training=training, seed=seed, segments=segments, ranks=ranks,
         )  # fmt: skip
     drawn = reference.as_seed(seed, x.device) if p else None
-    adapters, factor = ONE, scale
-    if segments is not None or isinstance(scale, torch.Tensor):
-        adapters, factor = carried(segments, scale, ranks)
+    adapters, factor = carried(segments, scale, ranks)
     added = bias if base is None else base
     trained = x.requires_grad or lora_A.requires_grad or lora_B.requires_grad or (added is not None and added.requires_grad)
     if trained and torch.is_grad_enabled():
@@ -161,7 +165,7 @@ def carried(segments, scale, ranks) -> tuple[Adapters, float]:
     """(`Adapters`, the scale that is a number)."""
     if isinstance(scale, torch.Tensor):
         return Adapters(segments, scale, ranks), 1.0
-    return Adapters(segments, None, ranks), scale
+    return (ONE if segments is None else Adapters(segments, None, ranks)), scale
 
 
 def explain(

@@ -58,18 +58,26 @@ def _unseen(chained: tuple, impl: str, config: str, x: torch.Tensor, *others: to
     That is where a compiler or a mode (fake tensors, FLOP counters, tracers) looks on, or a class of tensors has its own say. A registered
     operator costs some 20 us of host time (docs/measured.md).
     """
-    if is_compiling():  # asked first: a compiler that traces what follows warns of its caches
-        return None
-    if torch._C._len_torch_dispatch_stack() != 0:  # torch has no public name for it
+    if watched():  # asked first: a compiler that traces what follows warns of its caches
         return None
     if dispatch.plainly_chain(x.device, impl, config):
         return None if autocasts(x.device) else (chained,)
-    if not (x.is_cuda or x.device == CPU):  # meta tensors, and devices that the operator says it does not know
-        return None
+    return () if plain(x, *others) else None
+
+
+def watched() -> bool:
+    """Whether a compiler or a mode looks on."""
+    return is_compiling() or torch._C._len_torch_dispatch_stack() != 0  # torch has no public name for it
+
+
+def plain(x: torch.Tensor, *others: torch.Tensor | None) -> bool:
+    """Whether these are tensors of torch's own classes, where an arm runs: not meta tensors, nor devices that the operators do not know."""
+    if not (x.is_cuda or x.device == CPU):
+        return False
     for t in (x, *others):
         if t is not None and type(t) not in PLAIN:
-            return None
-    return ()
+            return False
+    return True
 
 
 def _forward(x, weight, lora_A, lora_B, bias, seed, adapters, scale, dropout_p, save_u, impl, config, base, arm=None):

@@ -14,13 +14,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
-from torch.compiler import is_compiling
 
-from . import dispatch, problem, reference
-from .autograd import carried, lora_linear, prepare
-from .problem import MAX_RANK, PLAIN, UnsupportedError, rows
-from .segments import ONE, Adapters
+from . import dispatch, ops, reference
+from .autograd import carried, lora_linear, prepare, refused_twice
+from .problem import MAX_RANK, UnsupportedError, rows
+from .segments import Adapters
 
 
 class Projection(NamedTuple):
@@ -37,6 +35,10 @@ class Projection(NamedTuple):
     scale: float | torch.Tensor = 1.0
     dropout_p: float = 0.0
     seed: torch.Tensor | int | None = None
+
+    def alone(self, x: torch.Tensor, **how) -> torch.Tensor:
+        """`lora_linear` of x; how: its training, config and impl."""
+        return lora_linear(x, *self[:4], scale=self.scale, dropout_p=self.dropout_p, seed=self.seed, **how)
 
 
 class _Layer(NamedTuple):
@@ -68,8 +70,41 @@ class LoRALinearsFunction(torch.autograd.Function):
         return tuple(ys)
 
     @staticmethod
+    @refused_twice
     def backward(ctx, *dys):
-        return _gradients_once(ctx, *dys) if torch.is_grad_enabled() else _gradients(ctx, *dys)
+        layers, impl, config, columns, need_x, needs, dtypes = ctx.constants
+        x, *flat = ctx.saved_tensors
+        tensors = _fives(flat[: 5 * len(layers)])
+        live = [i for i, dy in enumerate(dys) if dy is not None]
+        grads: list = [[None] * 5 for _ in layers]
+        dx = all_ds = None
+        if columns is not None and len(live) == len(layers) and all(need[1] for need in needs):
+            all_ds = dys[0].new_empty(rows(dys[0]).shape[0], columns[-1].stop)
+        x2 = None if x is None else rows(x)
+        for i in live:
+            (weight, A, B, u, seed), (_, need_A, need_B, need_bias, _), layer = tensors[i], needs[i], layers[i]
+            dy = rows(dys[i])
+            shared: dict[str, Any] = dict(onto=dx)
+            if all_ds is not None:
+                need_A = i == live[-1]  # dS is whole then, and dX's last launch has company
+                shared |= dict(ds=all_ds[:, columns[i]], all_ds=all_ds)
+            if need_x or need_A or need_B or all_ds is not None:
+                run, chosen = dispatch.backward_arm(dy, x2, weight, A, B, u, layer.adapters, layer.p, impl, config)
+                need = (need_x, need_A, need_B)
+                its_dx, da, db = run(
+                    dy, x2, weight, A, B, u, seed, layer.adapters, layer.scale, layer.p, need, dtypes[i], chosen, **shared
+                )  # fmt: skip
+                dx = its_dx if need_x else None
+                grads[i][1:3] = da, db
+            grads[i][3] = dy.sum(0) if need_bias else None
+        if all_ds is not None:
+            # Not views, to which some optimizers' ways with a gradient do not apply.
+            each = torch.unsafe_split_with_sizes(grads[-1][1], [own.stop - own.start for own in columns])
+            for its_grads, da in zip(grads, each, strict=True):
+                its_grads[1] = da
+        if dx is not None and dys[live[0]].dim() != 2:
+            dx = dx.view(*dys[live[0]].shape[:-1], dx.shape[1])
+        return dx, None, None, None, *(grad for five in grads for grad in five)
 
 
 def _fives(flat: Sequence) -> list[Sequence]:
@@ -116,45 +151,6 @@ def _columns(As: Sequence[torch.Tensor], layers: Sequence[_Layer]) -> list[slice
     return [slice(a, b) for a, b in zip(ends, ends[1:], strict=False)] if ends[-1] <= MAX_RANK else None
 
 
-def _gradients(ctx, *dys):
-    layers, impl, config, columns, need_x, needs, dtypes = ctx.constants
-    x, *flat = ctx.saved_tensors
-    tensors = _fives(flat[: 5 * len(layers)])
-    live = [i for i, dy in enumerate(dys) if dy is not None]
-    grads: list = [[None] * 5 for _ in layers]
-    dx = all_ds = None
-    if columns is not None and len(live) == len(layers) and all(need[1] for need in needs):
-        all_ds = dys[0].new_empty(rows(dys[0]).shape[0], columns[-1].stop)
-    x2 = None if x is None else rows(x)
-    for i in live:
-        (weight, A, B, u, seed), (_, need_A, need_B, need_bias, _), layer = tensors[i], needs[i], layers[i]
-        dy = rows(dys[i])
-        shared: dict[str, Any] = dict(onto=dx)
-        if all_ds is not None:
-            need_A = i == live[-1]  # dS is whole then, and dX's last launch has company
-            shared |= dict(ds=all_ds[:, columns[i]], all_ds=all_ds)
-        if need_x or need_A or need_B or all_ds is not None:
-            run, chosen = dispatch.backward_arm(dy, x2, weight, A, B, u, layer.adapters, layer.p, impl, config)
-            need = (need_x, need_A, need_B)
-            its_dx, da, db = run(
-                dy, x2, weight, A, B, u, seed, layer.adapters, layer.scale, layer.p, need, dtypes[i], chosen, **shared
-            )  # fmt: skip
-            dx = its_dx if need_x else None
-            grads[i][1:3] = da, db
-        grads[i][3] = dy.sum(0) if need_bias else None
-    if all_ds is not None:
-        # Not views, to which some optimizers' ways with a gradient do not apply.
-        each = torch.unsafe_split_with_sizes(grads[-1][1], [own.stop - own.start for own in columns])
-        for its_grads, da in zip(grads, each, strict=True):
-            its_grads[1] = da
-    if dx is not None and dys[live[0]].dim() != 2:
-        dx = dx.view(*dys[live[0]].shape[:-1], dx.shape[1])
-    return dx, None, None, None, *(grad for five in grads for grad in five)
-
-
-_gradients_once = once_differentiable(_gradients)
-
-
 def lora_linears(x, projections: Sequence[Projection], *, training=False, config=None, impl="auto") -> tuple[torch.Tensor, ...]:
     """`lora_linear` for several layers of one x, reading and adding together what they share.
 
@@ -187,12 +183,11 @@ def lora_linears(x, projections: Sequence[Projection], *, training=False, config
         cast = weight is not each.weight or bias is not each.bias
         checked.append(each._replace(weight=weight, bias=bias) if cast else each)
     if impl == "reference" or seen(x, checked):
-        how: dict[str, Any] = dict(training=training, config=config, impl=impl)
-        return tuple(lora_linear(x, *each[:4], scale=each.scale, dropout_p=each.dropout_p, seed=each.seed, **how) for each in checked)
+        return tuple(each.alone(x, training=training, config=config, impl=impl) for each in checked)
     layers, tensors = [], []
     for each in checked:
         p = float(each.dropout_p) if training else 0.0
-        adapters, scale = carried(None, each.scale, None) if isinstance(each.scale, torch.Tensor) else (ONE, each.scale)
+        adapters, scale = carried(None, each.scale, None)
         layers.append(_Layer(adapters, float(scale), p))
         tensors.append((*each[:4], reference.as_seed(each.seed, x.device) if p else None))
     trained = x.requires_grad or any(t is not None and t.requires_grad for five in tensors for t in five)
@@ -209,14 +204,6 @@ def _what(projections) -> str:
 
 def seen(x: torch.Tensor, projections: Sequence[Projection]) -> bool:
     """Whether a compiler, a mode or a tensor's class is to see the operators of single calls; or there is nothing to compute."""
-    if is_compiling() or torch._C._len_torch_dispatch_stack() != 0:
+    if ops.watched() or x.numel() == 0:
         return True
-    if not (x.is_cuda or x.device == problem.CPU) or type(x) not in PLAIN or x.numel() == 0:
-        return True
-    for each in projections:
-        if each.weight.numel() == 0:
-            return True
-        for t in each[:4]:
-            if t is not None and type(t) not in PLAIN:
-                return True
-    return False
+    return any(each.weight.numel() == 0 or not ops.plain(x, *each[:4]) for each in projections)

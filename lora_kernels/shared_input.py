@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .autograd import lora_linear
 from .problem import autocasts
 from .projections import Projection, lora_linears, seen
 from .reference import as_seed
@@ -31,8 +30,6 @@ GROUPS = (
     ("q_lin", "k_lin", "v_lin"),
     ("to_q", "to_k", "to_v"),
 )
-
-
 FEW = 64  # tokens
 
 
@@ -72,11 +69,11 @@ class SharedInput:
         # A tensor of inference mode does not tell whether it was written to. Without a dX few tokens have nothing to share.
         few = not torch.is_grad_enabled() and x.numel() <= FEW * x.shape[-1]
         if seen(x, [own]) or few or x.is_inference() or _captured(x):
-            return _alone(x, own)
+            return own.alone(x, training=True)
         # Within a backward pass a checkpoint recomputes: what was computed together before is so now, for it counts the tensors saved.
         recomputed = torch._C._current_graph_task_id() != -1
         if layer in self.ended if recomputed else self._ends(layer):
-            return _alone(x, own)
+            return own.alone(x, training=True)
         made, self.made = self.made, None
         state = _state(x)
         if made is not None and layer in made.results:
@@ -92,16 +89,17 @@ class SharedInput:
             if self._ends(layer):
                 names = ", ".join(self.layers)
                 warnings.warn(f"share_inputs: {names} were not called with one x, twice in a row; each is computed alone now", stacklevel=4)
-                return _alone(x, own)
-        if not any(layer is each for each in self.layers.values()):  # a replica of one of them
-            return _alone(x, own)
-        others = {each: one for each in self.layers.values() if each is not layer and (one := _beside(own, each, x)) is not None}
+                return own.alone(x, training=True)
+        members = self.layers.values()
+        if layer not in members:  # a replica of one of them
+            return own.alone(x, training=True)
+        others = {each: one for each in members if each is not layer and (one := _beside(own, each, x)) is not None}
         if not others:
-            return _alone(x, own)
-        seeds, drawn = _draw(x, [own, *others.values()])
-        parts = [one._replace(seed=seed) for one, seed in zip((own, *others.values()), seeds, strict=True)]
-        y, *ys = lora_linears(x, parts, training=True)
+            return own.alone(x, training=True)
+        parts = [own, *others.values()]
         stamps = [_stamp(one) for one in others.values()]
+        seeds, drawn = _draw(x, parts)
+        y, *ys = lora_linears(x, [one._replace(seed=seed) for one, seed in zip(parts, seeds, strict=True)], training=True)
         self.made = _Made(x, state, dict(zip(others, map(_Result, stamps, ys, drawn[1:]), strict=True)))
         return y
 
@@ -110,10 +108,6 @@ class SharedInput:
         if self.idle > 1:
             self.ended.add(layer)
         return self.idle > 1
-
-
-def _alone(x: torch.Tensor, own: Projection) -> torch.Tensor:
-    return lora_linear(x, *own[:4], scale=own.scale, dropout_p=own.dropout_p, training=True)
 
 
 def _beside(own: Projection, layer: Any, x: torch.Tensor) -> Projection | None:

@@ -65,6 +65,36 @@ def as_on_a_users_cpu(monkeypatch):
 
 
 @pytest.fixture
+def launched():
+    """Makes a call and names the kernels that it launched, in order."""
+    from lora_kernels import launch
+
+    def call(step) -> list[str]:
+        seen = []
+
+        def record(kernel, grid, args, options):
+            seen.append(kernel.__name__)
+            kernel[grid](*args, **options)
+
+        with launch.intercept(record):
+            step()
+        return seen
+
+    return call
+
+
+@pytest.fixture
+def groups(monkeypatch) -> list[int]:
+    """How many layers of one x each call computed together."""
+    from lora_kernels import projections
+
+    seen: list[int] = []
+    run = projections._forward
+    monkeypatch.setattr(projections, "_forward", lambda *args: (seen.append(len(args[1])), run(*args))[1])
+    return seen
+
+
+@pytest.fixture
 def without_waiting():
     """Calls a function twice; whatever waits for the GPU in the second call is an error."""
 

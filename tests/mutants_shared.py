@@ -55,7 +55,7 @@ SHARED = [
     Mutant("input: with or without a graph", INPUT, "torch.is_grad_enabled(), autocast", "autocast"),
     Mutant("input: under any autocast", INPUT, "torch.is_grad_enabled(), autocast", "torch.is_grad_enabled()"),
     Mutant("input: a copy has the other's results", INPUT, '{**self.__dict__, "made": None}', "dict(self.__dict__)"),
-    Mutant("input: a replica leads", INPUT, "if not any(layer is each for each in self.layers.values()):", "if False:"),
+    Mutant("input: a replica leads", INPUT, "if layer not in members:", "if False:"),
     Mutant("input: it never ends", INPUT, "self.idle > 1", "self.idle > 9", 2),
     Mutant("input: it ends at once", INPUT, "self.idle > 1", "self.idle > 0", 2),
     Mutant("input: strays are counted for ever", INPUT, "                    self.idle = 0\n", "                    pass\n"),

@@ -133,8 +133,8 @@ def main() -> int:
         pristine = Path(name) / "pristine"
         shutil.copytree(ROOT / "lora_kernels", pristine / "lora_kernels", ignore=shutil.ignore_patterns("__pycache__"))
         (pristine / "tests").mkdir()
-        tests = [f"tests/{name}" for files, _ in SELECTIONS.values() for name in files]
-        for file in ("tests/conftest.py", "tests/quick_interpreter.py", "setup.cfg", *tests):
+        selected = [f"tests/{name}" for files, _ in SELECTIONS.values() for name in files]
+        for file in ("tests/conftest.py", "tests/quick_interpreter.py", "setup.cfg", *selected):
             shutil.copy(ROOT / file, pristine / file)
         shutil.copytree(ROOT / "tests" / "machine", pristine / "tests" / "machine")
         for tests in dict.fromkeys(m.tests for m in mutants):

@@ -8,7 +8,7 @@ import torch
 from test_memory import SEED, Kept
 from torch.utils.flop_counter import FlopCounterMode
 
-from lora_kernels import Segments, UnsupportedError, explain, launch, lora_linear, ops, parity
+from lora_kernels import Segments, UnsupportedError, explain, lora_linear, ops, parity
 from lora_kernels.parity import Case, run_case
 from lora_kernels.tuning import Arch, Config, Expand, Shrink, Wgrad, heuristic, why_not
 
@@ -167,16 +167,10 @@ def test_bytes_kept(impl, p):
     assert kept.bytes(besides=(*t.values(), *segments.tensors())) == 4 * 24 * R + SEED * bool(p)
 
 
-def test_launches():
+def test_launches(launched):
     """shrink and experts forward; shrink, experts and two wgrads backward: no sorting, no gathering, no product of the library."""
-    t, seen = operands(CASE, "x", "lora_A", "lora_B"), []
-
-    def record(kernel, grid, args, options):
-        seen.append(kernel.__name__)
-        kernel[grid](*args, **options)
-
-    with launch.intercept(record):
-        lora_linear(*t.values(), segments=plan(), impl="triton").sum().backward()
+    t = operands(CASE, "x", "lora_A", "lora_B")
+    seen = launched(lambda: lora_linear(*t.values(), segments=plan(), impl="triton").sum().backward())
     assert seen == ["shrink", "experts", "shrink", "experts", "wgrad", "wgrad"]
 
 

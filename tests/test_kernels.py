@@ -90,19 +90,11 @@ def test_heuristic_config():
         check(replace(ODD, M=M, p=0.1, config=None))
 
 
-def test_the_three_sources_of_u_run_the_launches_they_promise():
+def test_the_three_sources_of_u_run_the_launches_they_promise(launched):
     tensors = parity.inputs(ODD, DEVICE)
     args = [tensors[name] for name in ("x", "weight", "lora_A", "lora_B", "bias")]
     for u, wanted in (("given", ["shrink", "expand"]), ("loop", ["expand"]), ("awaited", ["expand"])):
-        seen = []
-
-        def record(kernel, grid, args, options, seen=seen):
-            seen.append(kernel.__name__)
-            kernel[grid](*args, **options)
-
-        with launch.intercept(record):
-            lora_linear(*args, config=with_u(u), impl="triton")
-        assert seen == wanted
+        assert launched(lambda u=u: lora_linear(*args, config=with_u(u), impl="triton")) == wanted
 
 
 def test_dropout_mask_is_exact():

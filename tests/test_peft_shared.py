@@ -8,19 +8,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
-from lora_kernels import projections, share_inputs
+from lora_kernels import share_inputs
 from lora_kernels.integrations.peft import fuse, mixed_adapters, unfuse
 
 SIZES = dict(vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
 IDS = torch.randint(0, 40, (2, 7), generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture
-def groups(monkeypatch) -> list[int]:
-    seen: list[int] = []
-    run = projections._forward
-    monkeypatch.setattr(projections, "_forward", lambda *args: (seen.append(len(args[1])), run(*args))[1])
-    return seen
 
 
 def pair(model=None, **changed):

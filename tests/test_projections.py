@@ -9,7 +9,7 @@ from test_kernels import TILES, with_u
 from test_memory import SEED, Kept
 from torch.utils.flop_counter import FlopCounterMode
 
-from lora_kernels import Projection, UnsupportedError, launch, lora_linear, lora_linears
+from lora_kernels import Projection, UnsupportedError, lora_linear, lora_linears
 from lora_kernels.parity import Case, budget_used, run_case
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -61,18 +61,6 @@ def close(ours: dict, theirs: dict) -> None:
             torch.testing.assert_close(ours[name], wanted, rtol=1e-4, atol=1e-4, msg=name)
 
 
-def recorded(call) -> list[str]:
-    seen = []
-
-    def record(kernel, grid, args, options):
-        seen.append(kernel.__name__)
-        kernel[grid](*args, **options)
-
-    with launch.intercept(record):
-        call()
-    return seen
-
-
 @pytest.mark.parametrize("impl, R", [*itertools.product(ARMS, (1, 3, 16, 17, 50, 171, 512)), ("torch", 170)])
 def test_ranks(impl, R):
     """Up to 512 in all they share u and dA, given so many tokens; beyond that each layer has its own."""
@@ -111,7 +99,7 @@ def test_they_are_separate_calls(impl, config, p, lead):
 
 @pytest.mark.parametrize("impl", ARMS)
 @pytest.mark.parametrize("only", [(0,), (2,), (0, 2)])
-def test_results_that_no_loss_uses(impl, only):
+def test_results_that_no_loss_uses(launched, impl, only):
     """Their layers have no gradient, and cost nothing in the backward pass."""
     x, own = tokens(), layers()
     close(
@@ -119,7 +107,7 @@ def test_results_that_no_loss_uses(impl, only):
         gradients(separately(x, own, impl=impl), x, own, only=only),
     )
     ys = lora_linears(x, own, impl=impl)
-    ran = recorded(lambda: gradients(ys, x, own, only=only))
+    ran = launched(lambda: gradients(ys, x, own, only=only))
     assert impl == "torch" or ran.count("expand") == len(only)
 
 
@@ -170,10 +158,10 @@ def test_what_keeps_them_from_sharing_a_product(impl, change):
         assert rounded is None or (ours[name] != ours[name].to(rounded)).any(), f"{name} was rounded on its way"
 
 
-def test_a_scale_on_the_device_is_shared():
+def test_a_scale_on_the_device_is_shared(launched):
     scale = torch.tensor(0.75, device=DEVICE)
     x, own = tokens(), layers(scale=scale)
-    assert recorded(lambda: lora_linears(x, own, impl="triton", config=TILES)).count("shrink") == 1
+    assert launched(lambda: lora_linears(x, own, impl="triton", config=TILES)).count("shrink") == 1
     wanted = gradients(separately(x, own, impl="reference"), x, own)
     close(gradients(lora_linears(x, own, impl="triton", config=TILES), x, own), wanted)
     close(gradients(lora_linears(x, own, impl="torch"), x, own), wanted)
@@ -184,23 +172,23 @@ def test_a_scale_on_the_device_is_shared():
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
-def test_launches(p):
+def test_launches(launched, p):
     """Without dropout one shrink of x and one wgrad of it for all; with it one each."""
     x, own = tokens(), layers(p)
     ys: list = []
     how = dict(training=True, impl="triton", config=TILES)
-    forward = recorded(lambda: ys.extend(lora_linears(x, own, **how)))
+    forward = launched(lambda: ys.extend(lora_linears(x, own, **how)))
     assert sorted(forward) == ["expand"] * 3 + ["shrink"] * (3 if p else 1)
-    assert recorded(lambda: lora_linears(x[:9], own, **how)).count("shrink") == 3  # fewer tokens than it takes to be worth it
-    backward = recorded(lambda: gradients(ys, x, own))
+    assert launched(lambda: lora_linears(x[:9], own, **how)).count("shrink") == 3  # fewer tokens than it takes to be worth it
+    backward = launched(lambda: gradients(ys, x, own))
     assert sorted(backward) == ["expand"] * 3 + ["shrink"] * 3 + ["wgrad"] * (6 if p else 4)
 
 
 @pytest.mark.parametrize("u", ["loop", "awaited"])
-def test_layers_that_make_their_own_u(u):
+def test_layers_that_make_their_own_u(launched, u):
     x, own = tokens(), layers()
     how = dict(impl="triton", config=with_u(u))
-    assert recorded(lambda: lora_linears(x, own, **how)) == ["expand"] * 3
+    assert launched(lambda: lora_linears(x, own, **how)) == ["expand"] * 3
     close(gradients(lora_linears(x, own, **how), x, own), gradients(separately(x, own, **how), x, own))
 
 

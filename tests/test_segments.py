@@ -318,22 +318,14 @@ def test_scales_and_ranks_change_without_another_compilation():
     assert torch.equal(changed, (ids == 2) | (ids == 3))
 
 
-def test_only_what_is_wanted_is_computed():
+def test_only_what_is_wanted_is_computed(launched):
     t, ids = case_tensors(MANY), torch.arange(37) % 6
     s = plan(ids, 6, **blocks_of(TILES))
     wanted = {"x": ["shrink", "expand"], "lora_A": ["shrink", "wgrad"], "lora_B": ["wgrad"]}
     for name, kernels in wanted.items():
         leaf = t[name].clone().requires_grad_()
         y = lora_linear(**{k: leaf if k == name else t[k] for k in ("x", "weight", "lora_A", "lora_B")}, segments=s, config=TILES)
-        seen = []
-
-        def record(kernel, grid, args, options, seen=seen):
-            seen.append(kernel.__name__)
-            kernel[grid](*args, **options)
-
-        with launch.intercept(record):
-            torch.autograd.grad(y, leaf, t["dY"])
-        assert seen == kernels
+        assert launched(lambda y=y, leaf=leaf: torch.autograd.grad(y, leaf, t["dY"])) == kernels
 
 
 def test_the_low_rank_part_follows_the_tokens():

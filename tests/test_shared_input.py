@@ -11,7 +11,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from lora_kernels import FusedLoRALinear, LoRAConfig, apply_lora, projections, remove_lora, share_inputs
+from lora_kernels import FusedLoRALinear, LoRAConfig, apply_lora, remove_lora, share_inputs
 from lora_kernels.parity import budget_used
 
 M, K = 11, 24
@@ -53,15 +53,6 @@ def adapted(model=Model, shared=True, p=0.0, targets=(*QKV, "o_proj"), dtype=tor
     if shared:
         share_inputs(made)
     return made
-
-
-@pytest.fixture
-def groups(monkeypatch) -> list[int]:
-    """How many layers each call computed together."""
-    seen: list[int] = []
-    run = projections._forward
-    monkeypatch.setattr(projections, "_forward", lambda *args: (seen.append(len(args[1])), run(*args))[1])
-    return seen
 
 
 def x_of(*lead, dtype=torch.float64) -> torch.Tensor:
