@@ -14,6 +14,7 @@ from .lora_config import LoRAConfig
 from .multi import MultiLoRALinear
 from .nn import FusedLoRALinear
 from .over import LoRAOver, MultiLoRAOver
+from .packed_layer import PackedLoRALinear, PackedLoRAOver
 from .problem import UnsupportedError
 from .projections import Projection, lora_linears
 from .segments import Segments
@@ -28,6 +29,8 @@ __all__ = [
     "LoRAOver",
     "MultiLoRALinear",
     "MultiLoRAOver",
+    "PackedLoRALinear",
+    "PackedLoRAOver",
     "Projection",
     "Segments",
     "UnsupportedError",

@@ -87,6 +87,7 @@ def lora_linear(
     seed=None,
     segments=None,
     ranks=None,
+    widths=None,
     lora_bias=None,
     config=None,
     impl="auto",
@@ -112,6 +113,9 @@ def lora_linear(
             generator (so torch.manual_seed and checkpoint recomputation govern it).
         segments: A `Segments`: each token's adapter in the stack, -1 for the base alone. None: one adapter for all.
         ranks: int32 ``[E]``, each adapter's own rank; the stack beyond it is not read, its gradient is 0. None: all have r.
+        widths: The outputs of each of L layers that ``weight`` packs, as serving engines keep q, k and v: lora_A is ``[L r, K]``, or
+            ``[E, L r, K]``, each layer's A in turn, ``ranks`` those of each layer, and a layer's outputs take its own r columns of u.
+            None: one layer.
         lora_bias: ``[N]``, lora_A's dtype, or None: adds ``scale * lora_bias``, PEFT's bias on B. Not with segments.
         config: A ``lora_kernels.tuning.Config`` for the kernels, or None for the tuned one.
         impl: "auto" (the fastest that can run), "triton" (the kernels), "torch" (library calls), "reference" (the textbook
@@ -125,17 +129,17 @@ def lora_linear(
         ValueError: shapes, devices or values disagree. TypeError: dtypes or types. UnsupportedError: legal, but not here.
     Source: Hu et al. 2021, arXiv:2106.09685, eq. 3; gradients in docs/math.md.
     """
-    x, weight, bias, key = prepare(x, weight, lora_A, lora_B, bias, base, scale, dropout_p, seed, segments, ranks, config, impl)
+    x, weight, bias, key = prepare(x, weight, lora_A, lora_B, bias, base, scale, dropout_p, seed, segments, ranks, config, impl, widths)
     if lora_bias is not None:
         bias = with_lora_bias(bias, lora_bias, scale, weight, lora_A, segments)
     p = float(dropout_p) if training else 0.0
     if impl == "reference":
         return reference.lora_linear(
             x, weight, lora_A, lora_B, bias,
-            base=base, scale=scale, dropout_p=p, training=training, seed=seed, segments=segments, ranks=ranks,
+            base=base, scale=scale, dropout_p=p, training=training, seed=seed, segments=segments, ranks=ranks, widths=widths,
         )  # fmt: skip
     drawn = reference.as_seed(seed, x.device) if p else None
-    adapters, factor = carried(segments, scale, ranks)
+    adapters, factor = carried(segments, scale, ranks, widths)
     added = bias if base is None else base
     trained = x.requires_grad or lora_A.requires_grad or lora_B.requires_grad or (added is not None and added.requires_grad)
     if trained and torch.is_grad_enabled():
@@ -161,17 +165,18 @@ def check_lora_bias(lora_bias, weight, lora_A, segments) -> None:
     problem.check_vector("lora_bias", lora_bias, weight, lora_A)
 
 
-def carried(segments, scale, ranks) -> tuple[Adapters, float]:
+def carried(segments, scale, ranks, widths=None) -> tuple[Adapters, float]:
     """(`Adapters`, the scale that is a number)."""
+    widths = () if widths is None or len(widths) == 1 else tuple(widths)
     if isinstance(scale, torch.Tensor):
-        return Adapters(segments, scale, ranks), 1.0
-    return (ONE if segments is None else Adapters(segments, None, ranks)), scale
+        return Adapters(segments, scale, ranks, widths), 1.0
+    return (ONE if segments is None and not widths else Adapters(segments, None, ranks, widths)), scale
 
 
 def explain(
     x, weight, lora_A, lora_B, bias=None, *,
-    base=None, scale=1.0, dropout_p=0.0, training=False, seed=None, segments=None, ranks=None, lora_bias=None,
-    config=None, impl="auto",
+    base=None, scale=1.0, dropout_p=0.0, training=False, seed=None, segments=None, ranks=None, widths=None,
+    lora_bias=None, config=None, impl="auto",
 ):  # fmt: skip
     """Which arm `lora_linear` takes for these arguments, and why: the same arguments, nothing computed.
 
@@ -180,21 +185,21 @@ def explain(
     Raises:
         The errors of `lora_linear`.
     """
-    x, weight, bias, key = prepare(x, weight, lora_A, lora_B, bias, base, scale, dropout_p, seed, segments, ranks, config, impl)
+    x, weight, bias, key = prepare(x, weight, lora_A, lora_B, bias, base, scale, dropout_p, seed, segments, ranks, config, impl, widths)
     if lora_bias is not None:
         check_lora_bias(lora_bias, weight, lora_A, segments)
     if impl == "reference":
         return dispatch.Choice("reference", None, {"reference": "named"})
     asked = problem.describe(
-        problem.rows(x), weight, lora_A, lora_B, dropout=bool(training and dropout_p), adapters=carried(segments, scale, ranks)[0]
+        problem.rows(x), weight, lora_A, lora_B, dropout=bool(training and dropout_p), adapters=carried(segments, scale, ranks, widths)[0]
     )
     return dispatch.choose(asked, x.device, impl, key)
 
 
-def prepare(x, weight, lora_A, lora_B, bias, base, scale, dropout_p, seed, segments, ranks, config, impl):
+def prepare(x, weight, lora_A, lora_B, bias, base, scale, dropout_p, seed, segments, ranks, config, impl, widths=None):
     """x, weight and bias as autocast wants them, and the config's key, all checked."""
     x, weight, bias = autocast(x, weight, bias, base)
-    problem.check_arguments(x, weight, lora_A, lora_B, bias, base, scale, dropout_p, seed, segments, ranks)
+    problem.check_arguments(x, weight, lora_A, lora_B, bias, base, scale, dropout_p, seed, segments, ranks, widths)
     if impl not in IMPLS:
         raise ValueError(f"impl: wanted one of {', '.join(IMPLS)}, got {impl!r}")
     if config is None:

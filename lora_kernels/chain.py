@@ -3,7 +3,8 @@
     u = scale (drop(x) A^T)      y = x W^T + bias, then y += u B^T in place
     dS = scale (dY B)            dX = dY W, then dX += D.(dS A)      dA = dS^T drop(x)      dB = dY^T u
 
-Layers of one x (`projections`) add their dX to one tensor, GEMM's beta = 1, and share u and dA.
+Layers of one x (`projections`) add their dX to one tensor, GEMM's beta = 1, and share u and dA; those that one weight packs (`packed`) have
+one base product and one dX.
 
 The scale rides on the skinny products as GEMM's alpha, in float32; nothing makes an extra pass over y, and dY B is
 computed once for dA and dX. The dropout mask is regenerated from Philox, never stored.
@@ -23,6 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from . import philox
+from .packed import layers_of
 from .problem import is_stack
 from .segments import Adapters, Segments
 
@@ -39,6 +41,11 @@ def base_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     if _by_onednn(x, weight):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
+
+
+def _product(x, weight, bias, base) -> torch.Tensor:
+    """The base product, to add to: a copy of what is given."""
+    return base_linear(x, weight, bias) if base is None else base.clone(memory_format=torch.contiguous_format)
 
 
 def _by_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -147,6 +154,18 @@ def down(x, lora_A, adapters: Adapters, scale: float, save_u=True, config=None):
     return u if adapters.scales is None else u.mul_(adapters.scales)
 
 
+def grad_u(dy, B, adapters: Adapters, scale: float):
+    """``dS = scale dY B [M, L r]``, of each of L packed layers from its own columns of dY."""
+    if not adapters.widths:
+        return down(dy, B.t(), adapters, scale)
+    return torch.cat([down(dy[:, own], B[own].t(), adapters, scale) for own, _ in layers_of(adapters.widths, B.shape[1])], 1)
+
+
+def its_rows(A, layers: int, rank: int):
+    """The rows of one adapter's ``A [L r, K]`` within its rank, ``[L rank, K]``."""
+    return A[:rank] if layers == 1 else A.unflatten(0, (layers, -1))[:, :rank].flatten(0, 1)
+
+
 def forward(x, weight, lora_A, lora_B, bias, seed, adapters: Adapters, scale: float, p: float, save_u=True, config=None, base=None, u=None):
     """``y [M, N]`` and ``u [M, r]`` for x ``[M, K]``; p = 0 means no dropout. The signature is an arm's: u costs nothing here."""
     A, B = (lora_A, lora_B) if lora_A.dtype == x.dtype else (lora_A.to(x.dtype), lora_B.to(x.dtype))
@@ -156,23 +175,26 @@ def forward(x, weight, lora_A, lora_B, bias, seed, adapters: Adapters, scale: fl
     if adapters.segments is None:
         if u is None:
             u = down(x if bits is None else drop(x, bits), A, adapters, scale)
-        if base is not None:
+        if base is not None and not adapters.widths:
             return torch.addmm(base, u, B.t()), u
-        return base_linear(x, weight, bias).addmm_(u, B.t()), u
-    u = x.new_zeros(M, A.shape[1])
+        y = _product(x, weight, bias, base)
+        if not adapters.widths:
+            return y.addmm_(u, B.t()), u
+        for own, ranks in layers_of(adapters.widths, B.shape[1]):
+            y[:, own].addmm_(u[:, ranks], B[own].t())
+        return y, u
+    u, layers = x.new_zeros(M, A.shape[1]), adapters.layers
     experts = is_stack(weight)
-    if experts:
-        y = x.new_zeros(M, weight.shape[1])
-    else:
-        y = base_linear(x, weight, bias) if base is None else base.clone(memory_format=torch.contiguous_format)
-    for e, rows, rank, its_scale in runs(adapters.segments, adapters, A.shape[1], scale):
+    y = x.new_zeros(M, weight.shape[1]) if experts else _product(x, weight, bias, base)
+    for e, rows, rank, its_scale in runs(adapters.segments, adapters, B.shape[2], scale):
         its_x = tokens_of(x, rows, adapters.top_k)
-        its_u = scaled_mm(its_x if bits is None else drop(its_x, bits[rows]), A[e, :rank].t(), its_scale)
-        u[rows, :rank] = its_u
+        its_u = scaled_mm(its_x if bits is None else drop(its_x, bits[rows]), its_rows(A[e], layers, rank).t(), its_scale)
+        u.view(M, layers, -1)[rows, :, :rank] = its_u.view(-1, layers, rank)
         if experts:
             y[rows] = base_linear(its_x, weight[e], None if bias is None else bias[e]).addmm_(its_u, B[e, :, :rank].t())
             continue
-        add_product(y, rows, its_u, B[e, :, :rank].t())
+        for own, ranks in layers_of(adapters.widths, rank):
+            add_product(y[:, own], rows, its_u[:, ranks], B[e, own, :rank].t())
     return y, u
 
 
@@ -202,7 +224,7 @@ def backward(
         dx = dy.new_zeros(dy.shape[0], A.shape[-1])
     if adapters.segments is None:
         if need_dx or need_da or ds is not None:
-            own = down(dy, B.t(), adapters, scale)
+            own = grad_u(dy, B, adapters, scale)
             ds = own if ds is None else ds.copy_(own)
         if dx is not None:
             add_product(dx, None, ds, A, bits, keep)
@@ -212,27 +234,30 @@ def backward(
         if need_da:
             da = _grad_A(ds if all_ds is None else all_ds, x, bits, keep, adapter_dtype)
         if need_db:
-            db = _grad_B(dy, u, adapter_dtype)
+            db = _grad_B(dy, u, adapter_dtype, adapters.widths)
         return dx, da, db
-    E, R = adapters.number, u.shape[1] if B is None else B.shape[2]
+    E, layers = adapters.number, adapters.layers
+    R = u.shape[1] // layers if B is None else B.shape[2]
     if need_da:
-        da = dy.new_zeros(E, R, x.shape[1], dtype=adapter_dtype)
+        da = dy.new_zeros(E, layers * R, x.shape[1], dtype=adapter_dtype)
     if need_db:
         db = dy.new_zeros(E, dy.shape[1], R, dtype=adapter_dtype)
     for e, rows, rank, its_scale in runs(adapters.segments, adapters, R, scale):
         its_dy, its_bits = dy[rows], None if bits is None else bits[rows]
         if need_dx or need_da:
-            ds = scaled_mm(its_dy, B[e, :, :rank], its_scale)
+            ds = grad_u(its_dy, B[e, :, :rank], adapters._replace(scales=None), its_scale)
         if need_dx and experts:
             its_dx = torch.mm(its_dy, weight[e])
-            add_product(its_dx, None, ds, A[e, :rank], its_bits, keep)
+            add_product(its_dx, None, ds, its_rows(A[e], layers, rank), its_bits, keep)
             dx[rows] = its_dx
         elif need_dx:
-            add_product(dx, rows, ds, A[e, :rank], its_bits, keep)
+            add_product(dx, rows, ds, its_rows(A[e], layers, rank), its_bits, keep)
         if need_da:
-            da[e, :rank] = _grad_A(ds, tokens_of(x, rows, adapters.top_k), its_bits, keep, adapter_dtype)
+            own = _grad_A(ds, tokens_of(x, rows, adapters.top_k), its_bits, keep, adapter_dtype)
+            da[e].view(layers, R, -1)[:, :rank] = own.view(layers, rank, -1)
         if need_db:
-            db[e, :, :rank] = _grad_B(its_dy, u[rows, :rank], adapter_dtype)
+            its_u = u.view(-1, layers, R)[rows, :, :rank].flatten(1)
+            db[e, :, :rank] = _grad_B(its_dy, its_u, adapter_dtype, adapters.widths)
     return dx, da, db
 
 
@@ -243,8 +268,10 @@ def _grad_A(ds, x, bits, keep: float, dtype):
     return grad_mm(ds.t(), drop(x, bits), dtype).mul_(keep)
 
 
-def _grad_B(dy, u, dtype):
-    """``dY^T u``."""
+def _grad_B(dy, u, dtype, widths=()):
+    """``dY^T u``, of each packed layer's own columns of both."""
+    if widths:
+        return torch.cat([_grad_B(dy[:, own], u[:, ranks], dtype) for own, ranks in layers_of(widths, u.shape[1] // len(widths))])
     if dtype == torch.float32:  # the long matrix untransposed: in float32 faster by more than the small copy
         return grad_mm(u.t(), dy, dtype).t().contiguous()
     return grad_mm(dy.t(), u, dtype)

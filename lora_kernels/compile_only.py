@@ -122,7 +122,9 @@ def compile_pass(
     M, R, dtype, adapter = min(problem.M, 512), problem.R, problem.dtype, problem.adapter_dtype or problem.dtype
     N, K = (problem.K, problem.N) if backward else (problem.N, problem.K)
     x, dy = torch.empty(M, K, dtype=dtype), torch.empty(M, N, dtype=dtype)
-    A, B, adapters = torch.empty(R, K, dtype=adapter), torch.empty(N, R, dtype=adapter), ONE
+    widths = (N // 2, N // 4, N - N // 2 - N // 4) if problem.packed else ()
+    A, B = torch.empty(R, K, dtype=adapter), torch.empty(N, R // (len(widths) or 1), dtype=adapter)
+    adapters = ONE._replace(widths=widths)
     weight = bias = base = None
     if problem.base:
         base = dy
@@ -132,8 +134,8 @@ def compile_pass(
     if problem.adapters:
         E, ids = problem.adapters, torch.zeros(M, dtype=torch.int32)
         plan = Segments.from_ids(ids, E, row_block=problem.row_block, gather_block=problem.gather_block)
-        adapters = Adapters(plan, torch.empty(E), torch.empty(E, dtype=torch.int32) if problem.mixed_ranks else None)
-        A, B = A.expand(E, R, K), B.expand(E, N, R)
+        adapters = Adapters(plan, torch.empty(E), torch.empty(E, dtype=torch.int32) if problem.mixed_ranks else None, widths)
+        A, B = A.expand(E, *A.shape), B.expand(E, *B.shape)
     seed, p = (torch.zeros((), dtype=torch.int64), 0.1) if problem.dropout else (None, 0.0)
 
     arm: Any = launch_experts if problem.experts else launch
@@ -151,7 +153,7 @@ def compile_pass(
 
 def heuristic_reports(arch: Arch, progress=lambda done, total, what: None) -> list[Report]:
     """Every kernel of every heuristic configuration worth telling apart, compiled for ``arch``; the same kernel once."""
-    problems = [*heuristic_problems(), *segment_problems(), *base_problems(), *expert_problems()]
+    problems = [*heuristic_problems(), *segment_problems(), *base_problems(), *expert_problems(), *packed_problems()]
     calls: list[tuple[str, Callable[[], list[Report]]]] = []
     for label, problem, backward in problems:
         calls.append((label, functools.partial(compile_pass, problem, arch, heuristic(problem, arch), label, backward)))
@@ -261,6 +263,18 @@ def shared_problems() -> Iterator[tuple[str, Problem]]:
         for dropout in ("", "x") if R == 16 else ("",):
             problem = Problem(M, 1024, 4096, R, dtype, dropout)
             yield f"backward of several layers M={M} r={R}{' dropout' if dropout else ''}", problem.backward()
+
+
+def packed_problems() -> Iterator[tuple[str, Problem, bool]]:
+    """Three layers that one weight packs, as q, k and v: few and many tokens, one adapter and a batch of mixed ranks, both passes."""
+    decode: dict[str, Any] = dict(adapters=64, row_block=64, gather_block=16)
+    prefill: dict[str, Any] = dict(adapters=64, row_block=128, gather_block=32)
+    for M, r, plan in ((16, 16, {}), (8192, 16, {}), (64, 16, decode), (8192, 16, prefill), (8192, 64, prefill | dict(mixed_ranks=True))):
+        for dropout in ("", "x") if M > 64 and not plan else ("",):
+            problem = Problem(M, 6144, 4096, 3 * r, torch.bfloat16, dropout, packed="n", **plan)
+            label = f"packed M={M} r={r}{' dropout' if dropout else ''}{' adapters' if plan else ''}"
+            yield f"forward {label}", problem, False
+            yield f"backward {label}", problem.backward(), True
 
 
 def _first_tensor(args) -> torch.Tensor:

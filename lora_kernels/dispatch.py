@@ -175,7 +175,7 @@ def backward_arm(dy, x, weight, lora_A, lora_B, u, adapters: Adapters, dropout_p
     if plainly_chain(dy.device, impl, key):
         return CHAIN_BACKWARD
     K = lora_A.shape[-1] if lora_A is not None else x.shape[1] if x is not None else dy.shape[1]
-    R = u.shape[1] if lora_B is None else lora_B.shape[-1]
+    R = u.shape[1] if lora_B is None else lora_B.shape[-1] * adapters.layers
     w = dy if weight is None else problem.one_of(weight)
     p = Problem(
         M=dy.shape[0],
@@ -190,6 +190,7 @@ def backward_arm(dy, x, weight, lora_A, lora_B, u, adapters: Adapters, dropout_p
         wide=problem.offsets_pass_int32(dy, w),
         base=weight is None and lora_A is not None,
         experts=problem.is_stack(weight),
+        packed="k" if adapters.widths else "",
         **problem.segment_fields(adapters),
     )
     choice = choose(p, dy.device, impl, key)

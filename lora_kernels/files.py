@@ -174,6 +174,8 @@ def _layers(model: nn.Module, slot: int | None) -> dict[str, Any]:
     if slot is not None and len(stacks) < len(found):
         raise ValueError(f"slot: wanted None, for layers of one adapter ({some(found.keys() - stacks)}), got {slot}")
     for name, layer in found.items():
+        if layer.widths:
+            raise UnsupportedError(f"model: wanted layers as PEFT has them, got packed ones in {name}, whose adapters are taken one by one")
         if slot is not None and not 0 <= slot < layer.num_adapters:
             raise IndexError(f"slot: wanted an adapter of {name} from 0 to {layer.num_adapters - 1}, got {slot}")
         if layer.lora_A.is_meta:

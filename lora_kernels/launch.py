@@ -24,6 +24,7 @@ from .kernels.load import load_dense, load_descriptor, load_descriptor_transpose
 from .kernels.overlap import in_order, let_next_begin, wait_for_previous, wait_then_let_next_begin
 from .kernels.shrink import shrink
 from .kernels.wgrad import wgrad
+from .packed import blocks_of, ends_of, even
 from .segments import ONE, Adapters
 from .streams import beside, fork, on_device, sm_count
 from .tuning import MERGE, Config, rank_block
@@ -105,42 +106,50 @@ def _split(length: int, block: int, wanted: int) -> tuple[int, int]:
     return per_split, cdiv(blocks, per_split)
 
 
-def run_shrink(x, a, *, scale: float, adapters: Adapters = ONE, dropout, config: Config, dtype: torch.dtype, parts: bool = False, out=None):
+def run_shrink(
+    x, a, *, scale: float, adapters: Adapters = ONE, dropout, config: Config, dtype: torch.dtype, parts: bool = False, out=None, widths=()
+):  # fmt: skip
     """``scale * (D.x) a`` as ``[M, R]`` in ``dtype``. x: ``[M, K]``, a: ``[(E,) K, R]``, any strides. dropout: None or (seed, p).
 
     Where the plan has k times as many tokens, each row of x stands for k.
 
-    parts: Return float32 ``[splits, M, R]``, not yet added, where K was split. out: ``[M, R]`` to write to, by its strides.
+    parts: Return float32 ``[splits, M, R]``, not yet added, where K was split. out: ``[M, R]`` to write to, by its strides. widths: Of L
+    packed layers whose columns x's are: ``[M, L R]`` then, each layer's from its own.
     """
     c, seg = config.shrink, adapters.segments
     fan = fan_of(x, seg)
     M, K = x.shape[0] * fan, x.shape[1]
-    R = a.shape[-1]
+    R, layers = a.shape[-1], len(widths) or 1
     block_r = rank_block(R, TILE_RANK if adapters.ranks is not None else 128)
-    blocks, splits = _split(K, c.block_k, c.split)
+    blocks, splits = _split(max(widths, default=K), c.block_k, c.split)
     # Partial sums lie a multiple of 16 rows apart: their stride compiles one kernel then, whatever M and R.
     rows = M if splits == 1 else 16 * cdiv(M, 16)
     whole = splits == 1 and out is not None
-    z = out[None] if whole else x.new_empty(splits, rows, R, dtype=torch.float32 if splits > 1 else dtype)[:, :M]
+    z = out[None] if whole else x.new_empty(splits, rows, R * layers, dtype=torch.float32 if splits > 1 else dtype)[:, :M]
     seed, threshold, inv_keep = _dropout(dropout)
     args = (
         _matrix(x), _matrix(a), _matrix(z), z.stride(0) if splits > 1 else 0,
         adapters.gather(), adapters.number, _stack_stride(a), adapters.scales, adapters.ranks,
-        seed, threshold, scale * inv_keep, M, K, R, blocks,
+        seed, threshold, scale * inv_keep, M, K, R, ends_of(widths), None if widths else _period(adapters, R), blocks,
     )  # fmt: skip
     options = dict(
         LOAD_X=load_dense, SEGMENTS=seg is not None, DROPOUT=dropout is not None, PRECISION=precision(x.dtype),
         BLOCK_M=c.block_m, BLOCK_K=c.block_k, BLOCK_R=block_r,
-        EVEN_K=K % c.block_k == 0, EVEN_R=R % block_r == 0 and adapters.ranks is None,
+        EVEN_K=even(widths, K, c.block_k), EVEN_R=R % block_r == 0 and adapters.ranks is None,
         WIDE=_wide((x, max(c.block_m, c.block_k)), (a, c.block_k)), LET_GO=None, FAN=fan, num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip
     tiles = cdiv(M, c.block_m) if seg is None else seg.tile_adapter.shape[0]
     if config.expand.pdl:
         options["LET_GO"] = in_order if interpreted() else let_next_begin
-    _run(shrink, (tiles, cdiv(R, block_r), splits), args, options)
+    _run(shrink, (tiles, layers * cdiv(R, block_r), splits), args, options)
     if out is not None:
         return out if whole else out.copy_(z.sum(0))
     return z if parts and splits > 1 else z[0] if splits == 1 else z.sum(0).to(dtype)
+
+
+def _period(adapters: Adapters, R: int) -> int | None:
+    """How many of R columns of u are a packed layer's, where an adapter's own rank ends each."""
+    return R // adapters.layers if adapters.widths and adapters.ranks is not None else None
 
 
 def run_wgrad(*args, **kwargs) -> torch.Tensor:
@@ -160,7 +169,9 @@ def prepare_wgrad(
     allocator might hand out what expand yet reads.
     """
     c, seg, E = config.wgrad, adapters.segments, adapters.number
-    J, (M, R) = x.shape[1], g.shape
+    J, M = x.shape[1], g.shape[0]
+    widths = () if out_transposed else adapters.widths  # of dY's columns
+    R = g.shape[1] // (len(widths) or 1)
     block_r = rank_block(R, TILE_RANK if adapters.ranks is not None else 128)
     blocks, splits = _split(M, c.block_m, c.split)
     if seg is not None:  # every adapter's tokens are split alike, for how many they are is known on the device alone
@@ -174,17 +185,17 @@ def prepare_wgrad(
         starts, order = (None, None) if seg is None else (seg.starts, seg.order)
         args = (
             _matrix(x), _matrix(g), (out, *strides), out.stride(0), starts, order, out.stride(1), adapters.ranks,
-            seed, threshold, scale * inv_keep, M, J, R, blocks,
+            seed, threshold, scale * inv_keep, M, J, R, ends_of(widths), None if widths else _period(adapters, R), blocks,
         )  # fmt: skip
         options = dict(
             SEGMENTS=seg is not None, DROPOUT=dropout is not None, PRECISION=precision(x.dtype), BLOCK_M=c.block_m, BLOCK_J=c.block_j,
-            BLOCK_R=block_r, EVEN_J=J % c.block_j == 0, EVEN_R=R % block_r == 0 and adapters.ranks is None,
+            BLOCK_R=block_r, EVEN_J=even(widths, J, c.block_j), EVEN_R=R % block_r == 0 and adapters.ranks is None,
             WIDE=_wide((x, max(c.block_m, c.block_j)), (out, c.block_j)), LET_GO=None, WAIT=None,
             FAN=fan_of(x, seg), num_warps=c.num_warps, num_stages=c.num_stages,
         )  # fmt: skip
         if beside:
             options |= _overlapped(LET_GO=let_next_begin, WAIT=wait_for_previous)
-        _run(wgrad, (E * cdiv(J, c.block_j), cdiv(R, block_r), splits), args, options)
+        _run(wgrad, (E * blocks_of(widths, J, c.block_j), cdiv(R, block_r), splits), args, options)
 
     def total() -> torch.Tensor:
         summed = out[0] if splits == 1 else out.sum(0).to(dtype)
@@ -198,10 +209,11 @@ def _overlapped(**plugs) -> dict:
     return dict.fromkeys(plugs, in_order) if interpreted() else plugs | dict(launch_pdl=True)
 
 
-def tile_counters(M: int, N: int, config: Config, device: torch.device) -> torch.Tensor | None:
+def tile_counters(M: int, N: int, config: Config, device: torch.device, widths=()) -> torch.Tensor | None:
     """The zeroed counters of tiles whose K is split, or None. Made before shrink, so that nothing stands between two launches (pdl)."""
     c = config.expand
-    return torch.zeros(cdiv(M, c.block_m) * cdiv(N, c.block_n), dtype=torch.int32, device=device) if c.split > 1 else None
+    tiles = cdiv(M, c.block_m) * blocks_of(widths, N, c.block_n)
+    return torch.zeros(tiles, dtype=torch.int32, device=device) if c.split > 1 else None
 
 
 def run_expand(
@@ -229,7 +241,8 @@ def run_expand(
     # The first term costs fewer registers; with dropout, whose mask comes before the first product, the last does.
     add = None if onto is None else "first" if drop_uv is None else "last"
     y = x.new_empty(M, N) if out is None else out
-    num_m, tiles = cdiv(M, c.block_m), cdiv(M, c.block_m) * cdiv(N, c.block_n)
+    widths = adapters.widths if transposed else ()  # of w's columns
+    num_m, tiles = cdiv(M, c.block_m), cdiv(M, c.block_m) * blocks_of(widths, N, c.block_n)
     gathered = seg.tile_adapter.shape[0] if seg else 0
     items, flags, ticket = tiles, None, None
     if c.u == "awaited":
@@ -241,7 +254,7 @@ def run_expand(
     if c.split > 1:
         blocks_per_part, splits = _split(K, c.block_k, c.split)
         partial = x.new_empty(splits + 1, M, N, dtype=torch.float32)
-        counters = tile_counters(M, N, config, x.device) if counters is None else counters
+        counters = tile_counters(M, N, config, x.device, widths) if counters is None else counters
         parts = (partial, partial.stride(0), counters, splits + 1)
         items = tiles * (splits + 1)
     seed, threshold, inv_keep = _dropout(drop_x or drop_uv)
@@ -264,6 +277,7 @@ def run_expand(
         adapters.rows(), _matrix(x) if seg and c.u == "awaited" else None, adapters.gather(), gathered, adapters.number,
         _stack_stride(a), _stack_stride(v), None if c.u == "given" else adapters.scales, adapters.ranks,
         flags, ticket, parts, blocks_per_part, late, seed, threshold, inv_keep, scale * (inv_keep if drop_x else 1.0), M, N, K, R,
+        ends_of(widths), None if widths else _period(adapters, R),
     )  # fmt: skip
     blocks = max(c.block_m, c.block_n, c.block_k)
     options = dict(
@@ -273,7 +287,7 @@ def run_expand(
         DROP_UV=drop_uv is not None, PRECISION="ieee" if exact else precision(x.dtype),
         BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, BLOCK_R=block_r,
         R_BLOCKS=r_blocks, GROUP_M=c.group_m, GATHER_M=c.block_m if seg is None else seg.gather_block,
-        EVEN_N=N % c.block_n == 0, EVEN_K=K % c.block_k == 0, EVEN_R=R % block_r == 0 and adapters.ranks is None,
+        EVEN_N=even(widths, N, c.block_n), EVEN_K=K % c.block_k == 0, EVEN_R=R % block_r == 0 and adapters.ranks is None,
         WIDE=_wide((x, blocks), (w, blocks), (base, blocks), (v, blocks), (y, blocks)), PERSISTENT=c.persistent,
         WAIT=None, num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip
@@ -318,7 +332,7 @@ def forward(
     shared: dict[str, Any] = dict(transposed=True, adapters=adapters, config=config)
     with on_device(x):
         if config.expand.u == "given":
-            counters = tile_counters(x.shape[0], lora_B.shape[-2], config, x.device)
+            counters = tile_counters(x.shape[0], lora_B.shape[-2], config, x.device, adapters.widths)
             if u is None:
                 u = run_shrink(
                     x, lora_A.mT, scale=scale, adapters=adapters, dropout=drop, config=config, dtype=x.dtype, parts=not save_u
@@ -351,7 +365,9 @@ def backward(
         one_launch = need_dx and config.expand.u != "given"
         counters = tile_counters(dy.shape[0], lora_A.shape[-1], config, dy.device) if need_dx else None
         if (need_dx or keep_ds) and not one_launch:
-            ds = run_shrink(dy, lora_B, scale=scale, dropout=None, dtype=dy.dtype, parts=not keep_ds, out=ds, **shared)
+            ds = run_shrink(
+                dy, lora_B, scale=scale, dropout=None, dtype=dy.dtype, parts=not keep_ds, out=ds, widths=adapters.widths, **shared
+            )  # fmt: skip
         if one_launch and keep_ds and ds is None:
             ds = dy.new_empty(dy.shape[0], lora_B.shape[-1])
         gradients: dict[str, Any] = dict(scale=1.0, dtype=adapter_dtype, **shared)

@@ -48,13 +48,16 @@ def write_merged(weight, base, lora_A, lora_B, scale: float, *, row_scale=None, 
         raise ValueError("merge: wanted a finite merged weight, got NaN or Inf in base + scale * B A; the weight is unchanged")
 
 
-def write_stack(weight, base, lora_A, lora_B, scale: float) -> None:
-    """`write_merged` for each matrix of ``weight [E, N, K]`` with its ``A [E, r, K]`` and ``B [E, N, r]``, all of them or none."""
-    for e in range(weight.shape[0]):
+def write_each(weights, bases, As, Bs, scale: float) -> None:
+    """`write_merged` for each of several matrices, ``[N, K]``, with its base, A and B: all of them or none."""
+    written = []
+    for weight, base, A, B in zip(weights, bases, As, Bs, strict=True):
+        written.append((weight, base))
         try:
-            write_merged(weight[e], base[e], lora_A[e], lora_B[e], scale)
+            write_merged(weight, base, A, B, scale)
         except BaseException:
-            weight[: e + 1].copy_(base[: e + 1])
+            for each, its_base in written:
+                each.copy_(its_base)
             raise
 
 
@@ -108,6 +111,7 @@ class Mergeable:
     """What a layer with a ``weight`` needs to merge into it: the base kept aside, given back, and told apart in a checkpoint."""
 
     weight: torch.Tensor
+    widths: tuple[int, ...] = ()  # of packed layers, whose A is [L, r, K] then
     _base_weight: torch.Tensor | None = None
 
     @property
@@ -135,7 +139,10 @@ class Mergeable:
             base = self.weight.detach().to("cpu" if keep == "cpu" else self.weight.device, copy=True)
         self._base_weight = None
         if self.weight.dim() == 3:
-            write_stack(self.weight.detach(), base, lora_A.detach(), lora_B.detach(), scale)
+            write_each(self.weight.detach(), base, lora_A.detach(), lora_B.detach(), scale)
+        elif self.widths:
+            weights, bases, Bs = (t.detach().split(self.widths) for t in (self.weight, base, lora_B))
+            write_each(weights, bases, lora_A.detach(), Bs, scale)
         else:
             write_merged(self.weight.detach(), base, lora_A.detach(), lora_B.detach(), scale, row_scale=row_scale)
         self._base_weight = base

@@ -114,13 +114,15 @@ class MultiLoRALinear(Mergeable, nn.Module):
             check_rank(f"r[{e}]" if isinstance(r, (list, tuple)) else "r", rank)
         self.num_adapters, self.r, self.lora_alpha = E, max(self._built), _each("lora_alpha", lora_alpha, E)
         like = self._take(base, lora_dropout, adapter_dtype)
-        self.lora_A = nn.Parameter(like.new_zeros(E, self.r, self.in_features))
+        layers = len(self.widths) or 1
+        check_rank(f"r of {layers} layers in all" if layers > 1 else "r", self.r * layers)
+        self.lora_A = nn.Parameter(like.new_zeros(E, self.r * layers, self.in_features))
         self.lora_B = nn.Parameter(like.new_zeros(E, self.out_features, self.r))
         self.register_buffer("scaling", like.new_zeros(E, dtype=torch.float32))
         self.register_buffer("ranks", like.new_zeros(E, dtype=torch.int32))
         self._fill_tables()
         for e in range(E):
-            init_adapter(*self.adapter(e), init_lora_weights)
+            self._init(e, init_lora_weights)
 
     def _take(self, base, lora_dropout: float, adapter_dtype) -> torch.Tensor:
         return adopt(self, base, lora_dropout, adapter_dtype)
@@ -151,6 +153,7 @@ class MultiLoRALinear(Mergeable, nn.Module):
             training=self.training,
             segments=segments,
             ranks=self.ranks if self._mixed else None,
+            widths=self.widths or None,
         )
 
     def _operands(self, x: torch.Tensor) -> tuple:
@@ -204,11 +207,7 @@ class MultiLoRALinear(Mergeable, nn.Module):
             raise ValueError(f"A: wanted a rank from 1 to the stack's {self.r}, got {r} (shape {list(A.shape)})")
         if tuple(B.shape) != (self.out_features, r):
             raise ValueError(f"B: wanted shape [{self.out_features}, {r}] to match A {list(A.shape)}, got {list(B.shape)}")
-        scale = self._scale_for(i, r) if scale is None else scale
-        if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-            raise TypeError(f"scale: wanted a float or None, got {type(scale).__name__}")
-        if not math.isfinite(scale):
-            raise ValueError(f"scale: wanted a finite number, got {scale}")
+        scale = self._checked_scale(i, r, scale)
         # copied first: A and B may be views into these stacks
         A, B = (t.to(self.lora_A.device, self.lora_A.dtype, copy=True) for t in (A, B))
         self._set_tables(i, r, scale)
@@ -236,7 +235,7 @@ class MultiLoRALinear(Mergeable, nn.Module):
         self._check_slot(i)
         r = self._built[i]
         self._set_tables(i, r, self._scale_for(i, r))
-        init_adapter(*self.adapter(i), init_lora_weights)
+        self._init(i, init_lora_weights)
         self._clear_beyond(i, r)
 
     def adapter_state_dict(self, i: int) -> dict:
@@ -266,6 +265,14 @@ class MultiLoRALinear(Mergeable, nn.Module):
     def _scale_for(self, i: int, r: int) -> float:
         return scaling_of(self.lora_alpha[i], r, self.use_rslora)
 
+    def _checked_scale(self, i: int, r: int, scale: float | None) -> float:
+        scale = self._scale_for(i, r) if scale is None else scale
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+            raise TypeError(f"scale: wanted a float or None, got {type(scale).__name__}")
+        if not math.isfinite(scale):
+            raise ValueError(f"scale: wanted a finite number, got {scale}")
+        return scale
+
     def _set_tables(self, i: int, r: int, scale: float) -> None:
         self.ranks[i].fill_(r)
         self.scaling[i].fill_(scale)
@@ -281,6 +288,9 @@ class MultiLoRALinear(Mergeable, nn.Module):
     def _know_ranks(self, ranks: list[int]) -> None:
         """Keep ``ranks`` on the host, so that no forward pass asks the device."""
         self._ranks, self._mixed = ranks, min(ranks) < self.r
+
+    def _init(self, i: int, init_lora_weights: bool) -> None:
+        init_adapter(*self.adapter(i), init_lora_weights)
 
     def _clear_beyond(self, i: int, r: int) -> None:
         self.lora_A[i, r:].zero_()

@@ -119,8 +119,8 @@ def _backward(dy, x, weight, lora_A, lora_B, u, seed, adapters, scale, dropout_p
         K = lora_A.shape[-1] if need_dx else 0
         stack = [] if adapters.segments is None else [adapters.number]
         dx = dy.new_zeros(dy2.shape[0], K)
-        da = dy.new_zeros(*stack, lora_B.shape[-1], x2.shape[1], dtype=adapter_dtype) if need_da else None
-        db = dy.new_zeros(*stack, dy2.shape[1], u.shape[1], dtype=adapter_dtype) if need_db else None
+        da = dy.new_zeros(*stack, lora_B.shape[-1] * adapters.layers, x2.shape[1], dtype=adapter_dtype) if need_da else None
+        db = dy.new_zeros(*stack, dy2.shape[1], u.shape[1] // adapters.layers, dtype=adapter_dtype) if need_db else None
     elif need_dx or need_da or need_db:
         run, chosen = arm or dispatch.backward_arm(dy2, x2, weight, lora_A, lora_B, u, adapters, dropout_p, impl, config)
         dx, da, db = run(dy2, x2, weight, lora_A, lora_B, u, seed, adapters, scale, dropout_p, needs[:3], adapter_dtype, chosen)
@@ -170,6 +170,10 @@ def _top_k(geometry: list[int]) -> int:
     return geometry[3] if geometry else 1
 
 
+def _layers(geometry: list[int]) -> int:
+    return len(geometry[4:]) or 1
+
+
 @torch.library.register_fake("lora_kernels::forward")
 def _forward_fake(
     x, weight, lora_A, lora_B, bias, seed, scales, ranks, plan, geometry, scale, dropout_p, save_u, impl, config, base=None
@@ -184,18 +188,19 @@ def _backward_fake(
     dy, x, weight, lora_A, lora_B, u, seed, scales, ranks, plan, geometry, scale, dropout_p,
     need_dx, need_da, need_db, need_dbias, adapter_dtype, impl, config,
 ):  # fmt: skip
-    stack, lead = geometry[:1], dy.shape[:-2] if _top_k(geometry) > 1 else dy.shape[:-1]
+    stack, lead, layers = geometry[:1] if plan else [], dy.shape[:-2] if _top_k(geometry) > 1 else dy.shape[:-1], _layers(geometry)
     return (
         dy.new_empty(*lead, lora_A.shape[-1]) if need_dx else dy.new_empty(0),
-        dy.new_empty(*((*stack, lora_B.shape[-1], x.shape[-1]) if need_da else (0,)), dtype=adapter_dtype),
-        dy.new_empty(*((*stack, dy.shape[-1], u.shape[1]) if need_db else (0,)), dtype=adapter_dtype),
+        dy.new_empty(*((*stack, lora_B.shape[-1] * layers, x.shape[-1]) if need_da else (0,)), dtype=adapter_dtype),
+        dy.new_empty(*((*stack, dy.shape[-1], u.shape[1] // layers) if need_db else (0,)), dtype=adapter_dtype),
         dy.new_empty(dy.shape[-1] if need_dbias else 0),
     )
 
 
 @register_flop_formula(torch.ops.lora_kernels.forward)
 def _forward_flops(x, weight, lora_A, lora_B, bias, seed, scales, ranks, plan, geometry, *args, out_shape=None, **kwargs) -> int:
-    return forward_flops(math.prod(x[:-1]) * _top_k(geometry), lora_B[-2], x[-1], lora_A[-2], base=weight is None)
+    tokens, layers = math.prod(x[:-1]) * _top_k(geometry), _layers(geometry)
+    return forward_flops(tokens, lora_B[-2], x[-1], lora_A[-2], base=weight is None, layers=layers)
 
 
 @register_flop_formula(torch.ops.lora_kernels.backward)
@@ -210,7 +215,7 @@ def _backward_flops(
     if need_dx:
         total += M * lora_A[-1] * ((0 if weight is None else N) + lora_A[-2])
     if need_da:
-        total += M * x[-1] * lora_B[-1]
+        total += M * x[-1] * lora_B[-1] * _layers(geometry)
     if need_db:
-        total += M * N * u[1]
+        total += M * N * u[1] // _layers(geometry)
     return 2 * total

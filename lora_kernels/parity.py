@@ -51,11 +51,12 @@ class Case:
     experts: bool = False  # a weight and a bias, frozen, for each adapter
     top_k: int = 1  # so many tokens of the plan are one of x, whose are M / top_k
     layers: int = 1  # of one x: so many times N outputs and R ranks, not evenly shared out
+    widths: tuple[int, ...] = ()  # of layers that the weight packs, each of rank R; their sum is N
 
     def terms(self, tensor: str) -> int:
         """How many products one element of y or a gradient sums, those of u or dS among them."""
         M, N, K, R = self.M, self.N, self.K, self.R
-        return {"y": K + R, "dX": self.layers * (N + R), "dA": M + N, "dB": M + K, "dbias": M}[tensor]
+        return {"y": K + R, "dX": self.layers * (N + R * (len(self.widths) or 1)), "dA": M + N, "dB": M + K, "dbias": M}[tensor]
 
     @property
     def name(self) -> str:
@@ -69,6 +70,7 @@ class Case:
         parts += ["base given"] if self.base else ["experts"] if self.experts else []
         parts += [f"top {self.top_k}"] if self.top_k > 1 else []
         parts += [f"{self.layers} layers of one x"] if self.layers > 1 else []
+        parts += ["packed " + "+".join(map(str, self.widths))] if self.widths else []
         parts += [self.impl] if self.impl != "triton" else []
         if self.config:
             e = self.config.expand
@@ -105,7 +107,7 @@ def inputs(case: Case, device: torch.device) -> dict:
     tensors = {
         "x": draw(case.M // case.top_k, case.K),
         "weight": draw(*each, N, case.K, spread=case.K**-0.5),
-        "lora_A": draw(*stack, case.R * case.layers, case.K, spread=case.K**-0.5, dtype=adapter),
+        "lora_A": draw(*stack, case.R * (len(case.widths) or case.layers), case.K, spread=case.K**-0.5, dtype=adapter),
         "lora_B": draw(*stack, N, case.R, spread=case.R**-0.5, dtype=adapter),
         "bias": draw(*each, N) if case.bias else None,
         "dY": draw(case.M, N, spread=case.N**-0.5),
@@ -144,8 +146,9 @@ def adapter_ids(case: Case) -> torch.Tensor:
 
 def many(case: Case, device: torch.device) -> dict:
     """The arguments of `lora_linear` that a case with segments adds: plan, scales and ranks."""
+    packed = {"widths": case.widths or None}
     if not case.adapters:
-        return {"scale": case.scale}
+        return {"scale": case.scale, **packed}
     blocks: dict[str, Any] = (
         {} if case.config is None else dict(row_block=case.config.expand.block_m, gather_block=case.config.shrink.block_m)
     )
@@ -156,7 +159,7 @@ def many(case: Case, device: torch.device) -> dict:
         ranks = torch.arange(case.adapters, dtype=torch.int32, device=device).mul_(-(case.R // 2 + 1)).add_(case.R - 1)
         ranks = ranks.remainder_(case.R).add_(1)
     plan = replace(Segments.from_ids(ids, case.adapters, **blocks), top_k=case.top_k)
-    return {"scale": scale, "segments": plan, "ranks": ranks}
+    return {"scale": scale, "segments": plan, "ranks": ranks, **packed}
 
 
 def projections(case: Case, t: dict) -> list[Projection]:
@@ -302,6 +305,10 @@ def cases(device: torch.device, quick: bool = False) -> list[Case]:
     found += [given, replace(given, adapters=7, mixed_ranks=True)]
     shared = replace(odd, dtype=dtypes[0], layers=3)
     found += [shared, replace(shared, p=0.1), *(replace(shared, layers=2, config=config) for config in ways if not config.expand.tma)]
+    packed = replace(odd, dtype=dtypes[0], widths=(odd.N - odd.N // 2 - 1, 1, odd.N // 2))
+    tenants = replace(packed, p=0.1, adapters=7, mixed_ranks=True)
+    found += [packed, tenants, *(replace(packed, p=0.1, config=config) for config in ways if not config.expand.tma)]
+    found += [replace(tenants, config=config) for config in (masked[0], *walked)]
     routed = replace(odd, dtype=dtypes[0], p=0.1, adapters=7, experts=True, mixed_ranks=True)
     plain = ways[0]  # with shrink's tiles as expand's, both being the plan's gathered ones
     found += [routed, replace(routed, config=replace(plain, shrink=replace(plain.shrink, block_m=plain.expand.block_m, num_stages=1)))]
@@ -316,6 +323,14 @@ def cases(device: torch.device, quick: bool = False) -> list[Case]:
         found += [replace(shared, dtype=dtype, p=p, impl="torch") for dtype in (*dtypes, torch.bfloat16) for p in (0.0, 0.1)]
         found += [replace(shared, p=0.1, layout=layout) for layout in ("transposed", "sliced", "expanded")]
         found += [replace(even, layers=2, config=config) for config in ways if config.expand.tma or config.expand.base == "library"]
+        found += [replace(each, impl="torch", dtype=dtype) for each in (packed, tenants) for dtype in (*dtypes, torch.bfloat16)]
+        found += [replace(each, R=100, M=2 * odd.M) for each in (packed, tenants)] + [replace(tenants, impl="torch", popularity="runs")]
+        found += [replace(each, layout=layout) for each in (packed, tenants) for layout in ("transposed", "sliced", "expanded")]
+        found += [replace(each, base=True, impl=impl) for each in (packed, tenants) for impl in ("triton", "torch")]
+        thirds = (2 * even.N // 3, even.N // 3) if small else (even.N // 2, even.N // 4, even.N // 4)
+        wide = [replace(each, M=even.M, N=even.N, K=even.K, widths=thirds) for each in (packed, tenants)]
+        found += [replace(each, config=config) for each in wide for config in ways if config.expand.tma]
+        found += [replace(tenants, dtype=torch.float16, adapter_dtype=torch.float32)]
     found += [replace(odd, dtype=torch.float16, adapter_dtype=torch.float32), replace(even, R=100, bias=False), replace(odd, M=1)]
     found += [replace(odd, dtype=dtype, p=p, impl="torch") for dtype in (*dtypes, torch.bfloat16) for p in (0.0, 0.1)]
     return [case for case in dict.fromkeys(found) if _served(case, arch)]
@@ -330,8 +345,8 @@ def _served(case: Case, arch: Arch) -> bool:
     if case.adapters:
         blocks = dict(row_block=case.config.expand.block_m, gather_block=case.config.shrink.block_m)
     forward = problem.Problem(
-        case.M, case.N, case.K, case.R, case.dtype, "x" if case.p else "", aligned=aligned, adapters=case.adapters,
-        experts=case.experts, **blocks,
+        case.M, case.N, case.K, case.R * (len(case.widths) or 1), case.dtype, "x" if case.p else "", aligned=aligned,
+        adapters=case.adapters, experts=case.experts, packed="n" if case.widths else "", **blocks,
     )  # fmt: skip
     return all(why_not_here(case.config, each, arch) is None for each in (forward, forward.backward()))
 

@@ -32,7 +32,8 @@ class Problem:
     "uv" (on the low-rank term, backward). ``wide``: an offset passes 2^31. ``adapters``: E of a batch with segments, 0 for one
     adapter; ``row_block`` and ``gather_block`` are then its plan's, ``mixed_ranks`` whether adapters have ranks of their own.
     ``base``: whether x w is another's, who hands it in (or, in the backward pass, keeps it), and only u v is to be added.
-    ``experts``: whether w is a stack, one for each adapter, as in a mixture of experts.
+    ``experts``: whether w is a stack, one for each adapter, as in a mixture of experts. ``packed``: "n" where the outputs are those of
+    several layers, "k" where the columns of x are (dX of such layers), or ""; R is then of all of them.
     """
 
     M: int
@@ -52,6 +53,7 @@ class Problem:
     mixed_ranks: bool = False
     base: bool = False
     experts: bool = False
+    packed: str = ""
 
     @property
     def itemsize(self) -> int:
@@ -64,7 +66,8 @@ class Problem:
     def backward(self) -> Problem:
         """The problem of dX: K and N change places, and w is read along its other axis."""
         other = {"k": "n", "n": "k", "": ""}[self.w_major]
-        return replace(self, N=self.K, K=self.N, w_major=other, dropout="uv" if self.dropout else "")
+        packed = "k" if self.packed else ""
+        return replace(self, N=self.K, K=self.N, w_major=other, dropout="uv" if self.dropout else "", packed=packed)
 
 
 def usual_dtype(itemsize: int) -> torch.dtype:
@@ -72,9 +75,9 @@ def usual_dtype(itemsize: int) -> torch.dtype:
     return {2: torch.bfloat16, 4: torch.float32}[itemsize]
 
 
-def forward_flops(M: int, N: int, K: int, R: int, base: bool = False) -> int:
+def forward_flops(M: int, N: int, K: int, R: int, base: bool = False, layers: int = 1) -> int:
     """Floating-point operations of a forward pass, a multiplication and an addition each; base: without those of the base product."""
-    return 2 * M * ((0 if base else N * K) + R * (N + K))
+    return 2 * M * ((0 if base else N * K) + R // layers * N + R * K)
 
 
 def autocasts(device: torch.device) -> bool:
@@ -148,6 +151,7 @@ def describe(x, weight, lora_A, lora_B, *, dropout: bool, adapters: Adapters = O
         adapter_dtype=lora_A.dtype,
         base=weight is None,
         experts=is_stack(weight),
+        packed="n" if adapters.widths else "",
         **segment_fields(adapters),
     )
 
@@ -177,7 +181,7 @@ def _check_class(name: str, t, what: str) -> None:
         )
 
 
-def check_arguments(x, weight, lora_A, lora_B, bias, base, scale, dropout_p, seed, segments, ranks) -> None:
+def check_arguments(x, weight, lora_A, lora_B, bias, base, scale, dropout_p, seed, segments, ranks, widths=None) -> None:
     """Refuse what `lora_linear` cannot compute. Raises ValueError, TypeError or UnsupportedError."""
     check_tensor("x", x, "a tensor [..., in_features]")
     if base is None:
@@ -194,13 +198,15 @@ def check_arguments(x, weight, lora_A, lora_B, bias, base, scale, dropout_p, see
         check_tensor("bias", bias, "a tensor [out_features] or None")
     if segments is not None:
         check_segments(x, segments)
+        if is_stack(weight) and widths is not None:
+            raise UnsupportedError(f"widths: wanted None beside a stack of weights, got {list(widths)}")
         if segments.top_k > 1 and not is_stack(weight):
             given = "base" if weight is None else f"weight {_shape(weight)}"
             raise ValueError(f"segments: wanted a plan of one row a token beside {given}, got {segments.top_k}; segments.each() is one")
     if base is None:
-        check_shapes(x, weight, lora_A, lora_B, bias, segments)
-    elif not one_adapter_fits(base.shape[-1], x.shape[-1], lora_A, lora_B, segments):
-        check_adapters(base.shape[-1], x.shape[-1], f"to match x {_shape(x)} and base {_shape(base)}", lora_A, lora_B, segments)
+        check_shapes(x, weight, lora_A, lora_B, bias, segments, widths)
+    elif widths is not None or not one_adapter_fits(base.shape[-1], x.shape[-1], lora_A, lora_B, segments):
+        check_adapters(base.shape[-1], x.shape[-1], f"to match x {_shape(x)} and base {_shape(base)}", lora_A, lora_B, segments, widths)
     check_dtypes(x, weight, lora_A, lora_B, bias)
     check_devices(x, weight, lora_A, lora_B, bias)
     if weight is not None and weight.requires_grad:
@@ -281,7 +287,7 @@ def check_base(x, weight, bias, base) -> None:
         raise ValueError(f"base: wanted x's device {x.device}, got {base.device}")
 
 
-def check_shapes(x, weight, lora_A, lora_B, bias, segments=None) -> None:
+def check_shapes(x, weight, lora_A, lora_B, bias, segments=None, widths=None) -> None:
     if is_stack(weight) and segments is not None:
         E, N, K = weight.shape
         if E != segments.num_adapters:
@@ -296,8 +302,8 @@ def check_shapes(x, weight, lora_A, lora_B, bias, segments=None) -> None:
         biases = (N,)
     if x.dim() < 1 or x.shape[-1] != K:
         raise ValueError(f"x: wanted shape [..., {K}] to match weight {_shape(weight)}, got {_shape(x)}")
-    if not one_adapter_fits(N, K, lora_A, lora_B, segments):
-        check_adapters(N, K, f"to match weight {_shape(weight)}", lora_A, lora_B, segments)
+    if widths is not None or not one_adapter_fits(N, K, lora_A, lora_B, segments):
+        check_adapters(N, K, f"to match weight {_shape(weight)}", lora_A, lora_B, segments, widths)
     if bias is not None and tuple(bias.shape) != biases:
         raise ValueError(f"bias: wanted shape {list(biases)} to match weight {_shape(weight)}, got {_shape(bias)}")
 
@@ -313,19 +319,33 @@ def one_adapter_fits(N: int, K: int, lora_A, lora_B, segments) -> bool:
     )
 
 
-def check_adapters(N: int, K: int, why: str, lora_A, lora_B, segments) -> None:
+def check_adapters(N: int, K: int, why: str, lora_A, lora_B, segments, widths=None) -> None:
     """``why``: what their sizes have to match."""
+    layers = 1
+    if widths is not None:
+        check_widths(widths, N)
+        layers = len(widths)
     stack = [] if segments is None else [segments.num_adapters]
     check_adapter("lora_A", lora_A, [*stack, "r", K], why, "[r, in_features]")
     R = lora_A.shape[-2]
-    check_adapter("lora_B", lora_B, [*stack, N, R], f"{why} and lora_A {_shape(lora_A)}", "[out_features, r]")
+    if R % layers:
+        raise ValueError(f"lora_A: wanted r rows for each of the {layers} layers of widths, got {R} (shape {_shape(lora_A)})")
+    check_adapter("lora_B", lora_B, [*stack, N, R // layers], f"{why} and lora_A {_shape(lora_A)}", "[out_features, r]")
     if not 1 <= R <= MAX_RANK:
         raise UnsupportedError(f"lora_A: wanted a rank r from 1 to {MAX_RANK}, got r = {R} (shape {_shape(lora_A)})")
 
 
+def check_widths(widths, N: int) -> None:
+    """The outputs of the layers that a weight packs."""
+    if not isinstance(widths, (tuple, list)) or not all(isinstance(width, int) and not isinstance(width, bool) for width in widths):
+        raise TypeError(f"widths: wanted ints, the out_features of each packed layer, or None, got {widths!r}")
+    if not widths or min(widths) < 1 or sum(widths) != N:
+        raise ValueError(f"widths: wanted numbers from 1 whose sum is out_features, {N}, got {list(widths)} (sum {sum(widths)})")
+
+
 def check_adapter(name: str, t, wanted: list, why: str, peft: str) -> None:
     """``wanted``: the shape, "r" for any size."""
-    if t.dim() == len(wanted) and all(w in ("r", size) for w, size in zip(wanted, t.shape, strict=True)):
+    if t.dim() == len(wanted) and all(w == "r" or w == size for w, size in zip(wanted, t.shape, strict=True)):
         return
     hint = ""
     if t.dim() != len(wanted):
@@ -333,7 +353,7 @@ def check_adapter(name: str, t, wanted: list, why: str, peft: str) -> None:
             hint = "; a stack of adapters needs segments"
         elif (t.dim(), len(wanted)) == (2, 3):
             hint = "; segments need a stack of adapters"
-    elif all(w in ("r", size) for w, size in zip(wanted, t.mT.shape, strict=True)):
+    elif all(w == "r" or w == size for w, size in zip(wanted, t.mT.shape, strict=True)):
         hint = f"; it looks transposed: PEFT stores {name} as {peft}, pass {name}.{'T' if t.dim() == 2 else 'mT'}"
     elif len(wanted) == 3 and t.shape[0] != wanted[0]:
         hint = f"; segments name {wanted[0]} adapters"

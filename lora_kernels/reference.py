@@ -20,7 +20,7 @@ def dropout(x: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:
 
 def lora_linear(
     x, weight, lora_A, lora_B, bias=None, *,
-    base=None, scale=1.0, dropout_p=0.0, training=False, seed=None, segments=None, ranks=None,
+    base=None, scale=1.0, dropout_p=0.0, training=False, seed=None, segments=None, ranks=None, widths=None,
 ):  # fmt: skip
     """Linear layer with a low-rank update, as the textbook has it: each product rounded to the tensors' dtype.
 
@@ -35,6 +35,7 @@ def lora_linear(
         seed: int64 tensor with one element, or int; None draws one from torch's generator.
         segments: A `Segments`, each token's adapter in the stack; None for one adapter.
         ranks: ints ``[E]``, each adapter's own rank; what the stack holds beyond it is not read.
+        widths: The outputs of each layer that ``weight`` packs; A then has r rows for each, of which that layer's outputs are. Or None.
     Returns:
         ``[..., N]`` in x's dtype; ``[..., k, N]`` under a plan of k tokens a row of x.
     Source: Hu et al. 2021, arXiv:2106.09685, eq. 3; dropout on the adapter's input as in PEFT.
@@ -46,16 +47,23 @@ def lora_linear(
         adapter_in = dropout(x, dropout_p, as_seed(seed, x.device))
     lora_A, lora_B = lora_A.to(x.dtype), lora_B.to(x.dtype)
     if segments is None:
-        low_rank = F.linear(F.linear(adapter_in, lora_A), lora_B) * (scale.reshape(()) if isinstance(scale, torch.Tensor) else scale)
+        low_rank = _low_rank(adapter_in, lora_A, lora_B, widths) * (scale.reshape(()) if isinstance(scale, torch.Tensor) else scale)
     else:
-        low_rank = _by_adapter(adapter_in, lora_A, lora_B, scale, segments.ids, ranks)
+        low_rank = _by_adapter(adapter_in, lora_A, lora_B, scale, segments.ids, ranks, widths)
     if base is None:
         base = F.linear(x, weight, bias) if weight.dim() == 2 else _by_expert(x, weight, bias, segments.ids)
     y = base + low_rank
     return y.unflatten(-2, (-1, k)) if k > 1 else y
 
 
-def _by_adapter(x, lora_A, lora_B, scale, ids, ranks):
+def _low_rank(x, lora_A, lora_B, widths, rank=None):
+    """``(x A^T) B^T`` within a rank, or such products side by side, one for each packed layer."""
+    layers = len(widths) if widths else 1
+    each = zip(lora_A.chunk(layers), lora_B.split(list(widths)) if widths else [lora_B], strict=True)
+    return torch.cat([F.linear(F.linear(x, A[:rank]), B[:, :rank]) for A, B in each], -1)
+
+
+def _by_adapter(x, lora_A, lora_B, scale, ids, ranks, widths):
     """Each token through its own adapter, and zero for those without one."""
     rows = x.reshape(-1, x.shape[-1])
     nothing = lora_A[:0].sum() + lora_B[:0].sum()  # zero, and the stacks are in the graph even where no token has an adapter
@@ -64,9 +72,9 @@ def _by_adapter(x, lora_A, lora_B, scale, ids, ranks):
         if e < 0:
             continue
         at = (ids == e).nonzero().squeeze(1)
-        r = lora_A.shape[1] if ranks is None else int(ranks[e])
+        r = None if ranks is None else int(ranks[e])
         factor = scale[e] if isinstance(scale, torch.Tensor) else scale
-        low_rank = low_rank.index_put((at,), F.linear(F.linear(rows[at], lora_A[e, :r]), lora_B[e, :, :r]) * factor)
+        low_rank = low_rank.index_put((at,), _low_rank(rows[at], lora_A[e], lora_B[e], widths, r) * factor)
     return low_rank.reshape(*x.shape[:-1], lora_B.shape[1])
 
 

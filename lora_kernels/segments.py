@@ -184,11 +184,15 @@ class Segments:
 
 
 class Adapters(NamedTuple):
-    """What goes with the stacks: the plan, a float32 scale for each adapter on the device, and their ranks; None for what is absent."""
+    """What goes with the stacks: the plan, a float32 scale for each adapter on the device, and their ranks; None for what is absent.
+
+    widths: The outputs of each layer that the weight packs; () where it is one layer's.
+    """
 
     segments: Segments | None = None
     scales: torch.Tensor | None = None
     ranks: torch.Tensor | None = None
+    widths: tuple[int, ...] = ()
 
     def gather(self) -> tuple | None:
         """What a kernel needs to gather the tokens of a tile."""
@@ -201,13 +205,16 @@ class Adapters(NamedTuple):
         return None if s is None else (s.ids, s.present, s.counts)
 
     def flat(self) -> tuple:
-        """(scales, ranks, plan, geometry): what an operator's schema can carry."""
+        """(scales, ranks, plan, geometry): what an operator's schema can carry. geometry: the plan's integers, then the widths."""
         s = self.segments
-        return self.scales, self.ranks, [] if s is None else s.tensors(), [] if s is None else s.geometry()
+        geometry = [0, 0, 0, 1] if s is None else s.geometry()
+        return self.scales, self.ranks, [] if s is None else s.tensors(), [*geometry, *self.widths] if s or self.widths else []
 
     @classmethod
     def from_flat(cls, scales, ranks, plan, geometry) -> Adapters:
-        return cls(Segments.of(plan, geometry), scales, ranks) if plan else ONE if scales is None else cls(None, scales, ranks)
+        if not plan and scales is None and not geometry:
+            return ONE
+        return cls(Segments.of(plan, geometry[:4]) if plan else None, scales, ranks, tuple(geometry[4:]))
 
     @property
     def top_k(self) -> int:
@@ -216,6 +223,10 @@ class Adapters(NamedTuple):
     @property
     def number(self) -> int:
         return self.segments.num_adapters if self.segments else 1
+
+    @property
+    def layers(self) -> int:
+        return len(self.widths) or 1
 
 
 ONE = Adapters()

@@ -48,8 +48,8 @@ TICKET = 'tl.atomic_add(ticket_ptr, 1, sem="relaxed", scope="gpu")'
 SELECTED = "equivalent: the select that follows drops those columns"
 SELECT, WALKED = "uv += tl.where(own, product, 0.0)", "m0 // BLOCK_M) * STEPS"
 ALL_PARTS = "if arrived == parts[3] - 1:\n            acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)"
-SHRINK_SELECT = "(r0 + tl.arange(0, BLOCK_R) < rank)[None, :] & live"
-WGRAD_SELECT = "acc = tl.where((r0 + tl.arange(0, BLOCK_R) < rank)[None, :], acc, 0.0)"
+SHRINK_SELECT = "within_rank(r0, rank, period, BLOCK_R)[None, :] & live"
+WGRAD_SELECT = "acc = tl.where(within_rank(r0, rank, period, BLOCK_R)[None, :], acc, 0.0)"
 PART_STORE = "tl.store(part_ptrs + tl.cast(part, tl.int64) * parts[1], acc, mask=y_mask)"
 BIAS = "acc += tl.load(bias_ptr + n0 + tl.arange(0, BLOCK_N), mask=n0 + tl.arange(0, BLOCK_N) < N, other=0.0)[None, :]"
 ROW_OFFSET = "j0, tl.int64) * t[2]) + (rows.to(tl.int64) * t[1])"
@@ -100,7 +100,7 @@ ONE_ADAPTER = [
     Mutant("expand: loop without scale", EXPAND, "(u_acc * scale)", "u_acc"),
     Mutant("expand: loop saves u without scale", EXPAND, "tl.store(u_ptrs, u_tile, mask", "tl.store(u_ptrs, u_acc.to(u_tile.dtype), mask"),
     Mutant("expand: loop without dropout", EXPAND, "x_tile = drop(x_tile", "drop(x_tile"),
-    Mutant("expand: u saved by the second column", EXPAND, "pid_n == 0", "pid_n == 1"),
+    Mutant("expand: u saved by the second column", EXPAND, "n0 == begin", "pid_n == 1"),
     Mutant("expand: 16-bit sums", EXPAND, X_DOT_W, f"{X_DOT_W}.to(x_tile.dtype).to(tl.float32)"),
     Mutant("expand: EVEN_K and EVEN_N swapped for w", EXPAND, f"{W_SHAPE}K, EVEN_N", f"{W_SHAPE}N, EVEN_K"),
     Mutant("expand: bias skipped", EXPAND, "if bias_ptr is not None:", "if bias_ptr is not None and LOAD_W is None:"),
@@ -122,10 +122,10 @@ ONE_ADAPTER = [
     Mutant("launch: last split missing", LAUNCH, "cdiv(blocks, per_split)", "max(1, blocks // per_split)"),
     Mutant("launch: 16-bit partial sums", LAUNCH, "torch.float32 if splits > 1 else dtype", "dtype", 2),
     Mutant("launch: v reshaped, not transposed", LAUNCH, "w.t(), v.mT,", "w.t(), v.reshape(*v.shape[:-2], v.shape[-1], -1),"),
-    Mutant("launch: EVEN_K always", LAUNCH, "EVEN_K=K % c.block_k == 0", "EVEN_K=True", 2),
-    Mutant("launch: EVEN_N always", LAUNCH, "EVEN_N=N % c.block_n == 0", "EVEN_N=True", tests="machine"),
+    Mutant("launch: EVEN_K always", LAUNCH, "EVEN_K=K % c.block_k == 0", "EVEN_K=True"),
+    Mutant("launch: EVEN_N always", LAUNCH, "EVEN_N=even(widths, N, c.block_n)", "EVEN_N=True", tests="machine"),
     Mutant("launch: EVEN_R always", LAUNCH, "EVEN_R=R % block_r == 0", "EVEN_R=True", 3),
-    Mutant("launch: EVEN_J always", LAUNCH, "EVEN_J=J % c.block_j == 0", "EVEN_J=True", tests="machine"),
+    Mutant("launch: EVEN_J always", LAUNCH, "EVEN_J=even(widths, J, c.block_j)", "EVEN_J=True", tests="machine"),
     Mutant("launch: SAVE_U never", LAUNCH, 'SAVE_U=c.u == "loop" and u is not None', "SAVE_U=False"),
     Mutant("launch: 1 / (1 - p) twice in shrink", LAUNCH, "scale * inv_keep, M, K", "scale * inv_keep * inv_keep, M, K"),
     Mutant("launch: loop without 1 / (1 - p)", LAUNCH, "scale * (inv_keep if drop_x else 1.0)", "scale"),
@@ -143,7 +143,7 @@ SPLIT = [
     Mutant("split: part 0 takes K, too", EXPAND, "tl.where(part == 0, k_begin, tl", "tl.where(part < 0, k_begin, tl"),
     Mutant("split: low rank in each part", EXPAND, "if part == 0:\n            if", "if part >= 0:\n            if"),
     Mutant("split: parts written over each other", EXPAND, PART_STORE, PART_STORE.replace("* parts[1]", "* 0")),
-    Mutant("split: counter of a row of tiles", EXPAND, "parts[2] + pid_m * tl.cdiv(N, BLOCK_N) + pid_n", "parts[2] + pid_m"),
+    Mutant("split: counter of a row of tiles", EXPAND, "parts[2] + counter", "parts[2] + pid_m"),
     Mutant("split: added by the first to come", EXPAND, "arrived == parts[3] - 1", "arrived == 0"),
     Mutant("split: added before the last came", EXPAND, "arrived == parts[3] - 1", "arrived == parts[3] - 2"),
     Mutant("split: first part left out", EXPAND, "tl.range(0, parts[3])", "tl.range(1, parts[3])"),
@@ -158,7 +158,7 @@ SPLIT = [
     Mutant("split: no barrier behind the arrival", EXPAND, 'scope="gpu")\n        tl.debug_barrier()', 'scope="gpu")',
            note=OWN_BARRIER, tests="machine"),
     Mutant("split: tile and part mixed up", EXPAND, "tile = turn // parts[3]", "tile = turn % parts[3]"),
-    Mutant("launch: counters not zeroed", LAUNCH, "torch.zeros(cdiv(M", "torch.empty(cdiv(M"),
+    Mutant("launch: counters not zeroed", LAUNCH, "torch.zeros(tiles", "torch.empty(tiles"),
     Mutant("launch: no program for the last part", LAUNCH, "items = tiles * (splits + 1)", "items = tiles * splits"),
     Mutant("launch: 16-bit parts of a tile", LAUNCH, "splits + 1, M, N, dtype=torch.float32", "splits + 1, M, N, dtype=x.dtype"),
     Mutant("launch: one part of u", LAUNCH, "u.stride(0), u.shape[0])", "u.stride(0), 1)"),
@@ -194,7 +194,7 @@ MANY = [
     Mutant("wgrad: splits rounded down", WGRAD, PER_SPLIT, "tl.cdiv(M - first, BLOCK_M) // tl.num_programs(2)"),
     Mutant("wgrad: splits of all the tokens", WGRAD, "blocks_per_split = tl.cdiv(tl", "tl.cdiv(tl"),
     Mutant("wgrad: rank of adapter 0", WGRAD, "tl.load(ranks_ptr + adapter)", "tl.load(ranks_ptr)"),
-    Mutant("wgrad: no rank bound", WGRAD, "row_mask, r0, rank,", "row_mask, r0, R,", note=SELECTED),
+    Mutant("wgrad: no rank bound", WGRAD, "column + (rank if period is None else R)", "column + R", note=SELECTED),
     Mutant("wgrad: no select beyond the rank", WGRAD, WGRAD_SELECT, "pass"),
     Mutant("wgrad: stored in adapter 0", WGRAD, "tl.cast(adapter, tl.int64) * stride_oe", "0"),
     Mutant("wgrad: mask of the sorted place", WGRAD, "threshold, tokens, j0", "threshold, m0 + tl.arange(0, BLOCK_M), j0"),
@@ -205,16 +205,18 @@ MANY = [
     Mutant("masked: infinities in the product", EXPAND, "tl.where(finite, v_tile, 0.0)", "v_tile"),
     Mutant("masked: infinities lost", EXPAND, "tl.where(own, uv + poison[None, :], uv)", "uv"),
     Mutant("masked: infinities for all", EXPAND, "tl.where(own, uv + poison[None, :], uv)", "uv + poison[None, :]"),
-    Mutant("masked: first rank block for all", EXPAND, "LOAD_U(u, m0, r0, M, R, BLOCK_M, BLOCK_R, False, EVEN_R, WIDE, own)",
-           "LOAD_U(u, m0, 0, M, R, BLOCK_M, BLOCK_R, False, EVEN_R, WIDE, own)"),
+    Mutant("masked: first rank block for all", EXPAND,
+           "LOAD_U(u, m0, first + r0, M, first + R, BLOCK_M, BLOCK_R, False, EVEN_R, WIDE, own)",
+           "LOAD_U(u, m0, first, M, first + R, BLOCK_M, BLOCK_R, False, EVEN_R, WIDE, own)"),
     Mutant("expand: adapters of the first block", EXPAND, "rows[1] + m0 + i", "rows[1] + i"),
     Mutant("expand: number of the first block", EXPAND, "rows[2] + m0 // BLOCK_M", "rows[2]"),
     Mutant("expand: last adapter left out", EXPAND, WALKED, f"{WALKED} - STEPS"),
     Mutant("expand: last rank block left out", EXPAND, WALKED, f"{WALKED} - 1"),
     Mutant("expand: an adapter for each rank block", EXPAND, "m0 + i // STEPS", "m0 + i"),
     Mutant("expand: rank of adapter 0", EXPAND, "tl.load(ranks_ptr + adapter)", "tl.load(ranks_ptr)"),
-    Mutant("expand: no rank bound", EXPAND, "load_dense(its_v, r0, n0, rank, N", "load_dense(its_v, r0, n0, R, N"),
-    Mutant("masked: first rank block of an adapter only", EXPAND, "(0, rank, BLOCK_R", "(0, tl.minimum(rank, 1), BLOCK_R"),
+    Mutant("expand: no rank bound", LOAD, "load_dense(v, r0, n0, rank, N", "load_dense(v, r0, n0, R, N"),
+    Mutant("masked: first rank block of an adapter only", EXPAND, "(0, rank if period is None else R, BLOCK_R",
+           "(0, tl.minimum(rank, 1), BLOCK_R"),
     Mutant("expand: first rank block for all", EXPAND, "r0 = i % STEPS * BLOCK_R", "r0 = 0"),
     Mutant("expand: adapter 0 for all", EXPAND, "adapter.to(tl.int64) * stride_ve", "0"),
     Mutant("expand: adapter in 32 bits", EXPAND, "adapter.to(tl.int64) * stride_ve", "adapter * stride_ve"),

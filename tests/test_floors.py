@@ -9,12 +9,12 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "lora_kernels"
 FLOORS = (
-    ("reference", "philox", "problem", "segments"),
+    ("reference", "philox", "problem", "segments", "packed"),
     ("kernels",),
     ("tuning",),
     ("launch", "launch_experts", "launch_plan", "compile_only", "chain", "streams"),
     ("ops", "autograd", "dispatch", "projections", "merging"),
-    ("nn", "multi", "over", "experts", "experts_layer", "parity", "dora", "lora_config", "shared_input"),
+    ("nn", "multi", "over", "experts", "experts_layer", "parity", "dora", "lora_config", "shared_input", "packed_layer"),
     ("cli", "__main__", "demo", "demo_data", "demo_peft", "integrations", "apply", "files", "analysis", "inspect_adapter"),
 )
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}
@@ -93,7 +93,7 @@ except lora_kernels.UnsupportedError as error:
 
 def test_every_mutants_text_stands_in_the_code():
     """`tests/mutation.py` is run by hand; what its slips replace has to be there when it is."""
-    import mutants_shared
+    import mutants_packed
 
-    gone = [m.name for m in mutants_shared.EVERY if (PACKAGE / m.file).read_text().count(m.old) != m.count]
+    gone = [m.name for m in mutants_packed.EVERY if (PACKAGE / m.file).read_text().count(m.old) != m.count]
     assert gone == []

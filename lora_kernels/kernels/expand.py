@@ -22,20 +22,20 @@ import triton
 import triton.language as tl
 
 from .dropout import drop, keep_tile
-from .load import load_dense, tile_mask, tile_ptrs
+from .load import load_dense, load_v, tile_mask, tile_ptrs
 from .shrink import shrink_tile
-from .tiles import grouped_tile
+from .tiles import column_block, column_blocks, grouped_tile
 
 
 @triton.jit
 def own_product(
-    uv, own, u, v, m0, n0, r0, M, N, R, rank,
+    uv, own, u, v, m0, n0, r0, first, M, N, R, rank, period,
     TYPE: tl.constexpr, LOAD_U: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
     EVEN_N: tl.constexpr, EVEN_R: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """``uv + u v`` in the rows ``own`` [BLOCK_M, 1], and uv, unchanged, in the others."""
-    u_tile = LOAD_U(u, m0, r0, M, R, BLOCK_M, BLOCK_R, False, EVEN_R, WIDE, own).to(TYPE)
-    v_tile = load_dense(v, r0, n0, rank, N, BLOCK_R, BLOCK_N, EVEN_R, EVEN_N, WIDE).to(TYPE)
+    u_tile = LOAD_U(u, m0, first + r0, M, first + R, BLOCK_M, BLOCK_R, False, EVEN_R, WIDE, own).to(TYPE)
+    v_tile = load_v(v, r0, n0, R, N, rank, period, BLOCK_R, BLOCK_N, EVEN_R, EVEN_N, WIDE).to(TYPE)
     finite = tl.abs(v_tile.to(tl.float32)) < float("inf")
     poison = tl.sum(tl.where(finite, 0.0, float("nan")), 0)
     uv = tl.dot(u_tile, tl.where(finite, v_tile, 0.0), uv, input_precision=PRECISION)
@@ -55,9 +55,11 @@ def low_rank(
     inv_keep,
     m0,
     n0,
+    first,
     M,
     N,
     R,
+    period,
     TYPE: tl.constexpr,
     LOAD_U: tl.constexpr,
     SEGMENTS: tl.constexpr,
@@ -74,7 +76,7 @@ def low_rank(
     WIDE: tl.constexpr,
     FIRST: tl.constexpr,
 ):
-    """``acc + D.(u v)``; FIRST says that acc is still zero, so that the product needs no registers of its own."""
+    """``acc + D.(u v)``, u from column ``first`` on; FIRST: acc is still zero, so that the product needs no registers of its own."""
     uv = acc
     tokens = m0 + tl.arange(0, BLOCK_M)
     if (DROP_UV or (SEGMENTS and not MASKED)) and not FIRST:
@@ -82,7 +84,7 @@ def low_rank(
     if SEGMENTS:
         ids = tl.load(rows[0] + tokens, mask=tokens < M, other=-1)
         if R_BLOCKS == 1 and not MASKED:
-            u_tile = LOAD_U(u, m0, 0, M, R, BLOCK_M, BLOCK_R, False, EVEN_R, WIDE).to(TYPE)
+            u_tile = LOAD_U(u, m0, first, M, first + R, BLOCK_M, BLOCK_R, False, EVEN_R, WIDE).to(TYPE)
         # One step an adapter; where products are selected, one for each block of its rank, so that no inner loop ends the pipeline.
         STEPS: tl.constexpr = 1 if MASKED else R_BLOCKS
         for i in tl.range(0, tl.load(rows[2] + m0 // BLOCK_M) * STEPS, num_stages=WALK):
@@ -94,28 +96,28 @@ def low_rank(
             own = (ids == adapter)[:, None]
             if MASKED and R_BLOCKS == 1:
                 uv = own_product(
-                    uv, own, u, its_v, m0, n0, 0, M, N, R, rank,
+                    uv, own, u, its_v, m0, n0, 0, first, M, N, R, rank, period,
                     TYPE, LOAD_U, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R, EVEN_N, EVEN_R, WIDE,
                 )  # fmt: skip
             elif MASKED:
-                for r0 in tl.range(0, rank, BLOCK_R, num_stages=1):
+                for r0 in tl.range(0, rank if period is None else R, BLOCK_R, num_stages=1):
                     uv = own_product(
-                        uv, own, u, its_v, m0, n0, r0, M, N, R, rank,
+                        uv, own, u, its_v, m0, n0, r0, first, M, N, R, rank, period,
                         TYPE, LOAD_U, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R, EVEN_N, EVEN_R, WIDE,
                     )  # fmt: skip
             else:
                 # u: [BLOCK_M, BLOCK_R], v: [BLOCK_R, BLOCK_N]
                 r0 = i % STEPS * BLOCK_R
                 if R_BLOCKS > 1:
-                    u_tile = LOAD_U(u, m0, r0, M, R, BLOCK_M, BLOCK_R, False, EVEN_R, WIDE).to(TYPE)
-                v_tile = load_dense(its_v, r0, n0, rank, N, BLOCK_R, BLOCK_N, EVEN_R, EVEN_N, WIDE).to(TYPE)
+                    u_tile = LOAD_U(u, m0, first + r0, M, first + R, BLOCK_M, BLOCK_R, False, EVEN_R, WIDE).to(TYPE)
+                v_tile = load_v(its_v, r0, n0, R, N, rank, period, BLOCK_R, BLOCK_N, EVEN_R, EVEN_N, WIDE).to(TYPE)
                 product = tl.dot(u_tile, v_tile, input_precision=PRECISION)
                 uv += tl.where(own, product, 0.0)
     else:
         # A loop, not unrolled: Triton 3.6 compiles consecutive dots before a pipelined loop to an empty kernel on sm_100.
         for r0 in tl.range(0, R_BLOCKS * BLOCK_R, BLOCK_R, num_stages=1):
             # u: [BLOCK_M, BLOCK_R], v: [BLOCK_R, BLOCK_N]
-            u_tile = LOAD_U(u, m0, r0, M, R, BLOCK_M, BLOCK_R, False, EVEN_R, WIDE).to(TYPE)
+            u_tile = LOAD_U(u, m0, first + r0, M, first + R, BLOCK_M, BLOCK_R, False, EVEN_R, WIDE).to(TYPE)
             v_tile = load_dense(v, r0, n0, R, N, BLOCK_R, BLOCK_N, EVEN_R, EVEN_N, WIDE).to(TYPE)
             uv = tl.dot(u_tile, v_tile, uv, input_precision=PRECISION)
     if DROP_UV:
@@ -152,6 +154,8 @@ def expand_tile(
     N,
     K,
     R,
+    ends,
+    period,
     LOAD_X: tl.constexpr,
     LOAD_W: tl.constexpr,
     LOAD_U: tl.constexpr,
@@ -180,7 +184,9 @@ def expand_tile(
     """One tile of y, or with SPLIT one part of it. parts: (partial sums, their stride, counters of the tiles, number of parts)."""
     TYPE: tl.constexpr = tl.float32 if EXACT else y[0].dtype.element_ty
     m0 = pid_m * BLOCK_M
-    n0 = pid_n * BLOCK_N
+    counter = pid_m * column_blocks(N, ends, BLOCK_N) + pid_n
+    layer, begin, n0, N = column_block(pid_n, N, ends, BLOCK_N)
+    first = layer * R
     k_begin = 0
     k_end = K
     if SPLIT:
@@ -192,7 +198,7 @@ def expand_tile(
             if WAIT is not None:
                 WAIT()
             acc = low_rank(
-                acc, u, v, rows, stride_ve, ranks_ptr, seed, threshold, inv_keep, m0, n0, M, N, R, TYPE,
+                acc, u, v, rows, stride_ve, ranks_ptr, seed, threshold, inv_keep, m0, n0, first, M, N, R, period, TYPE,
                 LOAD_U, SEGMENTS, MASKED, WALK, DROP_UV, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R, R_BLOCKS, EVEN_N, EVEN_R, WIDE, True,
             )  # fmt: skip
     if ADD == "first":
@@ -216,7 +222,7 @@ def expand_tile(
                 if DROP_X:
                     x_tile = drop(x_tile, seed, threshold, m0 + tl.arange(0, BLOCK_M), k0, BLOCK_M, BLOCK_K)
                 # a: [BLOCK_K, BLOCK_R]
-                a_tile = load_dense(a, k0, 0, K, R, BLOCK_K, BLOCK_R, EVEN_K, EVEN_R, WIDE).to(x_tile.dtype)
+                a_tile = load_dense(a, k0, first, K, first + R, BLOCK_K, BLOCK_R, EVEN_K, EVEN_R, WIDE).to(x_tile.dtype)
                 u_acc = tl.dot(x_tile, a_tile, u_acc, input_precision=PRECISION)
         if U == "loop":
             # v: [BLOCK_R, BLOCK_N]
@@ -225,9 +231,9 @@ def expand_tile(
                 scale *= tl.load(scales_ptr)
             u_tile = (u_acc * scale).to(TYPE)
             if SAVE_U:
-                if pid_n == 0:
-                    u_ptrs = tile_ptrs(u, m0, 0, BLOCK_M, BLOCK_R, WIDE)
-                    tl.store(u_ptrs, u_tile, mask=tile_mask(m0, 0, M, R, BLOCK_M, BLOCK_R))
+                if n0 == begin:
+                    u_ptrs = tile_ptrs(u, m0, first, BLOCK_M, BLOCK_R, WIDE)
+                    tl.store(u_ptrs, u_tile, mask=tile_mask(m0, first, M, first + R, BLOCK_M, BLOCK_R))
             if DROP_UV:
                 uv = tl.dot(u_tile, v_tile.to(u_tile.dtype), input_precision=PRECISION)
                 acc += tl.where(keep_tile(seed, threshold, m0 + tl.arange(0, BLOCK_M), n0, BLOCK_M, BLOCK_N), uv * inv_keep, 0.0)
@@ -242,7 +248,7 @@ def expand_tile(
             if WAIT is not None:
                 WAIT()
             acc = low_rank(
-                acc, u, v, rows, stride_ve, ranks_ptr, seed, threshold, inv_keep, m0, n0, M, N, R, TYPE,
+                acc, u, v, rows, stride_ve, ranks_ptr, seed, threshold, inv_keep, m0, n0, first, M, N, R, period, TYPE,
                 LOAD_U, SEGMENTS, MASKED, WALK, DROP_UV, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R, R_BLOCKS, EVEN_N, EVEN_R, WIDE, False,
             )  # fmt: skip
     y_mask = tile_mask(m0, n0, M, N, BLOCK_M, BLOCK_N)
@@ -250,7 +256,7 @@ def expand_tile(
         part_ptrs = tile_ptrs((parts[0], y[1], y[2]), m0, n0, BLOCK_M, BLOCK_N, WIDE)
         tl.store(part_ptrs + tl.cast(part, tl.int64) * parts[1], acc, mask=y_mask)
         tl.debug_barrier()
-        arrived = tl.atomic_add(parts[2] + pid_m * tl.cdiv(N, BLOCK_N) + pid_n, 1, sem="acq_rel", scope="gpu")
+        arrived = tl.atomic_add(parts[2] + counter, 1, sem="acq_rel", scope="gpu")
         tl.debug_barrier()
         if arrived == parts[3] - 1:
             acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -306,6 +312,8 @@ def expand(
     N,
     K,
     R,
+    ends,
+    period,
     LOAD_X: tl.constexpr,
     LOAD_W: tl.constexpr,
     LOAD_U: tl.constexpr,
@@ -340,11 +348,13 @@ def expand(
     a function that waits for the launch that writes u, for which the base product does not wait. late: None, or the first program that
     calls it at once, having its room from one that has waited.
 
+    ends: None, or where the columns of each layer that w packs end; u then has R for each. period: as in `within_rank`, of v's rows.
+
     With segments: rows: (ids, present, counts), gather_x: x by pointers, gather: as in `gathered_tile`, gathered: how many
     such tiles, of GATHER_M tokens.
     """
     num_m = tl.cdiv(M, BLOCK_M)
-    num_n = tl.cdiv(N, BLOCK_N)
+    num_n = column_blocks(N, ends, BLOCK_N)
     producers = 0
     if U == "awaited":
         producers = (gathered if SEGMENTS else num_m) * R_BLOCKS
@@ -382,7 +392,7 @@ def expand(
             pid_m, pid_n = grouped_tile(tile, num_m, num_n, GROUP_M)
             expand_tile(
                 x, w, a, u, v, bias_ptr, y, rows, stride_ve, scales_ptr, ranks_ptr, flag_ptr,
-                parts, part, blocks_per_part, seed, threshold, inv_keep, scale, pid_m, pid_n, M, N, K, R,
+                parts, part, blocks_per_part, seed, threshold, inv_keep, scale, pid_m, pid_n, M, N, K, R, ends, period,
                 LOAD_X, LOAD_W, LOAD_U, U, SEGMENTS, MASKED, WALK, SPLIT, EXACT, ADD, SAVE_U, DROP_X, DROP_UV, PRECISION,
                 BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, R_BLOCKS, EVEN_N, EVEN_K, EVEN_R, WIDE, WAIT,
             )  # fmt: skip

@@ -49,7 +49,7 @@ def load_dense(
     WIDE: tl.constexpr,
     only=None,
 ):
-    """Any strides. t: (pointer, stride_i, stride_j). EVEN_*: the axis needs no mask. only: None, or [BLOCK_I, 1], the rows to read."""
+    """Any strides. t: (pointer, stride_i, stride_j). EVEN_*: no mask needed. only: None, or what to read, [BLOCK_I, 1] or [1, BLOCK_J]."""
     # [BLOCK_I, BLOCK_J]
     ptrs = tile_ptrs(t, i0, j0, BLOCK_I, BLOCK_J, WIDE)
     if only is not None:
@@ -61,6 +61,25 @@ def load_dense(
     if EVEN_I:
         return tl.load(ptrs, mask=(j0 + tl.arange(0, BLOCK_J) < J)[None, :], other=0.0)
     return tl.load(ptrs, mask=tile_mask(i0, j0, I, J, BLOCK_I, BLOCK_J), other=0.0)
+
+
+@triton.jit
+def within_rank(r0, rank, period, BLOCK_R: tl.constexpr):
+    """[BLOCK_R]: which columns of u from r0 on an adapter of this rank has; period: of each that many, a packed layer's, or None."""
+    r = r0 + tl.arange(0, BLOCK_R)
+    return (r if period is None else r % period) < rank
+
+
+@triton.jit
+def load_v(
+    v, r0, n0, R, N, rank, period,
+    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, EVEN_R: tl.constexpr, EVEN_N: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_R, BLOCK_N] of an adapter's v, zero beyond its rank. period: as in `within_rank`."""
+    if period is None:
+        return load_dense(v, r0, n0, rank, N, BLOCK_R, BLOCK_N, EVEN_R, EVEN_N, WIDE)
+    own = within_rank(r0, rank, period, BLOCK_R)[:, None]
+    return load_dense(v, r0, n0, R, N, BLOCK_R, BLOCK_N, EVEN_R, EVEN_N, WIDE, own)
 
 
 @triton.jit

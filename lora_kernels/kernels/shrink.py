@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 
 from .dropout import drop
-from .load import load_dense, load_rows, row_offsets, tile_mask, tile_ptrs
-from .tiles import gathered_tile
+from .load import load_dense, load_rows, row_offsets, tile_mask, tile_ptrs, within_rank
+from .tiles import gathered_tile, layer_columns
 
 
 @triton.jit
@@ -43,8 +43,12 @@ def shrink_tile(
     EVEN_R: tl.constexpr,
     WIDE: tl.constexpr,
     FAN: tl.constexpr = 1,
+    period=None,
 ):
-    """One tile of z from the columns [k_start, k_end) of x; returns its tokens and which of them are real, [BLOCK_M] each."""
+    """One tile of z from the columns [k_start, k_end) of x; returns its tokens and which of them are real, [BLOCK_M] each.
+
+    period: As in `within_rank`.
+    """
     m0 = tile * BLOCK_M
     rank = R
     slot = 0
@@ -54,7 +58,10 @@ def shrink_tile(
         slot = tl.where(live, slot, 0)
         if ranks_ptr is not None:
             rank = tl.minimum(tl.load(ranks_ptr + slot), R)
-        k_end = tl.where(live & (r0 < rank), k_end, k_start)
+        if period is None:
+            k_end = tl.where(live & (r0 < rank), k_end, k_start)
+        else:
+            k_end = tl.where(live, k_end, k_start)
     else:
         tokens = m0 + tl.arange(0, BLOCK_M)
         row_mask = tokens < M
@@ -71,11 +78,15 @@ def shrink_tile(
         if DROPOUT:
             x_tile = drop(x_tile, seed, threshold, tokens, k0, BLOCK_M, BLOCK_K)
         # a: [BLOCK_K, BLOCK_R]
-        a_tile = load_dense(adapter, k0, r0, K, rank, BLOCK_K, BLOCK_R, EVEN_K, EVEN_R, WIDE).to(x_tile.dtype)
+        if period is None:
+            a_tile = load_dense(adapter, k0, r0, K, rank, BLOCK_K, BLOCK_R, EVEN_K, EVEN_R, WIDE).to(x_tile.dtype)
+        else:
+            own = within_rank(r0, rank, period, BLOCK_R)[None, :]
+            a_tile = load_dense(adapter, k0, r0, K, R, BLOCK_K, BLOCK_R, EVEN_K, EVEN_R, WIDE, own).to(x_tile.dtype)
         acc = tl.dot(x_tile, a_tile, acc, input_precision=PRECISION)
     out = acc * scale
     if SEGMENTS:  # what no sum was made for is 0 whatever its scale, NaN too
-        out = tl.where((r0 + tl.arange(0, BLOCK_R) < rank)[None, :] & live, out, 0.0)
+        out = tl.where(within_rank(r0, rank, period, BLOCK_R)[None, :] & live, out, 0.0)
         r = tl.arange(0, BLOCK_R)
         ptrs = row_offsets(z, tokens, r0) + r[None, :] * z[2]
         mask = row_mask[:, None] & (r0 + r < R)[None, :]
@@ -103,6 +114,8 @@ def shrink(
     M,
     K,
     R,
+    ends,
+    period,
     blocks_per_split,
     LOAD_X: tl.constexpr,
     SEGMENTS: tl.constexpr,
@@ -120,16 +133,24 @@ def shrink(
     """Grid [row blocks or gathered tiles, rank blocks, splits of K]. z: [splits, M, R] with stride_split between the partial sums.
 
     LET_GO: None, or a function that lets the next launch begin. FAN: with segments, how many tokens a row of x stands for.
+    ends: None, or where the columns in x of each packed layer end: rank blocks are then of one layer after another, R columns of z each.
+    period: as in `within_rank`, of z's columns.
     """
     if LET_GO is not None:
         LET_GO()
     r0 = tl.program_id(1) * BLOCK_R
-    k_start = tl.program_id(2) * blocks_per_split * BLOCK_K  # in blocks, so that the compiler sees its alignment
+    layer = 0
+    begin = 0
+    if ends is not None:
+        layer = tl.program_id(1) // tl.cdiv(R, BLOCK_R)
+        r0 = tl.program_id(1) % tl.cdiv(R, BLOCK_R) * BLOCK_R
+        begin, K = layer_columns(layer, ends)
+    k_start = begin + tl.program_id(2) * blocks_per_split * BLOCK_K  # in blocks, so that the compiler sees its alignment
     k_end = tl.minimum(k_start + blocks_per_split * BLOCK_K, K)
     seed = tl.load(seed_ptr) if DROPOUT else 0
-    part = (z[0] + tl.cast(tl.program_id(2), tl.int64) * stride_split, z[1], z[2])
+    part = (z[0] + tl.cast(tl.program_id(2), tl.int64) * stride_split + layer * R * z[2], z[1], z[2])
     shrink_tile(
         x, a, part, gather, adapters, stride_ae, scales_ptr, ranks_ptr, seed, threshold, scale,
         tl.program_id(0), r0, k_start, k_end, M, K, R,
-        LOAD_X, SEGMENTS, DROPOUT, PRECISION, BLOCK_M, BLOCK_K, BLOCK_R, EVEN_K, EVEN_R, WIDE, FAN,
+        LOAD_X, SEGMENTS, DROPOUT, PRECISION, BLOCK_M, BLOCK_K, BLOCK_R, EVEN_K, EVEN_R, WIDE, FAN, period,
     )  # fmt: skip

@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 
 from .dropout import drop
-from .load import load_dense, load_rows, tile_base, tile_mask, tile_offsets
+from .load import load_dense, load_rows, tile_base, tile_mask, tile_offsets, within_rank
+from .tiles import column_block, column_blocks
 
 
 @triton.jit(do_not_specialize=["M", "threshold", "blocks_per_split"])
@@ -28,6 +29,8 @@ def wgrad(
     M,
     J,
     R,
+    ends,
+    period,
     blocks_per_split,
     SEGMENTS: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -45,26 +48,30 @@ def wgrad(
     """Grid [column blocks of every adapter, rank blocks, splits of the tokens]. out: [splits, adapters, J, R] by strides.
 
     LET_GO, WAIT: None, or functions: the next launch begins beside this one; this one, begun beside the launch before it, ends after it.
-    FAN: with segments, how many tokens a row of x stands for.
+    FAN: with segments, how many tokens a row of x stands for. ends: None, or where the columns in x of each packed layer end; g then has R
+    for each. period: as in `within_rank`, of g's columns.
     """
     if LET_GO is not None:
         LET_GO()
     adapter = 0
-    j0 = tl.program_id(0) * BLOCK_J
+    block = tl.program_id(0)
     r0 = tl.program_id(1) * BLOCK_R
     split = tl.program_id(2)
     rank = R
     first = 0
     if SEGMENTS:
-        num_j = tl.cdiv(J, BLOCK_J)
-        adapter = tl.program_id(0) // num_j
-        j0 = tl.program_id(0) % num_j * BLOCK_J
+        num_j = column_blocks(J, ends, BLOCK_J)
+        adapter = block // num_j
+        block = block % num_j
         first = tl.load(starts_ptr + adapter)
         M = tl.load(starts_ptr + adapter + 1)
         if ranks_ptr is not None:
             rank = tl.minimum(tl.load(ranks_ptr + adapter), R)
-            M = tl.where(r0 < rank, M, first)
+            if period is None:
+                M = tl.where(r0 < rank, M, first)
         blocks_per_split = tl.cdiv(tl.cdiv(M - first, BLOCK_M), tl.num_programs(2))
+    layer, _, j0, J = column_block(block, J, ends, BLOCK_J)
+    column = layer * R
     seed = tl.load(seed_ptr) if DROPOUT else 0
     acc = tl.zeros([BLOCK_J, BLOCK_R], tl.float32)
     m_start = first + split * blocks_per_split * BLOCK_M
@@ -75,15 +82,16 @@ def wgrad(
             row_mask = tokens < M
             tokens = tl.load(order_ptr + tokens, mask=row_mask, other=0)
             x_tile = load_rows(x, tokens // FAN, row_mask, j0, J, BLOCK_J, EVEN_J, WIDE)
-            g_tile = load_rows(g, tokens, row_mask, r0, rank, BLOCK_R, EVEN_R, WIDE)
+            g_end = column + (rank if period is None else R)
+            g_tile = load_rows(g, tokens, row_mask, column + r0, g_end, BLOCK_R, EVEN_R, WIDE)
         else:
             x_tile = load_dense(x, m0, j0, M, J, BLOCK_M, BLOCK_J, False, EVEN_J, WIDE)
-            g_tile = load_dense(g, m0, r0, M, R, BLOCK_M, BLOCK_R, False, EVEN_R, WIDE)
+            g_tile = load_dense(g, m0, column + r0, M, column + R, BLOCK_M, BLOCK_R, False, EVEN_R, WIDE)
         if DROPOUT:
             x_tile = drop(x_tile, seed, threshold, tokens, j0, BLOCK_M, BLOCK_J)
         acc = tl.dot(tl.trans(x_tile), g_tile, acc, input_precision=PRECISION)
     if SEGMENTS:  # a column beyond the rank is 0 even where x is not finite
-        acc = tl.where((r0 + tl.arange(0, BLOCK_R) < rank)[None, :], acc, 0.0)
+        acc = tl.where(within_rank(r0, rank, period, BLOCK_R)[None, :], acc, 0.0)
     base = tile_base(out[0], j0, r0, out[1], out[2]) + tl.cast(split, tl.int64) * stride_split + tl.cast(adapter, tl.int64) * stride_oe
     ptrs = base + tile_offsets(out[1], out[2], BLOCK_J, BLOCK_R, WIDE)
     tl.store(ptrs, (acc * scale).to(out[0].dtype.element_ty), mask=tile_mask(j0, r0, J, R, BLOCK_J, BLOCK_R))

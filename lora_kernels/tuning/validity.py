@@ -56,6 +56,8 @@ def _expand(e: Expand, problem: Problem, arch: Arch) -> str | None:
         return f"expand.walk counts the stages of the loop over a batch's adapters, and is 0 where there is one adapter, got {e.walk}"
     if e.masked and arch.has_tcgen05:
         return f"expand.masked is not compiled for {arch.name}: Triton 3.6 fails where it hoists tensor memory"
+    if problem.packed and (e.u == "awaited" or (problem.packed == "k" and e.u != "given")):
+        return f"expand.u must be {'given or in the loop' if problem.packed == 'n' else 'given'} where layers are packed, got {e.u!r}"
     if e.u == "loop" and problem.R > LOOP_RANK:
         return f"expand.u='loop' keeps the whole rank in one accumulator and serves ranks up to {LOOP_RANK}, got {problem.R}"
     if e.tma:

@@ -1,0 +1,34 @@
+"""Packed layers: several layers of one x whose weights are one matrix, as serving engines keep q, k and v, or gate and up.
+
+    weight [N_1 + N_2 + ..., K]      lora_A [L r, K], each layer's r rows in turn      lora_B [N_1 + N_2 + ..., r]
+
+So one product serves all layers; an output takes the r columns of ``u [M, L r]`` that are its layer's, and dS is, layer by layer, of the
+layer's own columns of dY. ``widths``: N_1, N_2, ...; () where a weight is one layer's.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+
+def ends_of(widths: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Where each layer's columns end; None for one layer: what a kernel is given."""
+    return tuple(itertools.accumulate(widths)) if widths else None
+
+
+def layers_of(widths: tuple[int, ...], rank: int) -> list[tuple[slice, slice]]:
+    """For each layer its outputs, and which columns of u are its own, ``rank`` a layer; all of both for one layer."""
+    if not widths:
+        return [(slice(None), slice(None))]
+    ends = itertools.accumulate(widths)
+    return [(slice(end - N, end), slice(i * rank, (i + 1) * rank)) for i, (end, N) in enumerate(zip(ends, widths, strict=True))]
+
+
+def blocks_of(widths: tuple[int, ...], columns: int, block: int) -> int:
+    """How many blocks of columns there are, none of them of two layers."""
+    return sum(-(-width // block) for width in widths) if widths else -(-columns // block)
+
+
+def even(widths: tuple[int, ...], columns: int, block: int) -> bool:
+    """Whether such blocks need no mask."""
+    return all(width % block == 0 for width in widths) if widths else columns % block == 0

@@ -1,0 +1,82 @@
+"""The slips of `mutation.py` where one weight packs several layers, and all slips together."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import mutants_shared
+from mutants import CHAIN, EXPAND, LAUNCH, LOAD, SHRINK, SPEED, TILES, WGRAD, Mutant
+
+LAYOUT, DISPATCH, HEURISTIC, AUTOGRAD, LAYER = "packed.py", "dispatch.py", "tuning/heuristic.py", "autograd.py", "packed_layer.py"
+
+PACKED = [
+    Mutant("packed: blocks across layers", TILES, "blocks += tl.cdiv(ends[i] - ends[i - 1], BLOCK)", "blocks = tl.cdiv(ends[i], BLOCK)"),
+    Mutant("packed: all blocks of the first layer", TILES, "layer = tl.where(here, i, layer)", "pass"),
+    Mutant("packed: layers begin at 0", TILES, "begin = tl.where(here, ends[i - 1], begin)", "pass"),
+    Mutant("packed: blocks where they were unpacked", TILES, "ends[i - 1] + (block - before) * BLOCK, first)", "block * BLOCK, first)"),
+    Mutant("packed: a layer ends with the last", TILES, "            end = tl.where(here, ends[i], end)", "            end = columns"),
+    Mutant("packed: a layer's columns are the first's", TILES, "begin = tl.where(layer == i, ends[i - 1], begin)", "pass"),
+    Mutant("packed: a layer's columns end too early", TILES, "end = tl.where(layer == i, ends[i], end)", "pass"),
+    Mutant("packed: rank of the first layer alone", LOAD, "(r if period is None else r % period) < rank", "r < rank"),
+    Mutant("packed: v beyond the rank", LOAD, "load_dense(v, r0, n0, R, N, BLOCK_R, BLOCK_N, EVEN_R, EVEN_N, WIDE, own)",
+           "load_dense(v, r0, n0, R, N, BLOCK_R, BLOCK_N, EVEN_R, EVEN_N, WIDE)"),
+    Mutant("packed: u of the first layer", EXPAND, "first = layer * R", "first = 0"),
+    Mutant("packed: u saved by the first layer alone", EXPAND, "n0 == begin", "n0 == 0"),
+    Mutant("packed: u saved in the first layer's place", EXPAND, "u_ptrs = tile_ptrs(u, m0, first,", "u_ptrs = tile_ptrs(u, m0, 0,"),
+    Mutant("packed: A of the first layer in the loop", EXPAND, "a, k0, first, K, first + R", "a, k0, 0, K, R"),
+    Mutant("packed: blocks of ranks up to one layer's", EXPAND, "(0, rank if period is None else R, BLOCK_R", "(0, rank, BLOCK_R"),
+    Mutant("packed: counters of one layer's tiles", EXPAND, "column_blocks(N, ends, BLOCK_N) + pid_n", "tl.cdiv(N, BLOCK_N) + pid_n"),
+    Mutant("packed: u skipped beyond a first rank", SHRINK, "if period is None:\n            k_end", "if True:\n            k_end"),
+    Mutant("packed: A beyond the rank", SHRINK, "EVEN_R, WIDE, own).to", "EVEN_R, WIDE).to",
+           note="equivalent: the select drops those columns"),
+    Mutant("packed: dS of the first layer's columns", SHRINK, "begin, K = layer_columns(layer, ends)", "_, K = layer_columns(layer, ends)"),
+    Mutant("packed: dS of all columns from there on", SHRINK, "begin, K = layer_columns(layer, ends)",
+           "begin, _ = layer_columns(layer, ends)"),
+    Mutant("packed: dS in the first layer's place", SHRINK, " + layer * R * z[2]", ""),
+    Mutant("packed: dB with u of the first layer", WGRAD, "column = layer * R", "column = 0"),
+    Mutant("packed: dA skipped beyond a first rank", WGRAD, "            if period is None:\n", "            if True:\n"),
+    Mutant("packed: dA of one rank for all", WGRAD, "column + (rank if period is None else R)", "column + rank"),
+    Mutant("packed: dS unpacked", LAUNCH, "widths=adapters.widths, **shared", "**shared"),
+    Mutant("packed: splits of all columns", LAUNCH, "_split(max(widths, default=K)", "_split(K", note=SPEED),
+    Mutant("packed: dS of one layer", LAUNCH, "R * layers, dtype", "R, dtype"),
+    Mutant("packed: programs for one layer's dS", LAUNCH, "layers * cdiv(R, block_r), splits", "cdiv(R, block_r), splits"),
+    Mutant("packed: no ranks", LAUNCH, "if adapters.widths and adapters.ranks is not None else None",
+           "if adapters.widths and False else None"),
+    Mutant("packed: dB unpacked", LAUNCH, "() if out_transposed else adapters.widths", "()"),
+    Mutant("packed: y unpacked", LAUNCH, "adapters.widths if transposed else ()", "()"),
+    Mutant("packed: counters of unpacked tiles", LAUNCH, "lora_B.shape[-2], config, x.device, adapters.widths)",
+           "lora_B.shape[-2], config, x.device)"),
+    Mutant("packed: programs of unpacked tiles", LAYOUT, "sum(-(-width // block) for width in widths)", "-(-columns // block)"),
+    Mutant("packed: no mask where the sum needs none", LAYOUT, "all(width % block == 0 for width in widths)", "columns % block == 0"),
+    Mutant("packed: torch arm, u of the first layer", LAYOUT, "slice(i * rank, (i + 1) * rank)", "slice(0, rank)"),
+    Mutant("packed: torch arm, layers one off", LAYOUT, "slice(end - N, end)", "slice(end - N, end - 1)"),
+    Mutant("packed: torch arm, dS of all columns", CHAIN, "down(dy[:, own], B[own].t(), adapters, scale) for",
+           "down(dy, B.t(), adapters, scale) for"),
+    Mutant("packed: torch arm, rows of the first ranks", CHAIN, "A[:rank] if layers == 1 else", "A[: layers * rank] if layers else"),
+    Mutant("packed: torch arm, u side by side", CHAIN, "u.view(M, layers, -1)[rows, :, :rank] = its_u.view(-1, layers, rank)",
+           "u[rows, : its_u.shape[1]] = its_u"),
+    Mutant("packed: torch arm, dA side by side", CHAIN, "da[e].view(layers, R, -1)[:, :rank] = own.view(layers, rank, -1)",
+           "da[e, : len(own)] = own"),
+    Mutant("packed: torch arm, u of the first ranks for dB", CHAIN, "u.view(-1, layers, R)[rows, :, :rank].flatten(1)",
+           "u[rows, : layers * rank]"),
+    Mutant("packed: torch arm, dB of all of u", CHAIN, "_grad_B(dy[:, own], u[:, ranks], dtype)",
+           "_grad_B(dy[:, own], u[:, : ranks.stop - ranks.start], dtype)"),
+    Mutant("packed: dX taken for a forward pass", DISPATCH, 'packed="k" if adapters.widths else ""', 'packed=""'),
+    Mutant("packed: u in the loop of dX", HEURISTIC, 'problem.packed != "k" and ', ""),
+    Mutant("packed: one layer taken for several", AUTOGRAD, "widths is None or len(widths) == 1", "widths is None", note=SPEED),
+    Mutant("layer: a copy for each", LAYER, "own.data = part.detach()", "own.data = part.detach().clone()"),
+    Mutant("layer: trained bases", LAYER, "own.requires_grad_(False)", "pass"),
+    Mutant("layer: B of other layers", LAYER, "part[:, : As[n].shape[0]].copy_(Bs[n])", "part[:, : As[n].shape[0]].copy_(Bs[given[0]])"),
+    Mutant("layer: the rank of the first", LAYER, "r = max(As[n].shape[0] for n in given)", "r = As[given[0]].shape[0]"),
+    Mutant("layer: what an adapter leaves is kept", LAYER, "for n in given:\n            self._check",
+           "for n in given[:1]:\n            self._check"),
+    Mutant("layer: rows beyond the rank stay", LAYER, "self._layers_of(i)[:, r:].zero_()", "pass"),
+    Mutant("layer: columns beyond the rank stay", LAYER, "self.lora_B.detach()[i, :, r:].zero_()", "pass"),
+    Mutant("layer: one fan for all layers", LAYER,
+           "for its_A, its_B in zip(A, B.split(self.widths), strict=True):\n            init_adapter(its_A, its_B,",
+           "for its_A, its_B in ((A, B),):\n            init_adapter(its_A, its_B,"),
+    Mutant("layer: merged in part", "merging.py", "for each, its_base in written:", "for each, its_base in written[-1:]:"),
+    Mutant("layer: merged as one", "merging.py", "elif self.widths:", "elif False:"),
+]  # fmt: skip
+
+EVERY = [*mutants_shared.EVERY, *(replace(m, tests="packed") for m in PACKED)]
