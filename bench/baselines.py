@@ -49,7 +49,7 @@ def lorafusion(o: Operands) -> torch.Tensor:
 
 def ours(impl: str, config: Config | None = None) -> Formula:
     def formula(o: Operands) -> torch.Tensor:
-        many = dict(segments=o.adapters.segments, ranks=o.adapters.ranks)
+        many = dict(segments=o.adapters.segments, ranks=o.adapters.ranks, widths=o.adapters.widths or None)
         return lora_linear(o.x, o.weight, o.lora_A, o.lora_B, scale=o.scale, dropout_p=o.p, training=True, impl=impl, config=config, **many)
 
     return formula

@@ -53,6 +53,7 @@ class Section:
         self.checker = Checker(self.device)
         self.arch = variants.kernels_run(self.device)
         self.peers: dict[str, Arm] = {}
+        self.packing: set[str] = set()  # peers that serve packed layers
         self._clocks: dict = {}
 
     def run(self, points: list[MultiPoint]) -> int:
@@ -86,6 +87,7 @@ class Section:
     def _load_peers(self) -> None:
         modules, refused = multi_peers.load()
         self.peers = {arm: Arm(multi_peers.formula(module, self.name == "decode")) for arm, module in modules.items()}
+        self.packing = {arm for arm, module in modules.items() if multi_peers.packs(module)}
         for arm, reason in refused.items():
             self.recorder.add(what="left out", arm=arm, detail=reason)
 
@@ -93,7 +95,8 @@ class Section:
         o = point.operands(self.device)
         arms, refused = self._arms(point, o)
         tiny = self._tiny(point, o)
-        wrong = {name: self.checker.wrong(tiny, name, arm) for name, arm in arms.items() if name != self.floor}
+        alone = (self.floor, multi_baselines.EACH_BASE)
+        wrong = {name: self.checker.wrong(tiny, name, arm) for name, arm in arms.items() if name not in alone}
         for name, reason in refused.items():
             self.recorder.add(**point.fields(), what="left out", arm=name, detail=reason)
         for name, error in wrong.items():
@@ -146,7 +149,10 @@ class Section:
             configs, reasons = multi_variants.configs(point, o, self.arch)
             arms |= {name: Arm(ours("triton", config), config) for name, config in configs.items()}
             refused |= reasons
-        if point.forward_alone:
+        if point.widths:
+            arms |= {name: Arm(make()) for name, make in multi_baselines.PACKED.items()}
+            arms |= {name: arm for name, arm in self.peers.items() if name in self.packing}
+        elif point.forward_alone:
             arms |= self.peers
         else:
             arms["one-adapter"] = Arm(ours("auto"), of=multi_baselines.one_adapter)

@@ -5,16 +5,22 @@ gather-bmm    A[ids] and B[ids] copied for every token, bmm, then baddbmm into y
 grouped-mm    rows gathered by adapter, torch._grouped_mm twice, rows gathered back and added; ranks padded; the sorting is not timed
 peft-loop     for each adapter y[rows] += lora_B(lora_A(x[rows])) * scale as PEFT's mixed batches; the index lists are not timed
 one-adapter   `lora_linear` without segments, all tokens through one adapter
+
+Where a weight packs several layers, as q, k and v:
+each:linear   x W_i^T for each layer
+each:auto     `lora_linear` for each layer, with its own A and B
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
+
+from lora_kernels.packed import layers_of
 
 from . import workloads
 from .baselines import Formula, linear, ours
@@ -115,8 +121,29 @@ FORMULAS: dict[str, Callable[[], Formula]] = {
 }
 
 
+def each_layer(formula: Formula) -> Callable[[MultiOperands], list[torch.Tensor]]:
+    """A formula of one layer, for each of those that a weight packs, whose y are apart then."""
+
+    @once
+    def layers(o: MultiOperands) -> list[MultiOperands]:
+        found = []
+        for own, ranks in layers_of(o.adapters.widths, o.lora_B.shape[2]):
+            # A serving engine has each layer's stack in one piece.
+            A, B, W = (t.detach().contiguous() for t in (o.lora_A[:, ranks], o.lora_B[:, own], o.weight[own]))
+            found.append(replace(o, weight=W, lora_A=A, lora_B=B, adapters=o.adapters._replace(widths=())))
+        return found
+
+    return lambda o: [formula(each) for each in layers(o)]
+
+
+EACH_BASE = "each:linear"
+PACKED: dict[str, Callable[[], Callable]] = {EACH_BASE: lambda: each_layer(linear), "each:auto": lambda: each_layer(ours("auto"))}
+
+
 def why_not(name: str, point: MultiPoint, device: torch.device) -> str | None:
     """Why a formula is left out at a point, or None."""
+    if point.widths and name not in ("linear", "torch", "auto"):
+        return "it serves one layer a call"
     if name == "gather-bmm" and copied_bytes(point) > MOST_COPIED:
         return f"its gathered copies would take {copied_bytes(point) / (1 << 30):.1f} GiB, past {MOST_COPIED >> 30}"
     if name == "grouped-mm":

@@ -73,7 +73,7 @@ class Checker:
 
 
 def textbook(o: Operands) -> torch.Tensor:
-    many = dict(segments=o.adapters.segments, ranks=o.adapters.ranks)
+    many = dict(segments=o.adapters.segments, ranks=o.adapters.ranks, widths=o.adapters.widths or None)
     return reference.lora_linear(o.x, o.weight, o.lora_A, o.lora_B, scale=o.scale, **many)
 
 
@@ -88,6 +88,7 @@ def outputs(formula: Formula, o: Operands, forward_alone: bool) -> list:
     """y, or y, dX, dA and dB."""
     if forward_alone:
         with torch.no_grad():
-            return [formula(o)]
+            y = formula(o)
+        return [torch.cat(y, -1) if isinstance(y, list) else y]
     y = formula(o)
     return [y.detach(), *gradients(o, y)]

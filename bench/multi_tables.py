@@ -20,6 +20,8 @@ _TITLES = {
     "triton:overlapped by stream": "ours, dA and dB on a second stream",
     "triton:overlapped by pdl": "ours, all launches overlapped",
     "one-adapter": "ours, one adapter",
+    "each:linear": "a base product for each layer",
+    "each:auto": "ours, a call for each layer",
 }
 _KEYS = ("grid", "launch", "what", "layer", "K", "N", "M", "popularity", "adapters", "loaded", "order", "r", "ranks")
 

@@ -27,6 +27,7 @@ MIXED = (8, 16, 32, 64, 128)
 S_LORA = ((8,), (64, 32, 16, 8))  # Sheng et al. 2023, arXiv:2311.03285, table 1: settings S1 and S2
 LAYERS = {name: LLAMA_8B[name] for name in ("8B q,o", "8B gate,up", "8B down")}
 Q_O = {"8B q,o": LLAMA_8B["8B q,o"]}
+PACKED = {"8B q,k,v": (4096, (4096, 1024, 1024)), "8B gate,up": (4096, (14336, 14336))}
 WIDE = {name: LAYERS[name] for name in ("8B gate,up", "8B down")}
 POPULARITIES = ("distinct", "identical", "uniform", "zipf")
 
@@ -45,7 +46,8 @@ class MultiPoint(Point):
     """A `Point` whose tokens take some of ``loaded`` adapters, stored at rank r; those of ``ranks`` in turn where they are given.
 
     ``order``: tokens of an adapter as neighbours ("runs") or anywhere ("shuffled"). Every grid but "train" is forward alone. ``blocks``:
-    the plan's row_block and gather_block, None for those the number of tokens decides.
+    the plan's row_block and gather_block, None for those the number of tokens decides. ``widths``: of the layers that the weight packs, N
+    in all, or () for one layer.
     """
 
     loaded: int = 64
@@ -54,6 +56,11 @@ class MultiPoint(Point):
     order: str = "shuffled"
     ranks: tuple[int, ...] = ()
     blocks: tuple[int | None, int | None] = (None, None)
+    widths: tuple[int, ...] = ()
+
+    @property
+    def layers(self) -> int:
+        return len(self.widths) or 1
 
     @property
     def forward_alone(self) -> bool:
@@ -78,12 +85,12 @@ class MultiPoint(Point):
 
     def empty_operands(self, device: torch.device) -> MultiOperands:
         one, host_ids = super().empty_operands(device), adapter_ids(self)
-        A, B = (t.new_empty(self.loaded, *t.shape) for t in (one.lora_A, one.lora_B))
+        A, B = one.lora_A.new_empty(self.loaded, self.layers * self.r, self.K), one.lora_B.new_empty(self.loaded, self.N, self.r)
         ids = host_ids.to(device)
         plan = Segments.from_ids(ids, self.loaded, row_block=self.blocks[0], gather_block=self.blocks[1])
         ranks = torch.tensor(rank_of(self), dtype=torch.int32).to(device) if self.ranks else None
         return MultiOperands(
-            one.x, one.weight, A, B, one.dy, one.scale, one.p, Adapters(plan, None, ranks),
+            one.x, one.weight, A, B, one.dy, one.scale, one.p, Adapters(plan, None, ranks, self.widths),
             ids=ids, host_ids=host_ids.tolist(), host_ranks=rank_of(self),
         )  # fmt: skip
 
@@ -99,7 +106,7 @@ class MultiPoint(Point):
 
     def fields(self) -> dict:
         own = dict(loaded=self.loaded, adapters=self.adapters, popularity=self.popularity, order=self.order, ranks=list(self.ranks) or None)
-        return super().fields() | own
+        return super().fields() | own | dict(widths=list(self.widths) or None)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -158,8 +165,10 @@ def rank_of(point: MultiPoint) -> list[int]:
 
 def small(point: MultiPoint, plan: Segments) -> MultiPoint:
     """Fewer tokens and features; the same adapters, ranks and blocks, so that the point's configurations serve it, too."""
-    blocks = plan.row_block, plan.gather_block
-    return replace(point, M=min(point.M, 192), K=min(point.K, 1024), N=min(point.N, 1024), blocks=blocks)
+    N = min(point.N, 1024)
+    widths = tuple(width * N // point.N for width in point.widths)
+    N = sum(widths) or N
+    return replace(point, M=min(point.M, 192), K=min(point.K, 1024), N=N, widths=widths, blocks=(plan.row_block, plan.gather_block))
 
 
 def grid(
@@ -172,6 +181,15 @@ def grid(
         sizes = counts(point)
         found.setdefault((layer, M, sizes, order if len(sizes) > 1 else ""), point)
     return list(found.values())
+
+
+def packed(layers: dict, tokens: Iterable[int], popularities=("even",), spreads=(0,), **fields) -> list[MultiPoint]:
+    """Points of layers that one weight packs."""
+    return [
+        replace(point, widths=widths)
+        for name, (K, widths) in layers.items()
+        for point in grid("packed", {name: (K, sum(widths))}, tokens, popularities, spreads=spreads, **fields)
+    ]
 
 
 def shards(parts: int = 8) -> dict:
@@ -195,6 +213,7 @@ def decode(device: torch.device, quick: bool) -> list[MultiPoint]:
     return [
         *grid("popularity", Q_O, few, POPULARITIES, loaded=256),
         *grid("loaded", Q_O, (64, 1), ("identical", "none"), loaded=1024),
+        *packed(PACKED, (64, 16), ("distinct", "identical"), loaded=256),
         *grid("ranks", Q_O, (16, 64, 256), ("distinct",), loaded=256, r=128, ranks=MIXED),
         *grid("popularity", WIDE, few, POPULARITIES, loaded=256),
         *(p for ranks in S_LORA for p in grid("ranks", Q_O, (64,), ("distinct",), loaded=256, r=max(ranks), ranks=_mixed(ranks))),
@@ -215,6 +234,7 @@ def prefill(device: torch.device, quick: bool) -> list[MultiPoint]:
         return grid("prefill", Q_O, (2048,), orders=both, spreads=(16,))
     return [
         *grid("prefill", Q_O, (8192, 2048), orders=both, spreads=(16, 64, 1)),
+        *packed(PACKED, (8192, 2048), spreads=(16,)),
         *grid("loaded", Q_O, (2048,), ("identical", "none"), loaded=1024),
         *grid("ranks", Q_O, (8192, 2048), orders=both, spreads=(64,), r=128, ranks=MIXED),
         *grid("prefill", WIDE, (8192, 2048), orders=both, spreads=(16, 64, 1)),
@@ -283,6 +303,7 @@ def _small_decode(quick: bool) -> list[MultiPoint]:
         *grid("popularity", layers, tokens, POPULARITIES, loaded=loaded, r=r),
         *grid("loaded", layers, tokens[-1:], ("identical", "none"), loaded=4 * loaded, r=r),
         *grid("ranks", layers, tokens[-1:], ("distinct",), loaded=loaded, r=2 * r, ranks=(r // 2, r, 2 * r)),
+        *packed(_small_packed(quick), tokens[-1:], ("distinct",), loaded=loaded, r=r),
     ])  # fmt: skip
 
 
@@ -292,7 +313,12 @@ def _small_prefill(quick: bool) -> list[MultiPoint]:
     return _in_float32([
         *grid("prefill", layers, tokens, orders=("shuffled", "runs"), spreads=(3, 1) if quick else (16, 64, 1), loaded=loaded, r=r),
         *grid("ranks", layers, tokens, spreads=(3,), loaded=loaded, r=2 * r, ranks=(r // 2, r, 2 * r)),
+        *packed(_small_packed(quick), tokens, spreads=(3 if quick else 16,), loaded=loaded, r=r),
     ])  # fmt: skip
+
+
+def _small_packed(quick: bool) -> dict:
+    return {"small q,k,v": (64, (64, 16, 16))} if quick else {"1024 q,k,v": (1024, (1024, 256, 256))}
 
 
 def _small_train(quick: bool) -> list[MultiPoint]:

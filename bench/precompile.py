@@ -42,7 +42,7 @@ class PointJob:
         launch = dispatch.arm_of(o.weight)
         seed = torch.zeros((), dtype=torch.int64, device="meta") if point.p else None
         if self.backward:
-            u = o.x.new_empty(point.M, point.r)
+            u = o.x.new_empty(point.M, point.r * o.adapters.layers)
             needs = (True, True, True)
             launch.backward(o.dy, o.x, o.weight, o.lora_A, o.lora_B, u, seed, o.adapters, o.scale, point.p, needs, point.dtype, self.config)
         else:

@@ -46,6 +46,11 @@ class Point:
         return 1
 
     @property
+    def layers(self) -> int:
+        """How many layers the weight packs, each with its own u."""
+        return 1
+
+    @property
     def low_rank(self) -> tuple[int, int, int]:
         """(elements of u, the ranks of the adapters in use added up, those of all that are loaded)."""
         return self.M * self.r, self.r, self.r

@@ -14,7 +14,8 @@ PACKED = [
     Mutant("packed: all blocks of the first layer", TILES, "layer = tl.where(here, i, layer)", "pass"),
     Mutant("packed: layers begin at 0", TILES, "begin = tl.where(here, ends[i - 1], begin)", "pass"),
     Mutant("packed: blocks where they were unpacked", TILES, "ends[i - 1] + (block - before) * BLOCK, first)", "block * BLOCK, first)"),
-    Mutant("packed: a layer ends with the last", TILES, "            end = tl.where(here, ends[i], end)", "            end = columns"),
+    Mutant("packed: a layer ends with the last", TILES, "            end = tl.where(here, ends[i], end)", "            end = columns",
+           tests="machine"),
     Mutant("packed: a layer's columns are the first's", TILES, "begin = tl.where(layer == i, ends[i - 1], begin)", "pass"),
     Mutant("packed: a layer's columns end too early", TILES, "end = tl.where(layer == i, ends[i], end)", "pass"),
     Mutant("packed: rank of the first layer alone", LOAD, "(r if period is None else r % period) < rank", "r < rank"),
@@ -79,4 +80,4 @@ PACKED = [
     Mutant("layer: merged as one", "merging.py", "elif self.widths:", "elif False:"),
 ]  # fmt: skip
 
-EVERY = [*mutants_shared.EVERY, *(replace(m, tests="packed") for m in PACKED)]
+EVERY = [*mutants_shared.EVERY, *(replace(m, tests="packed") if m.tests == "kernels" else m for m in PACKED)]

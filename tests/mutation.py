@@ -33,7 +33,7 @@ SELECTIONS = {  # a mutant's tests: their files, and which of them run first
     "machine": (
         ["test_kernels.py", "test_segments.py", "test_merging.py"],
         "every_tile[3] or one_even_axis or awaited and (sizes or invariance) or splits_of_one_tile or test_mixes and mixed"
-        " or test_one_rounding and dtype0 or tf32 or test_parity and experts",
+        " or test_one_rounding and dtype0 or tf32 or test_parity and (experts or packed and not mixed)",
     ),
     "base": (["test_base_given.py", "test_memory.py"], "test_base_given.py and not (compiles or 200 or 512 or blocks)"),
     "experts": (["test_experts.py"], "not (compiles or opcheck or 512 or of_every_size or twice)"),
@@ -41,7 +41,7 @@ SELECTIONS = {  # a mutant's tests: their files, and which of them run first
         ["test_projections.py", "test_shared_input.py"],
         "not (test_ranks or test_sizes or looks_on or named_arm or refusals) or triton and test_sizes and 65-129",
     ),
-    "packed": (["test_packed.py"], "not (opcheck or compiled or test_refusals or 170 or 43 or repeats or flops)"),
+    "packed": (["test_packed.py", "test_packed_layer.py"], "not (opcheck or compiled or test_refusals or 170 or repeats or flops)"),
     "merge": (["test_merging.py"], "one_rounding or in_place or blocks or not_finite or merged"),
     "overlap": (["test_overlap.py"], "test"),
     "plan": (["test_plan.py"], "equals or apart or one_adapter or out_of_range or any_block or parts"),

@@ -88,7 +88,9 @@ import torch
 from vllm.triton_utils import tl, triton
 from vllm.utils.torch_utils import direct_register_custom_op
 def lora_shrink(x, A, u, ids, specialized, scale):
-    u[0] = (A[0][ids] @ x[:, :, None])[:, :, 0].float() * scale * (ids >= 0)[:, None]
+    for i, its in enumerate(A):
+        assert its.is_contiguous()
+        u[i] = (its[ids] @ x[:, :, None])[:, :, 0].float() * scale * (ids >= 0)[:, None]
 try:
     direct_register_custom_op(op_name="lora_shrink", op_func=lora_shrink, mutates_args=[])
     lora_shrink = None
@@ -96,8 +98,9 @@ except AttributeError:
     pass
 """,
     "lora_expand_op": """
+import torch
 def lora_expand(u, B, y, ids, specialized, offset_start=0, add_inputs=False):
-    y += (B[0][ids] @ u[0].to(y.dtype)[:, :, None])[:, :, 0]
+    y += torch.cat([(its[ids] @ part.to(y.dtype)[:, :, None])[:, :, 0] for its, part in zip(B, u, strict=True)], 1)
 """,
 }
 SGLANG = {
@@ -114,6 +117,7 @@ class Phase(str, Enum):
 from types import SimpleNamespace
 from sglang.kernels.ops.lora.common import routing
 from sglang.srt.environ import envs
+import torch
 DenseLoraKind = SimpleNamespace(LINEAR="linear")
 class DenseLoraRunner:
     def __init__(self, workspace, *, max_loras, device):
@@ -124,9 +128,11 @@ class DenseLoraRunner:
     def plan_for(self, kind, max_rank, in_features, out_features, *, num_tokens):
         return max_rank, in_features, out_features
     def apply(self, x, base_fn, plan, *, a, b, offsets):
-        assert plan == (a.shape[1], x.shape[1], offsets[1]) and self.lora_ranks.max() == a.shape[1]
+        assert plan == (b.shape[2], x.shape[1], offsets[-1]) and self.lora_ranks.max() == b.shape[2]
         scale = self.scalings[self.ids] * (self.ids >= 0)
-        return base_fn() + (b[self.ids] @ (a[self.ids] @ x[:, :, None]))[:, :, 0] * scale[:, None]
+        As, ends = a.chunk(len(offsets) - 1, 1), zip(offsets, offsets[1:])
+        parts = [(b[self.ids, i:j] @ (A[self.ids] @ x[:, :, None]))[:, :, 0] for A, (i, j) in zip(As, ends)]
+        return base_fn() + torch.cat(parts, 1) * scale[:, None]
 """,
 }
 PUNICA = """
@@ -190,7 +196,9 @@ def test_many_adapters(peers, name, folder, files):
         put(peers / folder / "utils", {"kvcache": ""})
         (peers / folder / "utils/__init__.py").write_text("")
     module = multi_peers.load()[0][f"peer:{name}"]
-    for point in POINTS:
+    packed = replace(MANY, widths=(32, 7, 9))
+    assert multi_peers.packs(module) == (name != "punica")
+    for point in (*POINTS, packed) if multi_peers.packs(module) else POINTS:
         assert Checker(CPU).wrong(point, name, Arm(multi_peers.formula(module, decode=True))) is None
     if name == "vllm":
         assert not module.utils._LORA_A_PTR_DICT and module.plan(torch.zeros(3), [8], 1.0, True)[0][1] is True

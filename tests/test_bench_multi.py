@@ -48,7 +48,9 @@ def test_sections_write_whole_rows_and_their_report(tmp_path, capsys):
         timed = [row for row in rows if row["ms"] and row["what"] != "plan"]
         arms = {"linear", "gather-bmm", "peft-loop", "torch", "auto"} | ({"one-adapter"} if section == "mtrain" else set())
         arms |= {"grouped-mm"} if multi_baselines.has_grouped_mm(CPU) else set()
-        assert {row["arm"] for row in timed} == arms
+        assert {row["arm"] for row in timed if not row.get("widths")} == arms
+        packed = {row["arm"] for row in timed if row.get("widths")}
+        assert packed == (set() if section == "mtrain" else {"linear", "torch", "auto", "each:linear", "each:auto"})
         assert {row["what"] for row in timed} == ({"forward", "backward", "both"} if section == "mtrain" else {"forward"})
         for row in timed:
             assert row["over_linear"] > 0 and row["rounds"] >= 3 and row["loaded"] and row["popularity"] and row["order"]
@@ -189,7 +191,7 @@ def test_a_wrong_arm_is_a_row_and_not_timed(section, tmp_path, monkeypatch, caps
 
     monkeypatch.setitem(multi_baselines.FORMULAS, "gather-bmm", wrong)
     assert bench(section, out=tmp_path) == 1
-    rows = [row for row in conditions.read_rows(tmp_path / f"{section}.jsonl") if row["arm"] == "gather-bmm"]
+    rows = [row for row in conditions.read_rows(tmp_path / f"{section}.jsonl") if row["arm"] == "gather-bmm" and not row["widths"]]
     assert rows and all(row["error"].startswith("check: y at") and row["ms"] is None for row in rows)
     assert "FAILED gather-bmm" in capsys.readouterr().out
     full = report.render(section, conditions.read_rows(tmp_path / f"{section}.jsonl"), brief=False)

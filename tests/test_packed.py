@@ -102,6 +102,17 @@ def test_splits(split):
         check(replace(case, M=70, N=130, widths=(97, 1, 32), config=config))
 
 
+@pytest.mark.parametrize("case", [CASE, TENANTS], ids=["one", "many"])
+def test_parts_of_a_tile(case):
+    """K split over programs, and as many counters as there are tiles, none of which is of two layers."""
+    check(replace(case, M=40, p=0.1, config=with_u("given", split=3)))
+
+
+def test_masked_blocks_of_ranks():
+    """Each adapter's product with zeros in the rows of others, its rank ending in every layer, and u's columns in several blocks."""
+    check(replace(TENANTS, N=21, K=33, R=43, widths=(8, 2, 11), config=with_u("given", masked=True)))
+
+
 @pytest.mark.parametrize("u, many", [("given", False), ("given", True), ("loop", False)])
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_both_sources_of_u(launched, u, many, p):

@@ -6,6 +6,7 @@ Where a plan says so, shrink runs on a second stream beside the base product. So
 from __future__ import annotations
 
 import importlib
+import itertools
 from types import SimpleNamespace
 
 import torch
@@ -72,7 +73,7 @@ def plan(ids, ranks, scale, decode):
     return made
 
 
-def multi_lora_linear(x, weight, A, B, plan):
+def multi_lora_linear(x, weight, A, B, plan, widths=()):
     N, K = weight.shape
-    how = plan.plan_for(runner.DenseLoraKind.LINEAR, A.shape[1], K, N, num_tokens=x.shape[0])
-    return plan.apply(x, lambda: F.linear(x, weight), how, a=A, b=B, offsets=(0, N))
+    how = plan.plan_for(runner.DenseLoraKind.LINEAR, B.shape[2], K, N, num_tokens=x.shape[0])
+    return plan.apply(x, lambda: F.linear(x, weight), how, a=A, b=B, offsets=(0, *itertools.accumulate(widths or (N,))))

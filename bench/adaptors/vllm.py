@@ -70,13 +70,17 @@ def plan(ids, ranks, scale, decode):
     utils._LORA_B_PTR_DICT.clear()
     meta = metadata.LoRAKernelMeta.make(len(ranks), ids.numel(), ids.device)
     meta.prepare_tensors(ids.int())
-    return meta.meta_args(ids.numel(), specialize_active_lora=True), scale
+    return meta.meta_args(ids.numel(), specialize_active_lora=True), scale, []
 
 
-def multi_lora_linear(x, weight, A, B, plan):
-    meta, scale = plan
+def multi_lora_linear(x, weight, A, B, plan, widths=()):
+    meta, scale, stacks = plan
+    if not stacks:  # each layer's in one piece, made once
+        layers = (A.chunk(len(widths), 1), B.split(widths, 1)) if widths else ((A,), (B,))
+        stacks += [[t.contiguous() for t in each] for each in layers]
+    As, Bs = stacks
     y = F.linear(x, weight)
-    u = torch.empty(1, x.shape[0], A.shape[1], dtype=torch.float32, device=x.device)
-    shrink.lora_shrink(x, [A], u, *meta, scale)
-    expand.lora_expand(u, [B], y, *meta, offset_start=0, add_inputs=True)
+    u = torch.empty(len(As), x.shape[0], As[0].shape[1], dtype=torch.float32, device=x.device)
+    shrink.lora_shrink(x, As, u, *meta, scale)
+    expand.lora_expand(u, Bs, y, *meta, offset_start=0, add_inputs=True)
     return y
