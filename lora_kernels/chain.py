@@ -189,7 +189,7 @@ def forward(x, weight, lora_A, lora_B, bias, seed, adapters: Adapters, scale: fl
     for e, rows, rank, its_scale in runs(adapters.segments, adapters, B.shape[2], scale):
         its_x = tokens_of(x, rows, adapters.top_k)
         its_u = scaled_mm(its_x if bits is None else drop(its_x, bits[rows]), its_rows(A[e], layers, rank).t(), its_scale)
-        u.view(M, layers, -1)[rows, :, :rank] = its_u.view(-1, layers, rank)
+        u.view(M, layers, B.shape[2])[rows, :, :rank] = its_u.view(len(its_u), layers, rank)
         if experts:
             y[rows] = base_linear(its_x, weight[e], None if bias is None else bias[e]).addmm_(its_u, B[e, :, :rank].t())
             continue
@@ -254,7 +254,7 @@ def backward(
             add_product(dx, rows, ds, its_rows(A[e], layers, rank), its_bits, keep)
         if need_da:
             own = _grad_A(ds, tokens_of(x, rows, adapters.top_k), its_bits, keep, adapter_dtype)
-            da[e].view(layers, R, -1)[:, :rank] = own.view(layers, rank, -1)
+            da[e].view(layers, R, -1)[:, :rank] = own.view(layers, rank, x.shape[1])
         if need_db:
             its_u = u.view(-1, layers, R)[rows, :, :rank].flatten(1)
             db[e, :, :rank] = _grad_B(its_dy, its_u, adapter_dtype, adapters.widths)

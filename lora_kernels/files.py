@@ -8,33 +8,31 @@ A load checks everything before it changes anything; a save leaves the old files
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import json
 import math
 import os
 import re
-import shutil
-import tempfile
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
+from .adapter_store import WEIGHTS_FILE, opened, safetensors_or_why, write
 from .apply import some
 from .experts_layer import LoRAExperts, config_name
 from .lora_config import CONFIG_FILE, LoRAConfig, by_peft_before_0_19, names_mean, pattern_means, read_config
 from .multi import MultiLoRALinear
 from .nn import FusedLoRALinear, scaling_of
+from .packed_layer import PackedLoRALinear, PackedPart
 from .problem import UnsupportedError
 
-WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 ATTRIBUTES = {"lora_A.weight": "lora_A", "lora_B.weight": "lora_B", "lora_B.bias": "lora_bias", "lora_magnitude_vector": "lora_magnitude"}
 VARIANTS = {"lora_bias": "lora_B.bias", "use_dora": "lora_magnitude_vector"}
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
-ADAPTED = (FusedLoRALinear, MultiLoRALinear, LoRAExperts)
+STACKED = (MultiLoRALinear, PackedPart)
+ADAPTED = (FusedLoRALinear, LoRAExperts, *STACKED)
 TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
 
@@ -74,7 +72,7 @@ def save_adapter(
         is none of torch's floating ones. ImportError: no safetensors. OSError: the disk's. In each case what the folder held is as it
         was.
     """
-    safetensors = _safetensors()
+    safetensors = safetensors_or_why()
     if dtype is not None and dtype not in DTYPES.values():
         raise TypeError(f"dtype: wanted {', '.join(map(str, DTYPES.values()))} or None, got {dtype}")
     if task_type not in (None, *TASKS):
@@ -94,7 +92,7 @@ def save_adapter(
             tensors[f"{PREFIX}{name}.{part}"] = _finite(f"{name}.{part}", t)
     config["base_model_name_or_path"] = base_model_name_or_path or getattr(model, "name_or_path", None) or None
     config["task_type"] = task_type
-    _write(folder, json.dumps(config, indent=2, sort_keys=True).encode(), tensors, safetensors)
+    write(folder, json.dumps(config, indent=2, sort_keys=True).encode(), tensors, safetensors)
 
 
 def load_adapter(
@@ -121,7 +119,7 @@ def load_adapter(
         TypeError: dtypes. UnsupportedError: the config asks for more than plain LoRA. RuntimeError: merged layers. ImportError: no
         safetensors. In each case the model is as it was.
     """
-    _safetensors()
+    safetensors_or_why()
     layers = _layers(model, slot)
     merged = [name for name, layer in layers.items() if getattr(layer, "merged", False)]
     if merged:
@@ -131,11 +129,12 @@ def load_adapter(
     config = LoRAConfig.from_dict({**given, **which})
     called = {key: name for key, name, _ in _modules(model)}
     held = {name: _held(layer, slot) for name, layer in layers.items()}
-    with _opened(os.path.join(folder, WEIGHTS_FILE)) as file:
+    with opened(os.path.join(folder, WEIGHTS_FILE)) as file:
         keys = _check_keys(set(file.keys()), held, partial)
         _check_stacks(config, {called[name]: layers[name] for name in keys}, layers, by_peft_before_0_19(given))
         for name, parts in keys.items():
             _check_layer(file, config, called[name], layers[name], parts, cast)
+        _check_packed(config, {called[name]: layers[name] for name in keys})
         _check_one_dtype(file, cast)
         values = {
             name: {part: _finite(key, file.get_tensor(key).to(held[name][part].dtype)) for part, key in parts.items()}
@@ -148,9 +147,12 @@ def load_adapter(
 @torch.no_grad()
 def _put(layers: dict[str, Any], values: dict[str, dict[str, torch.Tensor]], config: LoRAConfig, called, slot: int | None) -> None:
     """All of it was checked: copies alone."""
+    packed: dict[PackedLoRALinear, dict[int, str]] = {}
     for name, layer in layers.items():
         own = called[name]
-        if name not in values:
+        if isinstance(layer, PackedPart):
+            packed.setdefault(layer.layer, {})[layer.n] = name
+        elif name not in values:
             layer.reset_adapter(*(() if slot is None else (slot,)))
         elif slot is not None:
             layer.load_adapter(slot, values[name]["lora_A.weight"], values[name]["lora_B.weight"], config.scaling_of(own))
@@ -158,6 +160,15 @@ def _put(layers: dict[str, Any], values: dict[str, dict[str, torch.Tensor]], con
             for part, t in values[name].items():
                 getattr(layer, ATTRIBUTES[part]).copy_(t)
             layer.lora_alpha, layer.use_rslora, layer.scaling = config.alpha_of(own), config.use_rslora, config.scaling_of(own)
+    for whole, parts in packed.items():
+        assert slot is not None  # as `_layers` has it for stacks
+        given = [values.get(parts[n]) for n in range(len(parts))]
+        scales = [config.scaling_of(called[parts[n]]) for n, own in enumerate(given) if own is not None]
+        if not scales:
+            whole.reset_adapter(slot)
+            continue
+        A, B = ([None if own is None else own[part] for own in given] for part in ("lora_A.weight", "lora_B.weight"))
+        whole.load_adapter(slot, A, B, scales[0])
 
 
 def _layers(model: nn.Module, slot: int | None) -> dict[str, Any]:
@@ -168,14 +179,14 @@ def _layers(model: nn.Module, slot: int | None) -> dict[str, Any]:
     if not found:
         hint = "apply_lora(model, config) makes them"
         raise ValueError(f"model: wanted one that contains FusedLoRALinear or MultiLoRALinear layers, got none; {hint}")
-    stacks = [name for name, m in found.items() if isinstance(m, MultiLoRALinear)]
+    stacks = [name for name, m in found.items() if isinstance(m, STACKED)]
     if slot is None and stacks:
         raise ValueError(f"slot: wanted the number of an adapter, for MultiLoRALinear layers ({some(stacks)}), got None")
     if slot is not None and len(stacks) < len(found):
         raise ValueError(f"slot: wanted None, for layers of one adapter ({some(found.keys() - stacks)}), got {slot}")
     for name, layer in found.items():
         if layer.widths:
-            raise UnsupportedError(f"model: wanted layers as PEFT has them, got packed ones in {name}, whose adapters are taken one by one")
+            raise UnsupportedError(f"names: wanted those that adapter files have for the layers that {name} packs, got none")
         if slot is not None and not 0 <= slot < layer.num_adapters:
             raise IndexError(f"slot: wanted an adapter of {name} from 0 to {layer.num_adapters - 1}, got {slot}")
         if layer.lora_A.is_meta:
@@ -183,12 +194,21 @@ def _layers(model: nn.Module, slot: int | None) -> dict[str, Any]:
     return found
 
 
-def _modules(model: nn.Module, aliases: bool = False) -> list[tuple[str, str, nn.Module]]:
-    """Modules below the model, by name in a file's keys, in which torch.compile's wrappers do not show, and by name in a config."""
-    found = []
+def _modules(model: nn.Module, aliases: bool = False) -> list[tuple[str, str, Any]]:
+    """Modules below the model, by name in a file's keys, in which torch.compile's wrappers do not show, and by name in a config.
+
+    A packed layer whose layers have names is those layers.
+    """
+    found: list[tuple[str, str, Any]] = []
     for name, m in model.named_modules(remove_duplicate=not aliases):
         key = ".".join(part for part in name.split(".") if part != "_orig_mod")
-        found += [(key, config_name(model, name), m)] if key else []
+        if key and isinstance(m, PackedLoRALinear) and m.names is not None:
+            places = [each.rpartition(".")[0] for each in (key, config_name(model, name))]
+            for n, own in enumerate(m.names):
+                its_key, its_name = (f"{place}.{own}" if place else own for place in places)
+                found.append((its_key, its_name, PackedPart(m, n)))
+        elif key:
+            found.append((key, config_name(model, name), m))
     return found
 
 
@@ -259,7 +279,7 @@ def _pattern(values: dict[str, Any], default) -> dict[str, Any]:
 
 def _target_modules(modules: list[tuple[str, str, nn.Module]]) -> list[str] | str:
     """The shortest that means the adapted modules and no other: last parts, names, or an expression."""
-    names = sorted({name for _, name, m in modules if isinstance(m, (FusedLoRALinear, MultiLoRALinear))})
+    names = sorted({name for _, name, m in modules if isinstance(m, (FusedLoRALinear, *STACKED))})
     for targets in (sorted({name.rpartition(".")[2] for name in names}), names):
         if sorted({name for _, name, _ in modules if names_mean(targets, name)}) == names:
             return targets
@@ -274,55 +294,6 @@ def _target_parameters(modules: list[tuple[str, str, nn.Module]]) -> list[str]:
         if sorted(name for name in every if names_mean(targets, name)) == names:
             return targets
     raise ValueError(f"model: wanted stacks whose names mean no other parameter, as PEFT takes names by their ends, got {some(names)}")
-
-
-def _write(folder: str | os.PathLike, config: bytes, tensors: dict[str, torch.Tensor], safetensors) -> None:
-    if os.path.exists(folder) and not os.path.isdir(folder):
-        raise NotADirectoryError(f"folder: wanted a directory, got a file, {os.fspath(folder)!r}")
-    os.makedirs(folder, exist_ok=True)
-    last = os.path.join(folder, CONFIG_FILE)
-    with tempfile.TemporaryDirectory(prefix=".adapter-", dir=folder) as fresh:
-        safetensors.torch.save_file(tensors, os.path.join(fresh, WEIGHTS_FILE), metadata={"format": "pt"})
-        with open(os.path.join(fresh, CONFIG_FILE), "wb") as file:
-            file.write(config)
-        shutil.copymode(os.path.join(fresh, CONFIG_FILE), os.path.join(fresh, WEIGHTS_FILE))  # safetensors' is for its owner alone
-        for name in (WEIGHTS_FILE, CONFIG_FILE):
-            _sync(os.path.join(fresh, name))
-        with contextlib.suppress(FileNotFoundError):
-            with open(last, "rb") as file:
-                same = file.read() == config
-            if not same:
-                os.unlink(last)
-                _sync(folder)
-        for name in (WEIGHTS_FILE, CONFIG_FILE):
-            os.replace(os.path.join(fresh, name), os.path.join(folder, name))
-            _sync(folder)
-
-
-def _sync(path: str | os.PathLike) -> None:
-    """Have the disk know a file, or a folder's names, before what comes next."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-@contextlib.contextmanager
-def _opened(path: str) -> Iterator[Any]:
-    """The file, whose header safetensors has checked against its size: whole, no gaps, each shape as large as its bytes."""
-    safetensors = _safetensors()
-    if not os.path.isfile(path):
-        pickled = os.path.isfile(os.path.join(os.path.dirname(path), "adapter_model.bin"))
-        hint = "; adapter_model.bin is a pickle, which is not read: save it as safetensors with PEFT" if pickled else ""
-        raise FileNotFoundError(f"folder: wanted a directory with {WEIGHTS_FILE}, got one without{hint}")
-    try:
-        file = safetensors.safe_open(path, framework="pt", device="cpu")
-    except safetensors.SafetensorError as error:
-        size = os.path.getsize(path)
-        raise ValueError(f"{path}: wanted a whole safetensors file, got one of {size} bytes; safetensors says: {error}") from None
-    with file as opened:
-        yield opened
 
 
 def _check_keys(given: set[str], held: dict[str, dict[str, torch.Tensor]], partial: bool) -> dict[str, dict[str, str]]:
@@ -360,7 +331,7 @@ def _check_stacks(config: LoRAConfig, given: dict[str, Any], layers: dict[str, A
 
 
 def _check_layer(file, config: LoRAConfig, name: str, layer: Any, keys: dict[str, str], cast: bool) -> None:
-    r, room, one = config.rank_of(name), layer.r, not isinstance(layer, MultiLoRALinear)
+    r, room, one = config.rank_of(name), layer.r, not isinstance(layer, STACKED)
     if r > room or (one and r != room):
         wanted = f"rank {room}, the layer's" if one else f"a rank from 1 to the stack's {room}"
         raise ValueError(f"{name}: wanted {wanted}, got {r} in {CONFIG_FILE}")
@@ -378,6 +349,17 @@ def _check_layer(file, config: LoRAConfig, name: str, layer: Any, keys: dict[str
             raise TypeError(f"{key}: wanted {mine} or what it holds exactly, got {given}; pass cast=True to round")
 
 
+def _check_packed(config: LoRAConfig, given: dict[str, Any]) -> None:
+    """The layers that one weight packs have one scaling, as a slot has."""
+    scalings: dict[PackedLoRALinear, dict[str, float]] = {}
+    for name, part in given.items():
+        if isinstance(part, PackedPart):
+            scalings.setdefault(part.layer, {})[name] = config.scaling_of(name)
+    for each in scalings.values():
+        if len(set(each.values())) > 1:
+            raise ValueError(f"{CONFIG_FILE}: wanted one scaling (lora_alpha / r) for layers that are packed together, got {each}")
+
+
 def _check_one_dtype(file, cast: bool) -> None:
     dtypes = {file.get_slice(key).get_dtype(): key for key in file.keys()}
     if len(dtypes) > 1 and not cast:
@@ -389,11 +371,3 @@ def _finite(name: str, t: torch.Tensor) -> torch.Tensor:
     if not torch.isfinite(t).all():
         raise ValueError(f"{name}: wanted finite values in {t.dtype}, got NaN or Inf")
     return t
-
-
-def _safetensors():
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise ImportError('adapter files: wanted safetensors, got none to import; pip install "lora_kernels[peft]"') from error
-    return safetensors

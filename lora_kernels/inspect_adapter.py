@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 from . import analysis
+from .adapter_store import WEIGHTS_FILE as FILE
 from .files import PREFIX
-from .files import WEIGHTS_FILE as FILE
 from .lora_config import CONFIG_FILE as CONFIG
 from .lora_config import pattern_means
 from .nn import scaling_of

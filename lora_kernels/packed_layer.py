@@ -25,6 +25,7 @@ class PackedLoRALinear(MultiLoRALinear):
     Args:
         in_features: K.
         widths: The out_features of each layer, N_1, N_2, ...
+        names: The layers' names in adapter files, in the place of this layer's own: ``("q_proj", "k_proj", "v_proj")``. None: no files.
         The others: as in `MultiLoRALinear`; r times the layers is at most 512.
     Shape:
         x ``[..., K]`` and a `Segments` -> ``[..., N_1 + N_2 + ...]``: ``y.split(layer.widths, -1)`` are views, one a layer.
@@ -32,6 +33,8 @@ class PackedLoRALinear(MultiLoRALinear):
         weight, bias: ``[sum N, K]`` and ``[sum N]``, the layers' in turn.
         lora_A: The stack ``[E, L r, K]``, each layer's r rows in turn. lora_B: ``[E, sum N, r]``.
     """
+
+    names: tuple[str, ...] | None = None
 
     def __init__(self, in_features: int, widths: Sequence[int], bias: bool = True, *, device=None, dtype=None, **adapters):
         _known(widths)
@@ -69,9 +72,13 @@ class PackedLoRALinear(MultiLoRALinear):
 
     def _pack(
         self, base: Any, widths: Sequence[int], *, num_adapters: int, r=8, lora_alpha=16, lora_dropout=0.0, use_rslora=False,
-        init_lora_weights=True, adapter_dtype=None,
+        init_lora_weights=True, adapter_dtype=None, names: Sequence[str] | None = None,
     ) -> None:  # fmt: skip
         self.widths = tuple(widths)
+        if names is not None:
+            self.names = tuple(names)
+            if len(set(self.names)) != len(widths) or not all(isinstance(name, str) and name and "." not in name for name in names):
+                raise ValueError(f"names: wanted a name without dots for each of {len(widths)} layers, or None, got {names!r}")
         self._adopt(base, num_adapters, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype)
         self.train(base.training)
 
@@ -140,6 +147,23 @@ class PackedLoRALinear(MultiLoRALinear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, widths={self.widths}"
+
+
+class PackedPart:
+    """Layer n of a packed one, as adapter files know it: what it has of its own, and for the rest the packed layer's."""
+
+    widths = ()
+
+    def __init__(self, layer: PackedLoRALinear, n: int):
+        self.layer, self.n, self.out_features = layer, n, layer.widths[n]
+
+    def __getattr__(self, name: str):
+        return getattr(self.layer, name)
+
+    def adapter(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `MultiLoRALinear.adapter`."""
+        A, B = self.layer.adapter(i)
+        return A[self.n], B.split(self.layer.widths)[self.n]
 
 
 class PackedLoRAOver(Over, PackedLoRALinear):

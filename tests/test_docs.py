@@ -18,7 +18,7 @@ PAGES = [  # the page, its blocks, and the package of an extra that it is about
     ("quantised.md", 3, "bitsandbytes"),
     ("experts.md", 3, "peft"),
     ("shared_input.md", 2, "transformers"),
-    ("packed.md", 3, "torch"),
+    ("packed.md", 4, "peft"),
 ]
 
 

@@ -46,7 +46,7 @@ def plan(ids=None) -> Segments:
 
 
 def tenants() -> dict:
-    ranks = torch.tensor([5, 2, 1, 4], dtype=torch.int32, device=DEVICE)
+    ranks = torch.tensor([5, 2, 0, 4], dtype=torch.int32, device=DEVICE)
     return dict(segments=plan(), ranks=ranks, scale=torch.tensor([0.5, 1.0, 2.0, -1.0], device=DEVICE))
 
 

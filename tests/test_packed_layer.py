@@ -277,7 +277,7 @@ def test_in_a_model():
         y = model(x)
     q, k, v = wanted(model.qkv_proj, x).split(WIDTHS, -1)
     close(y, model.o_proj(v, segments()) + q.sum() + k.sum())
-    with pytest.raises(UnsupportedError, match="wanted layers as PEFT has them, got packed ones in qkv_proj"):
+    with pytest.raises(UnsupportedError, match="names: wanted those that adapter files have for the layers that qkv_proj packs, got none"):
         save_adapter(model, "nowhere", slot=0)
     weight = model.qkv_proj.weight
     remove_lora(model)
