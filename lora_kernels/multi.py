@@ -7,10 +7,8 @@ The stacks are written in place only, slot by slot, so that one adapter is swapp
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import nn
@@ -21,8 +19,7 @@ from .merging import Mergeable
 from .nn import adopt, check_linear, check_rank, init_adapter, scaling_of
 from .problem import UnsupportedError, check_tensor
 from .segments import Segments, check_int
-
-OWN_GRAD: Any = torch.Tensor.grad  # torch's own attribute, below `SlotParameter`'s
+from .slots import SlotParameter
 
 
 class MultiLoRALinear(Mergeable, nn.Module):
@@ -198,15 +195,7 @@ class MultiLoRALinear(Mergeable, nn.Module):
             ValueError, TypeError: with nothing changed.
         """
         self._check_slot(i)
-        check_tensor("A", A, f"a tensor [r, {self.in_features}]")
-        check_tensor("B", B, f"a tensor [{self.out_features}, r]")
-        if A.dim() != 2 or A.shape[1] != self.in_features:
-            raise ValueError(f"A: wanted shape [r, {self.in_features}], got {list(A.shape)}")
-        r = A.shape[0]
-        if not 1 <= r <= self.r:
-            raise ValueError(f"A: wanted a rank from 1 to the stack's {self.r}, got {r} (shape {list(A.shape)})")
-        if tuple(B.shape) != (self.out_features, r):
-            raise ValueError(f"B: wanted shape [{self.out_features}, {r}] to match A {list(A.shape)}, got {list(B.shape)}")
+        r = self._checked_rank(A, B, self.out_features)
         scale = self._checked_scale(i, r, scale)
         # copied first: A and B may be views into these stacks
         A, B = (t.to(self.lora_A.device, self.lora_A.dtype, copy=True) for t in (A, B))
@@ -261,6 +250,20 @@ class MultiLoRALinear(Mergeable, nn.Module):
                 f"i: wanted stacks that are whole on this rank, to take adapter {i} of them, got shards ({self.lora_A.placements}); "
                 "do it before fully_shard or parallelize_module, or gather the state"
             )
+
+    def _checked_rank(self, A, B, N: int, which: str = "") -> int:
+        """The rank of an adapter that fits a slot, with N outputs; which: of packed layers, behind the names in errors."""
+        a, b, K = f"A{which}", f"B{which}", self.in_features
+        check_tensor(a, A, f"a tensor [r, {K}]")
+        check_tensor(b, B, f"a tensor [{N}, r]")
+        if A.dim() != 2 or A.shape[1] != K:
+            raise ValueError(f"{a}: wanted shape [r, {K}], got {list(A.shape)}")
+        r = A.shape[0]
+        if not 1 <= r <= self.r:
+            raise ValueError(f"{a}: wanted a rank from 1 to the stack's {self.r}, got {r} (shape {list(A.shape)})")
+        if tuple(B.shape) != (N, r):
+            raise ValueError(f"{b}: wanted shape [{N}, {r}] to match {a} {list(A.shape)}, got {list(B.shape)}")
+        return r
 
     def _scale_for(self, i: int, r: int) -> float:
         return scaling_of(self.lora_alpha[i], r, self.use_rslora)
@@ -321,68 +324,6 @@ class MultiLoRALinear(Mergeable, nn.Module):
         parts += [f"num_adapters={self.num_adapters}", f"r={self.r}", f"lora_dropout={self.lora_dropout:g}"]
         parts += [f"ranks={low}" if low == high else f"ranks={low}..{high}"] if self._mixed else []
         return ", ".join(parts)
-
-
-class SlotParameter(nn.Parameter):
-    """One slot of a stack as a leaf: it shares storage and version counter, and its ``grad`` is the slot of the stack's gradient.
-
-    The gradient is looked up, not kept, so whatever changes the stack's (a backward pass, zero_grad of any module) shows here. A
-    gradient of its own, from a loss that uses the leaf itself, is added to the stack's.
-    """
-
-    _layer: MultiLoRALinear
-    _name: str
-    _slot: int
-
-    def __new__(cls, layer: MultiLoRALinear, name: str, slot: int):
-        stack = getattr(layer, name)
-        leaf = super().__new__(cls, stack.detach()[slot], stack.requires_grad)
-        leaf._layer, leaf._name, leaf._slot = layer, name, slot
-        if stack.requires_grad:
-            leaf.register_post_accumulate_grad_hook(_hand_over)
-        return leaf
-
-    @property
-    def grad(self) -> torch.Tensor | None:
-        whole = self._stack().grad
-        return None if whole is None else whole.detach()[self._slot]
-
-    @grad.setter
-    def grad(self, value: torch.Tensor | None) -> None:
-        slot = self.grad
-        if value is None:
-            if slot is not None:
-                slot.zero_()
-            return
-        if not isinstance(value, torch.Tensor) or value.shape != self.shape:
-            given = list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
-            raise ValueError(f"grad: wanted a tensor {list(self.shape)} or None, got {given}")
-        if slot is None:
-            stack = self._stack()
-            stack.grad = torch.zeros_like(stack)
-            slot = stack.grad[self._slot]
-        slot.copy_(value.detach())
-
-    def _stack(self) -> nn.Parameter:
-        stack = getattr(self._layer, self._name)
-        if not self.is_set_to(stack.detach()[self._slot]):
-            raise RuntimeError(f"adapter_parameters: wanted ones taken after {self._name} last moved, got older ones; take them again")
-        return stack
-
-    def __deepcopy__(self, memo):
-        if id(self) not in memo:
-            memo[id(self)] = SlotParameter(copy.deepcopy(self._layer, memo), self._name, self._slot)
-        return memo[id(self)]
-
-    def __reduce_ex__(self, protocol):
-        return SlotParameter, (self._layer, self._name, self._slot)
-
-
-def _hand_over(leaf: SlotParameter) -> None:
-    """Move what autograd has accumulated into the leaf itself to the stack's gradient."""
-    own = OWN_GRAD.__get__(leaf)
-    OWN_GRAD.__set__(leaf, None)
-    leaf.grad = own if leaf.grad is None else leaf.grad + own
 
 
 def _each(name: str, value, E: int) -> list:

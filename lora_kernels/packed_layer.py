@@ -16,7 +16,7 @@ from torch import nn
 from .multi import MultiLoRALinear
 from .nn import check_linear, init_adapter
 from .over import Over, sizes
-from .problem import check_tensor, check_widths
+from .problem import check_widths
 
 
 class PackedLoRALinear(MultiLoRALinear):
@@ -107,30 +107,17 @@ class PackedLoRALinear(MultiLoRALinear):
         given = [n for n, a in enumerate(As) if a is not None]
         if not given:
             raise ValueError("A: wanted one for at least one layer, got None for each")
-        for n in given:
-            self._check_layer(n, As[n], Bs[n])
-        r = max(As[n].shape[0] for n in given)
+        ranks = {n: self._checked_rank(As[n], Bs[n], self.widths[n], f"[{n}]") for n in given}
+        r = max(ranks.values())
         whole_A, whole_B = self.lora_A.new_zeros(len(self.widths), r, self.in_features), self.lora_B.new_zeros(self.out_features, r)
-        for n, part in enumerate(whole_B.split(self.widths)):
-            if n in given:
-                whole_A[n, : As[n].shape[0]].copy_(As[n])
-                part[:, : As[n].shape[0]].copy_(Bs[n])
+        for n, rank in ranks.items():  # copied first: A and B may be views into these stacks
+            whole_A[n, :rank].copy_(As[n])
+            whole_B.split(self.widths)[n][:, :rank].copy_(Bs[n])
         scale = self._checked_scale(i, r, scale)
         self._set_tables(i, r, scale)
         self._layers_of(i)[:, :r].copy_(whole_A)
         self.lora_B[i, :, :r].copy_(whole_B)
         self._clear_beyond(i, r)
-
-    def _check_layer(self, n: int, A, B) -> None:
-        K, N = self.in_features, self.widths[n]
-        check_tensor(f"A[{n}]", A, f"a tensor [r, {K}] or None")
-        check_tensor(f"B[{n}]", B, f"a tensor [{N}, r] or None")
-        if A.dim() != 2 or A.shape[1] != K:
-            raise ValueError(f"A[{n}]: wanted shape [r, {K}], got {list(A.shape)}")
-        if not 1 <= A.shape[0] <= self.r:
-            raise ValueError(f"A[{n}]: wanted a rank from 1 to the stack's {self.r}, got {A.shape[0]} (shape {list(A.shape)})")
-        if tuple(B.shape) != (N, A.shape[0]):
-            raise ValueError(f"B[{n}]: wanted shape [{N}, {A.shape[0]}] to match A[{n}] {list(A.shape)}, got {list(B.shape)}")
 
     def _layers_of(self, i: int) -> torch.Tensor:
         """Slot i of lora_A, ``[L, r, K]``."""

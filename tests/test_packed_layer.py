@@ -206,7 +206,7 @@ def test_load_adapter_refuses_other_values():
     ):
         with pytest.raises(ValueError, match=says):
             own.load_adapter(0, A, B)
-    with pytest.raises(TypeError, match=r"A\[0\]: wanted a tensor \[r, 24\] or None, got str"):
+    with pytest.raises(TypeError, match=r"A\[0\]: wanted a tensor \[r, 24\], got str"):
         own.load_adapter(0, ["A", *As[1:]], Bs)
     with pytest.raises(ValueError, match="scale: wanted a finite number"):
         own.load_adapter(0, As, Bs, scale=float("nan"))
