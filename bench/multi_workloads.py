@@ -59,7 +59,7 @@ class MultiPoint(Point):
     widths: tuple[int, ...] = ()
 
     @property
-    def layers(self) -> int:
+    def packed_layers(self) -> int:
         return len(self.widths) or 1
 
     @property
@@ -85,7 +85,7 @@ class MultiPoint(Point):
 
     def empty_operands(self, device: torch.device) -> MultiOperands:
         one, host_ids = super().empty_operands(device), adapter_ids(self)
-        A, B = one.lora_A.new_empty(self.loaded, self.layers * self.r, self.K), one.lora_B.new_empty(self.loaded, self.N, self.r)
+        A, B = one.lora_A.new_empty(self.loaded, self.packed_layers * self.r, self.K), one.lora_B.new_empty(self.loaded, self.N, self.r)
         ids = host_ids.to(device)
         plan = Segments.from_ids(ids, self.loaded, row_block=self.blocks[0], gather_block=self.blocks[1])
         ranks = torch.tensor(rank_of(self), dtype=torch.int32).to(device) if self.ranks else None

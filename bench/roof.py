@@ -34,10 +34,10 @@ def work(point: Point, what: str) -> tuple[float, float]:
     """(operations, least bytes moved) of a pass: each input in use read once, each output written once."""
     M, K, N, W = point.M, point.K, point.N, point.weights * point.N * point.K
     u, used, loaded = point.low_rank
-    both = N + point.layers * K  # B has r columns for each output, A r rows for each layer
-    forward = 2 * (M * N * K + u * both), M * K + W + M * N + used * both + (0 if point.forward_alone else u * point.layers)
+    both = N + point.packed_layers * K  # B has r columns for each output, A r rows for each layer
+    forward = 2 * (M * N * K + u * both), M * K + W + M * N + used * both + (0 if point.forward_alone else u * point.packed_layers)
     # dS, dX, dA and dB: x, dY, W, U and the adapters in use in, dX, dA and dB out; these are whole stacks, zeros included.
-    backward = 2 * (M * N * K + 2 * u * both), 2 * M * K + M * N + W + u * point.layers + (used + loaded) * both
+    backward = 2 * (M * N * K + 2 * u * both), 2 * M * K + M * N + W + u * point.packed_layers + (used + loaded) * both
     operations, elements = {"forward": forward, "backward": backward, "both": (forward[0] + backward[0], forward[1] + backward[1])}[what]
     return operations, elements * point.dtype.itemsize
 

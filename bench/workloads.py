@@ -46,7 +46,7 @@ class Point:
         return 1
 
     @property
-    def layers(self) -> int:
+    def packed_layers(self) -> int:
         """How many layers the weight packs, each with its own u."""
         return 1
 

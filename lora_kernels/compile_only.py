@@ -274,7 +274,7 @@ def packed_problems() -> Iterator[tuple[str, Problem, bool]]:
         (64, 16, many | dict(row_block=64, gather_block=16)),
         (8192, 64, many | dict(row_block=128, gather_block=32)),
     ):
-        problem = Problem(M, 6144, 4096, 3 * r, torch.bfloat16, packed="n", **plan)
+        problem = Problem(M, 6144, 4096, 3 * r, torch.bfloat16, packed="n", layers=3, **plan)
         label = f"packed M={M} r={r}{' adapters' if plan else ''}"
         yield f"forward {label}", problem, False
         if M > 64:

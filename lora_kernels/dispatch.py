@@ -191,6 +191,7 @@ def backward_arm(dy, x, weight, lora_A, lora_B, u, adapters: Adapters, dropout_p
         base=weight is None and lora_A is not None,
         experts=problem.is_stack(weight),
         packed="k" if adapters.widths else "",
+        layers=adapters.layers,
         **problem.segment_fields(adapters),
     )
     choice = choose(p, dy.device, impl, key)

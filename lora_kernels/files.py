@@ -175,7 +175,13 @@ def _layers(model: nn.Module, slot: int | None) -> dict[str, Any]:
     """The layers that ``slot`` means, by first name, as in the uncompiled model."""
     if slot is not None and (isinstance(slot, bool) or not isinstance(slot, int)):
         raise TypeError(f"slot: wanted an adapter's number, an int, got {type(slot).__name__}")
-    found: dict[str, Any] = {name: m for name, _, m in _modules(model) if isinstance(m, ADAPTED)}
+    found: dict[str, Any] = {}
+    for name, _, m in _modules(model):
+        if not isinstance(m, ADAPTED):
+            continue
+        if name in found:
+            raise ValueError(f"names: wanted a name for each layer that files can tell apart, got {name} for two")
+        found[name] = m
     if not found:
         hint = "apply_lora(model, config) makes them"
         raise ValueError(f"model: wanted one that contains FusedLoRALinear or MultiLoRALinear layers, got none; {hint}")
@@ -356,7 +362,7 @@ def _check_packed(config: LoRAConfig, given: dict[str, Any]) -> None:
         if isinstance(part, PackedPart):
             scalings.setdefault(part.layer, {})[name] = config.scaling_of(name)
     for each in scalings.values():
-        if len(set(each.values())) > 1:
+        if not all(math.isclose(scaling, next(iter(each.values())), rel_tol=1e-6) for scaling in each.values()):  # slots have float32
             raise ValueError(f"{CONFIG_FILE}: wanted one scaling (lora_alpha / r) for layers that are packed together, got {each}")
 
 

@@ -32,3 +32,11 @@ def blocks_of(widths: tuple[int, ...], columns: int, block: int) -> int:
 def even(widths: tuple[int, ...], columns: int, block: int) -> bool:
     """Whether such blocks need no mask."""
     return all(width % block == 0 for width in widths) if widths else columns % block == 0
+
+
+def check_widths(widths, N: int) -> None:
+    """The outputs of the layers that a weight packs."""
+    if not isinstance(widths, (tuple, list)) or not all(isinstance(width, int) and not isinstance(width, bool) for width in widths):
+        raise TypeError(f"widths: wanted ints, the out_features of each packed layer, or None, got {widths!r}")
+    if not widths or min(widths) < 1 or sum(widths) != N:
+        raise ValueError(f"widths: wanted numbers from 1 whose sum is out_features, {N}, got {list(widths)} (sum {sum(widths)})")

@@ -16,7 +16,7 @@ from torch import nn
 from .multi import MultiLoRALinear
 from .nn import check_linear, init_adapter
 from .over import Over, sizes
-from .problem import check_widths
+from .packed import check_widths
 
 
 class PackedLoRALinear(MultiLoRALinear):
@@ -56,6 +56,8 @@ class PackedLoRALinear(MultiLoRALinear):
     def from_linears(cls, linears: Sequence[nn.Linear], **adapters) -> PackedLoRALinear:
         """One layer for several of one x. Their weights and biases are copied into one tensor, of which they become views: no memory more.
 
+        So what `merge` writes shows in them, too. Copies (``deepcopy``) and what ``.to`` moves or casts have weights of their own again.
+
         Args:
             linears: nn.Linear layers of the same in_features, dtype and device, with a bias each or none of them.
             The others: as for the class.
@@ -76,9 +78,10 @@ class PackedLoRALinear(MultiLoRALinear):
     ) -> None:  # fmt: skip
         self.widths = tuple(widths)
         if names is not None:
-            self.names = tuple(names)
-            if len(set(self.names)) != len(widths) or not all(isinstance(name, str) and name and "." not in name for name in names):
+            listed = isinstance(names, (tuple, list)) and len(set(names)) == len(names) == len(widths)
+            if not listed or not all(isinstance(name, str) and name and "." not in name for name in names):
                 raise ValueError(f"names: wanted a name without dots for each of {len(widths)} layers, or None, got {names!r}")
+            self.names = tuple(names)
         self._adopt(base, num_adapters, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype)
         self.train(base.training)
 
@@ -180,8 +183,10 @@ def _known(widths) -> int:
 
 def _pack_parameters(linears: Sequence[nn.Linear]) -> nn.Linear:
     """A linear layer with the parameters of several, one after another."""
-    if not isinstance(linears, (tuple, list)) or not linears:
+    if not isinstance(linears, (tuple, list)):
         raise TypeError(f"linears: wanted a list of nn.Linear layers, got {type(linears).__name__}")
+    if not linears:
+        raise ValueError("linears: wanted at least one, got none")
     for linear in linears:
         check_linear(linear)
     one = linears[0]

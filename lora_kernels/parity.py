@@ -346,7 +346,8 @@ def _served(case: Case, arch: Arch) -> bool:
         blocks = dict(row_block=case.config.expand.block_m, gather_block=case.config.shrink.block_m)
     forward = problem.Problem(
         case.M, case.N, case.K, case.R * (len(case.widths) or 1), case.dtype, "x" if case.p else "", aligned=aligned,
-        adapters=case.adapters, experts=case.experts, packed="n" if case.widths else "", **blocks,
+        adapters=case.adapters, experts=case.experts, packed="n" if case.widths else "",
+        layers=len(case.widths) or 1, **blocks,
     )  # fmt: skip
     return all(why_not_here(case.config, each, arch) is None for each in (forward, forward.backward()))
 

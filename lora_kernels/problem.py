@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from .packed import check_widths
 from .segments import CPU, ONE, Adapters, Segments, readable
 
 MAX_RANK = 512
@@ -33,7 +34,7 @@ class Problem:
     adapter; ``row_block`` and ``gather_block`` are then its plan's, ``mixed_ranks`` whether adapters have ranks of their own.
     ``base``: whether x w is another's, who hands it in (or, in the backward pass, keeps it), and only u v is to be added.
     ``experts``: whether w is a stack, one for each adapter, as in a mixture of experts. ``packed``: "n" where the outputs are those of
-    several layers, "k" where the columns of x are (dX of such layers), or ""; R is then of all of them.
+    several ``layers``, "k" where the columns of x are (dX of such layers), or ""; R is then of all of them.
     """
 
     M: int
@@ -54,6 +55,7 @@ class Problem:
     base: bool = False
     experts: bool = False
     packed: str = ""
+    layers: int = 1
 
     @property
     def itemsize(self) -> int:
@@ -61,7 +63,12 @@ class Problem:
 
     @property
     def flops(self) -> int:
-        return forward_flops(self.M, self.N, self.K, self.R, self.base)
+        return forward_flops(self.M, self.N, self.K, self.R, self.base, self.layers)
+
+    @property
+    def tile_rank(self) -> int:
+        """How many columns of u a tile of y takes: a packed layer's own."""
+        return self.R // self.layers if self.packed == "n" else self.R
 
     def backward(self) -> Problem:
         """The problem of dX: K and N change places, and w is read along its other axis."""
@@ -152,6 +159,7 @@ def describe(x, weight, lora_A, lora_B, *, dropout: bool, adapters: Adapters = O
         base=weight is None,
         experts=is_stack(weight),
         packed="n" if adapters.widths else "",
+        layers=adapters.layers,
         **segment_fields(adapters),
     )
 
@@ -333,14 +341,6 @@ def check_adapters(N: int, K: int, why: str, lora_A, lora_B, segments, widths=No
     check_adapter("lora_B", lora_B, [*stack, N, R // layers], f"{why} and lora_A {_shape(lora_A)}", "[out_features, r]")
     if not 1 <= R <= MAX_RANK:
         raise UnsupportedError(f"lora_A: wanted a rank r from 1 to {MAX_RANK}, got r = {R} (shape {_shape(lora_A)})")
-
-
-def check_widths(widths, N: int) -> None:
-    """The outputs of the layers that a weight packs."""
-    if not isinstance(widths, (tuple, list)) or not all(isinstance(width, int) and not isinstance(width, bool) for width in widths):
-        raise TypeError(f"widths: wanted ints, the out_features of each packed layer, or None, got {widths!r}")
-    if not widths or min(widths) < 1 or sum(widths) != N:
-        raise ValueError(f"widths: wanted numbers from 1 whose sum is out_features, {N}, got {list(widths)} (sum {sum(widths)})")
 
 
 def check_adapter(name: str, t, wanted: list, why: str, peft: str) -> None:

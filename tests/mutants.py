@@ -181,7 +181,7 @@ MANY = [
     Mutant("shrink: adapter 0 for all", SHRINK, "tl.cast(slot, tl.int64) * stride_ae", "0"),
     Mutant("shrink: adapter in 32 bits", SHRINK, "tl.cast(slot, tl.int64) * stride_ae", "slot * stride_ae"),
     Mutant("shrink: no rank bound", SHRINK, "k0, r0, K, rank,", "k0, r0, K, R,", note=SELECTED),
-    Mutant("shrink: sums beyond the rank", SHRINK, "live & (r0 < rank)", "live", note=SPEED),
+    Mutant("shrink: sums beyond the rank", SHRINK, "live & any_within_rank(r0, rank, period, BLOCK_R)", "live", note=SPEED),
     Mutant("shrink: no select beyond the rank", SHRINK, SHRINK_SELECT, "live"),
     Mutant("shrink: no select of base-only tokens", SHRINK, SHRINK_SELECT, SHRINK_SELECT.replace(" & live", "")),
     Mutant("shrink: rows stored in order of place", SHRINK, "row_offsets(z, tokens, r0)", "row_offsets(z, m0 + tl.arange(0, BLOCK_M), r0)"),

@@ -27,7 +27,9 @@ PACKED = [
     Mutant("packed: A of the first layer in the loop", EXPAND, "a, k0, first, K, first + R", "a, k0, 0, K, R"),
     Mutant("packed: blocks of ranks up to one layer's", EXPAND, "(0, rank if period is None else R, BLOCK_R", "(0, rank, BLOCK_R"),
     Mutant("packed: counters of one layer's tiles", EXPAND, "column_blocks(N, ends, BLOCK_N) + pid_n", "tl.cdiv(N, BLOCK_N) + pid_n"),
-    Mutant("packed: u skipped beyond a first rank", SHRINK, "if period is None:\n            k_end", "if True:\n            k_end"),
+    Mutant("packed: skipped beyond a first rank", LOAD, "(r0 % period < rank) | (r0 % period + BLOCK_R > period)", "r0 < rank"),
+    Mutant("packed: skipped where a block is two layers'", LOAD, " | (r0 % period + BLOCK_R > period)", ""),
+    Mutant("packed: never skipped", LOAD, "(r0 % period < rank) | (r0 % period + BLOCK_R > period)", "r0 >= 0", note=SPEED),
     Mutant("packed: A beyond the rank", SHRINK, "EVEN_R, WIDE, own).to", "EVEN_R, WIDE).to",
            note="equivalent: the select drops those columns"),
     Mutant("packed: dS of the first layer's columns", SHRINK, "begin, K = layer_columns(layer, ends)", "_, K = layer_columns(layer, ends)"),
@@ -35,7 +37,6 @@ PACKED = [
            "begin, _ = layer_columns(layer, ends)"),
     Mutant("packed: dS in the first layer's place", SHRINK, " + layer * R * z[2]", ""),
     Mutant("packed: dB with u of the first layer", WGRAD, "column = layer * R", "column = 0"),
-    Mutant("packed: dA skipped beyond a first rank", WGRAD, "            if period is None:\n", "            if True:\n"),
     Mutant("packed: dA of one rank for all", WGRAD, "column + (rank if period is None else R)", "column + rank"),
     Mutant("packed: dS unpacked", LAUNCH, "widths=adapters.widths, **shared", "**shared"),
     Mutant("packed: splits of all columns", LAUNCH, "_split(max(widths, default=K)", "_split(K", note=SPEED),
@@ -77,6 +78,8 @@ PACKED = [
            "for its_A, its_B in zip(A, B.split(self.widths), strict=True):\n            init_adapter(its_A, its_B,",
            "for its_A, its_B in ((A, B),):\n            init_adapter(its_A, its_B,"),
     Mutant("layer: merged in part", "merging.py", "for each, its_base in written:", "for each, its_base in written[-1:]:"),
+    Mutant("layer: names of two layers", "files.py", "if name in found:", "if False:"),
+    Mutant("layer: scalings to the last bit", "files.py", "rel_tol=1e-6", "rel_tol=0"),
     Mutant("layer: merged as one", "merging.py", "elif self.widths:", "elif False:"),
 ]  # fmt: skip
 

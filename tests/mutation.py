@@ -41,7 +41,10 @@ SELECTIONS = {  # a mutant's tests: their files, and which of them run first
         ["test_projections.py", "test_shared_input.py"],
         "not (test_ranks or test_sizes or looks_on or named_arm or refusals) or triton and test_sizes and 65-129",
     ),
-    "packed": (["test_packed.py", "test_packed_layer.py"], "not (opcheck or compiled or test_refusals or 170 or repeats or flops)"),
+    "packed": (
+        ["test_packed.py", "test_packed_layer.py", "test_packed_files.py"],
+        "not (opcheck or compiled or test_refusals or 170 or repeats or flops)",
+    ),
     "merge": (["test_merging.py"], "one_rounding or in_place or blocks or not_finite or merged"),
     "overlap": (["test_overlap.py"], "test"),
     "plan": (["test_plan.py"], "equals or apart or one_adapter or out_of_range or any_block or parts"),

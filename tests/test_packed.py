@@ -13,7 +13,7 @@ from lora_kernels import Segments, UnsupportedError, explain, lora_linear, ops, 
 from lora_kernels.parity import Case, run_case
 from lora_kernels.problem import Problem
 from lora_kernels.segments import Adapters
-from lora_kernels.tuning import why_not
+from lora_kernels.tuning import heuristic, tables, why_not
 from lora_kernels.tuning.arch import Arch
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -324,6 +324,28 @@ def test_configurations_that_cannot():
     y = lora_linear(**t, widths=WIDTHS, impl="triton", config=with_u("loop"))
     with pytest.raises(UnsupportedError, match="must be given where layers are packed"):
         y.sum().backward()
+
+
+def test_a_tile_takes_one_layers_rank():
+    """What a tile of y keeps, and whether u fits the loop, go by a layer's rank, not by that of all."""
+    arch = Arch.cuda(9, 0)
+    alone = Problem(8192, 6144, 4096, 16, torch.bfloat16)
+    packed = replace(alone, R=48, packed="n", layers=3)
+    assert heuristic(packed, arch).expand == heuristic(alone, arch).expand
+    assert replace(packed, M=64, R=96).tile_rank == 32 and heuristic(replace(packed, M=64, R=96), arch).expand.u == "loop"
+    assert heuristic(replace(packed, M=64, R=96).backward(), arch).expand.u == "given"
+    loop = heuristic(replace(alone, M=64), arch)
+    assert why_not(loop, replace(packed, M=64, R=384), arch) is None
+    assert "serves ranks up to 128, got 129" in why_not(loop, replace(packed, M=64, R=387), arch)
+    assert packed.flops == 2 * 8192 * (6144 * 4096 + 16 * 6144 + 48 * 4096)
+
+
+def test_rows_of_one_layer_are_not_taken_for_packed_ones(monkeypatch):
+    problem = Problem(64, 6144, 4096, 48, torch.bfloat16)
+    row = tables.Row((9, 0), (1, 128), 6144, 4096, (1, 64), False, 2, "triton", heuristic(problem, Arch.cuda(9, 0)), "a measurement")
+    monkeypatch.setattr(tables, "ROWS", (row,))
+    assert tables.lookup(problem, Arch.cuda(9, 0)) is row
+    assert tables.lookup(replace(problem, packed="n", layers=3), Arch.cuda(9, 0)) is None
 
 
 def test_explain():

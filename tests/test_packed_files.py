@@ -8,7 +8,16 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from lora_kernels import PackedLoRALinear, Segments, load_adapter, save_adapter, use_segments
+from lora_kernels import (
+    LoRAConfig,
+    MultiLoRALinear,
+    PackedLoRALinear,
+    Segments,
+    apply_lora,
+    load_adapter,
+    save_adapter,
+    use_segments,
+)
 
 K, WIDTHS, E, R = 24, (16, 8, 8), 3, 6
 NAMES = ("q_proj", "k_proj", "v_proj")
@@ -138,8 +147,37 @@ def test_ranks_that_differ_with_one_scaling(tmp_path):
     torch.testing.assert_close(answers(mine, 1), theirs(X), **CLOSE)
 
 
+def test_scalings_that_differ_by_rounding_alone(tmp_path):
+    """A scaling that was set is written as the lora_alpha that gives it, from which each rank reads another last bit."""
+    apart = base()
+    apply_lora(
+        apart, LoRAConfig(target_modules=list(NAMES), r=6, rank_pattern={"q_proj": 1, "k_proj": 3, "v_proj": 1}, init_lora_weights=False)
+    )
+    for block in apart.blocks:
+        for name in NAMES:
+            getattr(block, name).scaling = 0.1
+    save_adapter(apart, tmp_path)
+    mine = packed()
+    load_adapter(mine, tmp_path, slot=1)
+    torch.testing.assert_close(answers(mine, 1), apart(X).detach(), rtol=1e-7, atol=1e-7)  # a slot's scaling is float32
+
+
+@pytest.mark.parametrize("other", ["packed", "alone"])
+def test_names_that_two_layers_have(tmp_path, other):
+    """Neither would be told from the other: nothing is written, nothing changed."""
+    how = dict(num_adapters=E, r=R, init_lora_weights=False)
+    twin = PackedLoRALinear(K, WIDTHS, names=NAMES, **how) if other == "packed" else MultiLoRALinear(K, 16, **how)
+    model = nn.ModuleDict(
+        {"self_qkv": PackedLoRALinear(K, WIDTHS, names=NAMES, **how), "q_proj" if other == "alone" else "cross_qkv": twin}
+    )
+    for step in (lambda: save_adapter(model, tmp_path / "new", slot=0), lambda: load_adapter(model, tmp_path, slot=0)):
+        with pytest.raises(ValueError, match="names: wanted a name for each layer that files can tell apart, got q_proj for two"):
+            step()
+    assert not (tmp_path / "new").exists()
+
+
 def test_names():
-    for names in (("q", "k"), ("q", "k", "q"), ("q", "k", "a.v"), ("q", "k", ""), ("q", "k", 3)):
+    for names in (3, "qkv", iter(NAMES), ("q", "k"), ("q", "k", "q"), ("q", "k", "a.v"), ("q", "k", ""), ("q", "k", 3)):
         with pytest.raises(ValueError, match="names: wanted a name without dots for each of 3 layers, or None"):
             packed(names)
     assert packed(list(NAMES)).blocks[0].qkv_proj.names == NAMES

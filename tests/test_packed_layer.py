@@ -126,6 +126,8 @@ def test_linears_that_do_not_go_together(change, says):
 def test_refused_construction():
     with pytest.raises(TypeError, match="linears: wanted a list of nn.Linear layers, got Linear"):
         PackedLoRALinear.from_linears(nn.Linear(4, 4), num_adapters=2)
+    with pytest.raises(ValueError, match="linears: wanted at least one, got none"):
+        PackedLoRALinear.from_linears([], num_adapters=2)
     with pytest.raises(TypeError, match="linear: wanted an nn.Linear, got FusedLoRALinear"):
         PackedLoRALinear.from_linears([FusedLoRALinear(4, 4)], num_adapters=2)
     with pytest.raises(ValueError, match="widths: wanted numbers from 1 whose sum is out_features, 8"):

@@ -71,6 +71,12 @@ def within_rank(r0, rank, period, BLOCK_R: tl.constexpr):
 
 
 @triton.jit
+def any_within_rank(r0, rank, period, BLOCK_R: tl.constexpr):
+    """Whether any of these columns is."""
+    return r0 < rank if period is None else (r0 % period < rank) | (r0 % period + BLOCK_R > period)
+
+
+@triton.jit
 def load_v(
     v, r0, n0, R, N, rank, period,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, EVEN_R: tl.constexpr, EVEN_N: tl.constexpr, WIDE: tl.constexpr,

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .dropout import drop
-from .load import load_dense, load_rows, row_offsets, tile_mask, tile_ptrs, within_rank
+from .load import any_within_rank, load_dense, load_rows, row_offsets, tile_mask, tile_ptrs, within_rank
 from .tiles import gathered_tile, layer_columns
 
 
@@ -58,10 +58,7 @@ def shrink_tile(
         slot = tl.where(live, slot, 0)
         if ranks_ptr is not None:
             rank = tl.minimum(tl.load(ranks_ptr + slot), R)
-        if period is None:
-            k_end = tl.where(live & (r0 < rank), k_end, k_start)
-        else:
-            k_end = tl.where(live, k_end, k_start)
+        k_end = tl.where(live & any_within_rank(r0, rank, period, BLOCK_R), k_end, k_start)
     else:
         tokens = m0 + tl.arange(0, BLOCK_M)
         row_mask = tokens < M

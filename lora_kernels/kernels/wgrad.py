@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .dropout import drop
-from .load import load_dense, load_rows, tile_base, tile_mask, tile_offsets, within_rank
+from .load import any_within_rank, load_dense, load_rows, tile_base, tile_mask, tile_offsets, within_rank
 from .tiles import column_block, column_blocks
 
 
@@ -67,8 +67,7 @@ def wgrad(
         M = tl.load(starts_ptr + adapter + 1)
         if ranks_ptr is not None:
             rank = tl.minimum(tl.load(ranks_ptr + adapter), R)
-            if period is None:
-                M = tl.where(r0 < rank, M, first)
+            M = tl.where(any_within_rank(r0, rank, period, BLOCK_R), M, first)
         blocks_per_split = tl.cdiv(tl.cdiv(M - first, BLOCK_M), tl.num_programs(2))
     layer, _, j0, J = column_block(block, J, ends, BLOCK_J)
     column = layer * R

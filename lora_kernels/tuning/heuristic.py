@@ -88,7 +88,7 @@ def _many_tokens(problem: Problem, arch: Arch) -> Expand:
 def _few_tokens(problem: Problem) -> Expand:
     block_m = 16 if problem.M <= 16 else 32 if problem.M <= 32 else 64
     # One launch is right where the rank accumulator is small, and where no mask has to be regenerated beside a large tile.
-    loop = problem.R <= 64 and problem.packed != "k" and (not problem.dropout or (problem.dropout == "x" and block_m < 64))
+    loop = problem.tile_rank <= 64 and problem.packed != "k" and (not problem.dropout or (problem.dropout == "x" and block_m < 64))
     block_k = 32 if problem.itemsize == 4 else 64
     return Expand(block_m, 32 if loop else 64, block_k, num_warps=4, num_stages=STREAMED, u="loop" if loop else "given")
 

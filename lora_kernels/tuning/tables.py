@@ -58,7 +58,7 @@ def lookup(problem: Problem, arch: Arch) -> Row | None:
     for row in ROWS:
         if (
             arch.kind == "cuda"
-            and not (problem.base or problem.experts)
+            and not (problem.base or problem.experts or problem.packed)
             and row.capability == arch.capability
             and row.tokens[0] <= problem.M < row.tokens[1]
             and (row.N, row.K) == (problem.N, problem.K)

@@ -58,8 +58,8 @@ def _expand(e: Expand, problem: Problem, arch: Arch) -> str | None:
         return f"expand.masked is not compiled for {arch.name}: Triton 3.6 fails where it hoists tensor memory"
     if problem.packed and (e.u == "awaited" or (problem.packed == "k" and e.u != "given")):
         return f"expand.u must be {'given or in the loop' if problem.packed == 'n' else 'given'} where layers are packed, got {e.u!r}"
-    if e.u == "loop" and problem.R > LOOP_RANK:
-        return f"expand.u='loop' keeps the whole rank in one accumulator and serves ranks up to {LOOP_RANK}, got {problem.R}"
+    if e.u == "loop" and problem.tile_rank > LOOP_RANK:
+        return f"expand.u='loop' keeps the whole rank in one accumulator and serves ranks up to {LOOP_RANK}, got {problem.tile_rank}"
     if e.tma:
         if not arch.has_tma:
             return f"expand.tma needs the bulk tensor copy engine of sm_90 and later, not {arch.name}"
@@ -142,7 +142,7 @@ def expand_shared_memory(e: Expand, problem: Problem, arch: Arch) -> int:
     """A lower bound of expand's shared memory in bytes: the tiles in flight of x and w, and what u and v take beside them."""
     if e.base == "library":
         return walk_memory(e, problem)
-    rank = rank_block(problem.R, LOOP_RANK if e.u == "loop" else TILE_RANK)
+    rank = rank_block(problem.tile_rank, LOOP_RANK if e.u == "loop" else TILE_RANK)
     columns = e.block_m + e.block_n + (rank if e.u == "loop" else 0)
     stages = _tiles_in_flight(e.num_stages, e.block_m, e.num_warps, problem, arch) * columns * e.block_k * problem.itemsize
     beside = (e.block_m + e.block_n) * rank * problem.itemsize if arch.has_wgmma and e.u == "given" and e.block_m >= 64 else 0
@@ -151,8 +151,8 @@ def expand_shared_memory(e: Expand, problem: Problem, arch: Arch) -> int:
 
 def walk_memory(e: Expand, problem: Problem) -> int:
     """The tiles in flight while a row block's adapters are walked: v behind an id and perhaps a rank, and u where it is taken in blocks."""
-    block = rank_block(problem.R, MIXED_RANK if problem.mixed_ranks else TILE_RANK)
-    u = max(0, e.walk - 2) * e.block_m * block if problem.R > block and not e.masked else 0
+    block = rank_block(problem.tile_rank, MIXED_RANK if problem.mixed_ranks else TILE_RANK)
+    u = max(0, e.walk - 2) * e.block_m * block if problem.tile_rank > block and not e.masked else 0
     return (u + max(0, e.walk - 1) // 3 * block * e.block_n) * problem.itemsize
 
 
