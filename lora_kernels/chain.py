@@ -167,7 +167,7 @@ def its_rows(A, layers: int, rank: int):
 
 
 def forward(x, weight, lora_A, lora_B, bias, seed, adapters: Adapters, scale: float, p: float, save_u=True, config=None, base=None, u=None):
-    """``y [M, N]`` and ``u [M, r]`` for x ``[M, K]``; p = 0 means no dropout. The signature is an arm's: u costs nothing here."""
+    """``y [M, N]`` and ``u [M, r]`` for x ``[M, K]``; p = 0: no dropout. With segments u is None unless ``save_u``; else it is free."""
     A, B = (lora_A, lora_B) if lora_A.dtype == x.dtype else (lora_A.to(x.dtype), lora_B.to(x.dtype))
     M, bits = x.shape[0] * adapters.top_k, None
     if p:  # the 1 / (1 - p) goes into the product's scale, so that nothing is rounded here
@@ -183,18 +183,23 @@ def forward(x, weight, lora_A, lora_B, bias, seed, adapters: Adapters, scale: fl
         for own, ranks in layers_of(adapters.widths, B.shape[1]):
             y[:, own].addmm_(u[:, ranks], B[own].t())
         return y, u
-    u, layers = x.new_zeros(M, A.shape[1]), adapters.layers
+    u, layers = x.new_zeros(M, A.shape[1]) if save_u else None, adapters.layers
     experts = is_stack(weight)
     y = x.new_zeros(M, weight.shape[1]) if experts else _product(x, weight, bias, base)
     for e, rows, rank, its_scale in runs(adapters.segments, adapters, B.shape[2], scale):
         its_x = tokens_of(x, rows, adapters.top_k)
         its_u = scaled_mm(its_x if bits is None else drop(its_x, bits[rows]), its_rows(A[e], layers, rank).t(), its_scale)
-        u.view(M, layers, B.shape[2])[rows, :, :rank] = its_u.view(len(its_u), layers, rank)
+        if save_u and layers == 1:
+            u[rows, :rank] = its_u
+        elif save_u:
+            u.view(M, layers, B.shape[2])[rows, :, :rank] = its_u.view(len(its_u), layers, rank)
         if experts:
             y[rows] = base_linear(its_x, weight[e], None if bias is None else bias[e]).addmm_(its_u, B[e, :, :rank].t())
-            continue
-        for own, ranks in layers_of(adapters.widths, rank):
-            add_product(y[:, own], rows, its_u[:, ranks], B[e, own, :rank].t())
+        elif layers == 1:
+            add_product(y, rows, its_u, B[e, :, :rank].t())
+        else:
+            for own, ranks in layers_of(adapters.widths, rank):
+                add_product(y[:, own], rows, its_u[:, ranks], B[e, own, :rank].t())
     return y, u
 
 
@@ -242,10 +247,11 @@ def backward(
         da = dy.new_zeros(E, layers * R, x.shape[1], dtype=adapter_dtype)
     if need_db:
         db = dy.new_zeros(E, dy.shape[1], R, dtype=adapter_dtype)
+    unscaled = adapters._replace(scales=None)  # the scale of each is in its run
     for e, rows, rank, its_scale in runs(adapters.segments, adapters, R, scale):
         its_dy, its_bits = dy[rows], None if bits is None else bits[rows]
         if need_dx or need_da:
-            ds = grad_u(its_dy, B[e, :, :rank], adapters._replace(scales=None), its_scale)
+            ds = grad_u(its_dy, B[e, :, :rank], unscaled, its_scale)
         if need_dx and experts:
             its_dx = torch.mm(its_dy, weight[e])
             add_product(its_dx, None, ds, its_rows(A[e], layers, rank), its_bits, keep)
@@ -254,9 +260,12 @@ def backward(
             add_product(dx, rows, ds, its_rows(A[e], layers, rank), its_bits, keep)
         if need_da:
             own = _grad_A(ds, tokens_of(x, rows, adapters.top_k), its_bits, keep, adapter_dtype)
-            da[e].view(layers, R, -1)[:, :rank] = own.view(layers, rank, x.shape[1])
+            if layers == 1:
+                da[e, :rank] = own
+            else:
+                da[e].view(layers, R, -1)[:, :rank] = own.view(layers, rank, x.shape[1])
         if need_db:
-            its_u = u.view(-1, layers, R)[rows, :, :rank].flatten(1)
+            its_u = u[rows, :rank] if layers == 1 else u.view(-1, layers, R)[rows, :, :rank].flatten(1)
             db[e, :, :rank] = _grad_B(its_dy, its_u, adapter_dtype, adapters.widths)
     return dx, da, db
 

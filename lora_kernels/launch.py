@@ -24,7 +24,7 @@ from .kernels.load import load_dense, load_descriptor, load_descriptor_transpose
 from .kernels.overlap import in_order, let_next_begin, wait_for_previous, wait_then_let_next_begin
 from .kernels.shrink import shrink
 from .kernels.wgrad import wgrad
-from .packed import blocks_of, ends_of, even
+from .packed import cut
 from .segments import ONE, Adapters
 from .streams import beside, fork, on_device, sm_count
 from .tuning import MERGE, Config, rank_block
@@ -121,7 +121,8 @@ def run_shrink(
     M, K = x.shape[0] * fan, x.shape[1]
     R, layers = a.shape[-1], len(widths) or 1
     block_r = rank_block(R, TILE_RANK if adapters.ranks is not None else 128)
-    blocks, splits = _split(max(widths, default=K), c.block_k, c.split)
+    ends, _, even = cut(widths, K, c.block_k)
+    blocks, splits = _split(max(widths) if widths else K, c.block_k, c.split)
     # Partial sums lie a multiple of 16 rows apart: their stride compiles one kernel then, whatever M and R.
     rows = M if splits == 1 else 16 * cdiv(M, 16)
     whole = splits == 1 and out is not None
@@ -130,12 +131,12 @@ def run_shrink(
     args = (
         _matrix(x), _matrix(a), _matrix(z), z.stride(0) if splits > 1 else 0,
         adapters.gather(), adapters.number, _stack_stride(a), adapters.scales, adapters.ranks,
-        seed, threshold, scale * inv_keep, M, K, R, ends_of(widths), None if widths else _period(adapters, R), blocks,
+        seed, threshold, scale * inv_keep, M, K, R, ends, None if widths else _period(adapters, R), blocks,
     )  # fmt: skip
     options = dict(
         LOAD_X=load_dense, SEGMENTS=seg is not None, DROPOUT=dropout is not None, PRECISION=precision(x.dtype),
         BLOCK_M=c.block_m, BLOCK_K=c.block_k, BLOCK_R=block_r,
-        EVEN_K=even(widths, K, c.block_k), EVEN_R=R % block_r == 0 and adapters.ranks is None,
+        EVEN_K=even, EVEN_R=R % block_r == 0 and adapters.ranks is None,
         WIDE=_wide((x, max(c.block_m, c.block_k)), (a, c.block_k)), LET_GO=None, FAN=fan, num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip
     tiles = cdiv(M, c.block_m) if seg is None else seg.tile_adapter.shape[0]
@@ -149,7 +150,7 @@ def run_shrink(
 
 def _period(adapters: Adapters, R: int) -> int | None:
     """How many of R columns of u are a packed layer's, where an adapter's own rank ends each."""
-    return R // adapters.layers if adapters.widths and adapters.ranks is not None else None
+    return R // adapters.layers if adapters.ranks is not None and adapters.widths else None
 
 
 def run_wgrad(*args, **kwargs) -> torch.Tensor:
@@ -172,6 +173,7 @@ def prepare_wgrad(
     J, M = x.shape[1], g.shape[0]
     widths = () if out_transposed else adapters.widths  # of dY's columns
     R = g.shape[1] // (len(widths) or 1)
+    ends, columns, even = cut(widths, J, c.block_j)
     block_r = rank_block(R, TILE_RANK if adapters.ranks is not None else 128)
     blocks, splits = _split(M, c.block_m, c.split)
     if seg is not None:  # every adapter's tokens are split alike, for how many they are is known on the device alone
@@ -185,17 +187,17 @@ def prepare_wgrad(
         starts, order = (None, None) if seg is None else (seg.starts, seg.order)
         args = (
             _matrix(x), _matrix(g), (out, *strides), out.stride(0), starts, order, out.stride(1), adapters.ranks,
-            seed, threshold, scale * inv_keep, M, J, R, ends_of(widths), None if widths else _period(adapters, R), blocks,
+            seed, threshold, scale * inv_keep, M, J, R, ends, None if widths else _period(adapters, R), blocks,
         )  # fmt: skip
         options = dict(
             SEGMENTS=seg is not None, DROPOUT=dropout is not None, PRECISION=precision(x.dtype), BLOCK_M=c.block_m, BLOCK_J=c.block_j,
-            BLOCK_R=block_r, EVEN_J=even(widths, J, c.block_j), EVEN_R=R % block_r == 0 and adapters.ranks is None,
+            BLOCK_R=block_r, EVEN_J=even, EVEN_R=R % block_r == 0 and adapters.ranks is None,
             WIDE=_wide((x, max(c.block_m, c.block_j)), (out, c.block_j)), LET_GO=None, WAIT=None,
             FAN=fan_of(x, seg), num_warps=c.num_warps, num_stages=c.num_stages,
         )  # fmt: skip
         if beside:
             options |= _overlapped(LET_GO=let_next_begin, WAIT=wait_for_previous)
-        _run(wgrad, (E * blocks_of(widths, J, c.block_j), cdiv(R, block_r), splits), args, options)
+        _run(wgrad, (E * columns, cdiv(R, block_r), splits), args, options)
 
     def total() -> torch.Tensor:
         summed = out[0] if splits == 1 else out.sum(0).to(dtype)
@@ -212,8 +214,7 @@ def _overlapped(**plugs) -> dict:
 def tile_counters(M: int, N: int, config: Config, device: torch.device, widths=()) -> torch.Tensor | None:
     """The zeroed counters of tiles whose K is split, or None. Made before shrink, so that nothing stands between two launches (pdl)."""
     c = config.expand
-    tiles = cdiv(M, c.block_m) * blocks_of(widths, N, c.block_n)
-    return torch.zeros(tiles, dtype=torch.int32, device=device) if c.split > 1 else None
+    return torch.zeros(cdiv(M, c.block_m) * cut(widths, N, c.block_n)[1], dtype=torch.int32, device=device) if c.split > 1 else None
 
 
 def run_expand(
@@ -242,7 +243,8 @@ def run_expand(
     add = None if onto is None else "first" if drop_uv is None else "last"
     y = x.new_empty(M, N) if out is None else out
     widths = adapters.widths if transposed else ()  # of w's columns
-    num_m, tiles = cdiv(M, c.block_m), cdiv(M, c.block_m) * blocks_of(widths, N, c.block_n)
+    ends, columns, even = cut(widths, N, c.block_n)
+    num_m, tiles = cdiv(M, c.block_m), cdiv(M, c.block_m) * columns
     gathered = seg.tile_adapter.shape[0] if seg else 0
     items, flags, ticket = tiles, None, None
     if c.u == "awaited":
@@ -277,7 +279,7 @@ def run_expand(
         adapters.rows(), _matrix(x) if seg and c.u == "awaited" else None, adapters.gather(), gathered, adapters.number,
         _stack_stride(a), _stack_stride(v), None if c.u == "given" else adapters.scales, adapters.ranks,
         flags, ticket, parts, blocks_per_part, late, seed, threshold, inv_keep, scale * (inv_keep if drop_x else 1.0), M, N, K, R,
-        ends_of(widths), None if widths else _period(adapters, R),
+        ends, None if widths else _period(adapters, R),
     )  # fmt: skip
     blocks = max(c.block_m, c.block_n, c.block_k)
     options = dict(
@@ -287,7 +289,7 @@ def run_expand(
         DROP_UV=drop_uv is not None, PRECISION="ieee" if exact else precision(x.dtype),
         BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, BLOCK_R=block_r,
         R_BLOCKS=r_blocks, GROUP_M=c.group_m, GATHER_M=c.block_m if seg is None else seg.gather_block,
-        EVEN_N=even(widths, N, c.block_n), EVEN_K=K % c.block_k == 0, EVEN_R=R % block_r == 0 and adapters.ranks is None,
+        EVEN_N=even, EVEN_K=K % c.block_k == 0, EVEN_R=R % block_r == 0 and adapters.ranks is None,
         WIDE=_wide((x, blocks), (w, blocks), (base, blocks), (v, blocks), (y, blocks)), PERSISTENT=c.persistent,
         WAIT=None, num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip

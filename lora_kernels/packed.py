@@ -11,11 +11,6 @@ from __future__ import annotations
 import itertools
 
 
-def ends_of(widths: tuple[int, ...]) -> tuple[int, ...] | None:
-    """Where each layer's columns end; None for one layer: what a kernel is given."""
-    return tuple(itertools.accumulate(widths)) if widths else None
-
-
 def layers_of(widths: tuple[int, ...], rank: int) -> list[tuple[slice, slice]]:
     """For each layer its outputs, and which columns of u are its own, ``rank`` a layer; all of both for one layer."""
     if not widths:
@@ -24,14 +19,12 @@ def layers_of(widths: tuple[int, ...], rank: int) -> list[tuple[slice, slice]]:
     return [(slice(end - N, end), slice(i * rank, (i + 1) * rank)) for i, (end, N) in enumerate(zip(ends, widths, strict=True))]
 
 
-def blocks_of(widths: tuple[int, ...], columns: int, block: int) -> int:
-    """How many blocks of columns there are, none of them of two layers."""
-    return sum(-(-width // block) for width in widths) if widths else -(-columns // block)
-
-
-def even(widths: tuple[int, ...], columns: int, block: int) -> bool:
-    """Whether such blocks need no mask."""
-    return all(width % block == 0 for width in widths) if widths else columns % block == 0
+def cut(widths: tuple[int, ...], columns: int, block: int) -> tuple[tuple[int, ...] | None, int, bool]:
+    """Columns in blocks, none of two layers: where each layer ends (None: one layer), how many blocks, and whether they need no mask."""
+    if not widths:
+        return None, -(-columns // block), columns % block == 0
+    blocks, even = sum(-(-width // block) for width in widths), all(width % block == 0 for width in widths)
+    return tuple(itertools.accumulate(widths)), blocks, even
 
 
 def check_widths(widths, N: int) -> None:
