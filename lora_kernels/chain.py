@@ -175,11 +175,9 @@ def forward(x, weight, lora_A, lora_B, bias, seed, adapters: Adapters, scale: fl
     if adapters.segments is None:
         if u is None:
             u = down(x if bits is None else drop(x, bits), A, adapters, scale)
-        if base is not None and not adapters.widths:
-            return torch.addmm(base, u, B.t()), u
-        y = _product(x, weight, bias, base)
         if not adapters.widths:
-            return y.addmm_(u, B.t()), u
+            return (base_linear(x, weight, bias).addmm_(u, B.t()) if base is None else torch.addmm(base, u, B.t())), u
+        y = _product(x, weight, bias, base)
         for own, ranks in layers_of(adapters.widths, B.shape[1]):
             y[:, own].addmm_(u[:, ranks], B[own].t())
         return y, u

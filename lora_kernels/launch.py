@@ -131,7 +131,7 @@ def run_shrink(
     args = (
         _matrix(x), _matrix(a), _matrix(z), z.stride(0) if splits > 1 else 0,
         adapters.gather(), adapters.number, _stack_stride(a), adapters.scales, adapters.ranks,
-        seed, threshold, scale * inv_keep, M, K, R, ends, None if widths else _period(adapters, R), blocks,
+        seed, threshold, scale * inv_keep, M, K, R, ends, _period(adapters, R, widths), blocks,
     )  # fmt: skip
     options = dict(
         LOAD_X=load_dense, SEGMENTS=seg is not None, DROPOUT=dropout is not None, PRECISION=precision(x.dtype),
@@ -148,9 +148,9 @@ def run_shrink(
     return z if parts and splits > 1 else z[0] if splits == 1 else z.sum(0).to(dtype)
 
 
-def _period(adapters: Adapters, R: int) -> int | None:
-    """How many of R columns of u are a packed layer's, where an adapter's own rank ends each."""
-    return R // adapters.layers if adapters.ranks is not None and adapters.widths else None
+def _period(adapters: Adapters, R: int, widths) -> int | None:
+    """How many of R columns of u are a packed layer's, where an adapter's own rank ends each. widths: set where R is one layer's alone."""
+    return R // adapters.layers if adapters.ranks is not None and adapters.widths and not widths else None
 
 
 def run_wgrad(*args, **kwargs) -> torch.Tensor:
@@ -187,7 +187,7 @@ def prepare_wgrad(
         starts, order = (None, None) if seg is None else (seg.starts, seg.order)
         args = (
             _matrix(x), _matrix(g), (out, *strides), out.stride(0), starts, order, out.stride(1), adapters.ranks,
-            seed, threshold, scale * inv_keep, M, J, R, ends, None if widths else _period(adapters, R), blocks,
+            seed, threshold, scale * inv_keep, M, J, R, ends, _period(adapters, R, widths), blocks,
         )  # fmt: skip
         options = dict(
             SEGMENTS=seg is not None, DROPOUT=dropout is not None, PRECISION=precision(x.dtype), BLOCK_M=c.block_m, BLOCK_J=c.block_j,
@@ -279,7 +279,7 @@ def run_expand(
         adapters.rows(), _matrix(x) if seg and c.u == "awaited" else None, adapters.gather(), gathered, adapters.number,
         _stack_stride(a), _stack_stride(v), None if c.u == "given" else adapters.scales, adapters.ranks,
         flags, ticket, parts, blocks_per_part, late, seed, threshold, inv_keep, scale * (inv_keep if drop_x else 1.0), M, N, K, R,
-        ends, None if widths else _period(adapters, R),
+        ends, _period(adapters, R, widths),
     )  # fmt: skip
     blocks = max(c.block_m, c.block_n, c.block_k)
     options = dict(

@@ -12,9 +12,7 @@ import itertools
 
 
 def layers_of(widths: tuple[int, ...], rank: int) -> list[tuple[slice, slice]]:
-    """For each layer its outputs, and which columns of u are its own, ``rank`` a layer; all of both for one layer."""
-    if not widths:
-        return [(slice(None), slice(None))]
+    """For each packed layer its outputs, and which columns of u are its own, ``rank`` a layer."""
     ends = itertools.accumulate(widths)
     return [(slice(end - N, end), slice(i * rank, (i + 1) * rank)) for i, (end, N) in enumerate(zip(ends, widths, strict=True))]
 

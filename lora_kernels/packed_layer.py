@@ -37,8 +37,7 @@ class PackedLoRALinear(MultiLoRALinear):
     names: tuple[str, ...] | None = None
 
     def __init__(self, in_features: int, widths: Sequence[int], bias: bool = True, *, device=None, dtype=None, **adapters):
-        _known(widths)
-        linear = nn.Linear(in_features, sum(widths), bias, device=device, dtype=dtype)
+        linear = nn.Linear(in_features, _known(widths), bias, device=device, dtype=dtype)
         nn.Module.__init__(self)
         self._pack(linear, widths, **adapters)
 

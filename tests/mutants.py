@@ -323,7 +323,7 @@ BASE = [
     Mutant("base: by its rows alone", LAUNCH, "load_dense, _matrix(base)", "load_dense, (base, base.shape[1], 1)"),
     Mutant("base: not read", LAUNCH, READ_BASE, READ_BASE.replace("None:", "None and w is not None:")),
     Mutant("base: dX with dY for a base", LAUNCH, "and weight is not None:\n", "and weight is not None or not weight:\n"),
-    Mutant("base: torch arm writes to it", CHAIN, "return torch.addmm(base, u, B.t()), u", "return base.addmm_(u, B.t()), u"),
+    Mutant("base: torch arm writes to it", CHAIN, "torch.addmm(base, u, B.t())", "base.addmm_(u, B.t())"),
     Mutant("base: torch arm without a copy", CHAIN, "base.clone(memory_format=torch.contiguous_format)", "base"),
     Mutant("base: torch arm drops nothing of dX", CHAIN, "dx = dx if bits is None else drop(dx, bits)", "dx = dx"),
     Mutant("base: torch arm, dX without 1 / (1 - p)", CHAIN, "dx = scaled_mm(ds, A, keep)", "dx = scaled_mm(ds, A, 1.0)"),

@@ -42,7 +42,7 @@ PACKED = [
     Mutant("packed: splits of all columns", LAUNCH, "_split(max(widths) if widths else K", "_split(K", note=SPEED),
     Mutant("packed: dS of one layer", LAUNCH, "R * layers, dtype", "R, dtype"),
     Mutant("packed: programs for one layer's dS", LAUNCH, "layers * cdiv(R, block_r), splits", "cdiv(R, block_r), splits"),
-    Mutant("packed: no ranks", LAUNCH, "if adapters.ranks is not None and adapters.widths else None",
+    Mutant("packed: no ranks", LAUNCH, "if adapters.ranks is not None and adapters.widths and not widths else None",
            "if False else None"),
     Mutant("packed: dB unpacked", LAUNCH, "() if out_transposed else adapters.widths", "()"),
     Mutant("packed: y unpacked", LAUNCH, "adapters.widths if transposed else ()", "()"),
