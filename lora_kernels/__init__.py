@@ -4,7 +4,7 @@ Importing needs neither a GPU nor Triton; both are looked for when a call wants 
 """
 
 from . import reference
-from .apply import apply_lora, remove_lora, use_segments
+from .apply import apply_lora, remove_lora
 from .autograd import explain, lora_linear
 from .dispatch import Choice
 from .dora import dora_linear
@@ -15,13 +15,16 @@ from .multi import MultiLoRALinear
 from .nn import FusedLoRALinear
 from .over import LoRAOver, MultiLoRAOver
 from .packed_layer import PackedLoRALinear, PackedLoRAOver
+from .pool import AdapterPool
 from .problem import UnsupportedError
 from .projections import Projection, lora_linears
 from .segments import Segments
+from .serving import use_adapters, use_segments
 from .shared_input import share_inputs
 
 __version__ = "0.4.0"
 __all__ = [
+    "AdapterPool",
     "Choice",
     "FusedLoRALinear",
     "LoRAConfig",
@@ -44,5 +47,6 @@ __all__ = [
     "remove_lora",
     "save_adapter",
     "share_inputs",
+    "use_adapters",
     "use_segments",
 ]

@@ -7,7 +7,6 @@ names = apply_lora(model, LoRAConfig(target_modules=["q_proj", "v_proj"], r=16))
 from __future__ import annotations
 
 import collections
-import contextlib
 import difflib
 import functools
 from collections.abc import Callable, Collection, Iterator
@@ -22,7 +21,6 @@ from .multi import MultiLoRALinear
 from .nn import FusedLoRALinear, has_hooks
 from .over import LoRAOver, MultiLoRAOver, Over, quantised
 from .problem import UnsupportedError
-from .segments import Segments
 
 
 def apply_lora(model: nn.Module, config: LoRAConfig, *, num_adapters: int | None = None, adapter_dtype=None) -> list[str]:
@@ -103,28 +101,6 @@ def remove_lora(model: nn.Module, *, merge: bool = False) -> list[str]:
     stacks = [f"{plain_name(model, name)}.{each.parameter_name}" for name, layer in outermost.items() for each in layer.chain()[::-1]]
     _put(model, {name: _linear(layer) for name, layer in {**linear, **outermost}.items()}, {names[0]: names for names in places.values()})
     return [*linear, *stacks]
-
-
-@contextlib.contextmanager
-def use_segments(model: nn.Module, segments: Segments) -> Iterator[None]:
-    """Inside, every `MultiLoRALinear` of the model takes each token's adapter from this plan, which has an id for each of its tokens.
-
-    Raises:
-        ValueError: the model has no such layer.
-    """
-    layers = list(_places(model, MultiLoRALinear))
-    if not layers:
-        raise ValueError("model: wanted one with MultiLoRALinear layers (apply_lora with num_adapters), got none")
-
-    def hand_over(module, args, kwargs):
-        return args, {**kwargs, "segments": segments}
-
-    handles = [layer.register_forward_pre_hook(hand_over, with_kwargs=True) for layer in layers]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _targets(model: nn.Module, config: LoRAConfig) -> dict[str, list[str]]:

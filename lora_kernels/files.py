@@ -13,7 +13,7 @@ import json
 import math
 import os
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -119,6 +119,25 @@ def load_adapter(
         TypeError: dtypes. UnsupportedError: the config asks for more than plain LoRA. RuntimeError: merged layers. ImportError: no
         safetensors. In each case the model is as it was.
     """
+    adapter = read(model, folder, slot=slot, partial=partial, cast=cast)
+    put(adapter, slot)
+    return [adapter.called[name] for name in adapter.values]
+
+
+class Adapter(NamedTuple):
+    """An adapter as it was read, and the layers that it was checked against.
+
+    values: By layer, as keys of the file have it, and end of the key. called: Those layers' names as `apply_lora` gives them.
+    """
+
+    layers: dict[str, Any]
+    called: dict[str, str]
+    values: dict[str, dict[str, torch.Tensor]]
+    config: LoRAConfig
+
+
+def read(model: nn.Module, folder: str | os.PathLike, *, slot: int | None, partial: bool = False, cast: bool = False) -> Adapter:
+    """All of `load_adapter` but the writing."""
     safetensors_or_why()
     layers = _layers(model, slot)
     merged = [name for name, layer in layers.items() if getattr(layer, "merged", False)]
@@ -140,13 +159,13 @@ def load_adapter(
             name: {part: _finite(key, file.get_tensor(key).to(held[name][part].dtype)) for part, key in parts.items()}
             for name, parts in keys.items()
         }
-    _put(layers, values, config, called, slot)
-    return [called[name] for name in values]
+    return Adapter(layers, called, values, config)
 
 
 @torch.no_grad()
-def _put(layers: dict[str, Any], values: dict[str, dict[str, torch.Tensor]], config: LoRAConfig, called, slot: int | None) -> None:
-    """All of it was checked: copies alone."""
+def put(adapter: Adapter, slot: int | None) -> None:
+    """Write an adapter into the layers. All of it was checked: copies alone."""
+    layers, called, values, config = adapter
     packed: dict[PackedLoRALinear, dict[int, str]] = {}
     for name, layer in layers.items():
         own = called[name]

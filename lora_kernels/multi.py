@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -55,6 +56,7 @@ class MultiLoRALinear(Mergeable, nn.Module):
     lora_dropout: float
     scaling: torch.Tensor
     ranks: torch.Tensor
+    plans: Any = None  # inside `use_segments` and `use_adapters`: what says which plan goes with x
 
     def __init__(
         self,
@@ -126,6 +128,7 @@ class MultiLoRALinear(Mergeable, nn.Module):
 
     def forward(self, x: torch.Tensor, segments: Segments | None = None) -> torch.Tensor:
         """Each token through its adapter; dropout acts in training. Without segments where an adapter is merged: every token through it."""
+        segments = self.planned(x, segments)
         if self.merged:
             if segments is not None:
                 raise ValueError(
@@ -152,6 +155,10 @@ class MultiLoRALinear(Mergeable, nn.Module):
             ranks=self.ranks if self._mixed else None,
             widths=self.widths or None,
         )
+
+    def planned(self, x: torch.Tensor, segments: Segments | None) -> Segments | None:
+        """The plan of a call with x, which `use_adapters` has where none is given."""
+        return self.plans.of(x, self.num_adapters) if segments is None and self.plans is not None else segments
 
     def _operands(self, x: torch.Tensor) -> tuple:
         """x, weight, bias and base product of a call."""
@@ -298,6 +305,9 @@ class MultiLoRALinear(Mergeable, nn.Module):
     def _clear_beyond(self, i: int, r: int) -> None:
         self.lora_A[i, r:].zero_()
         self.lora_B[i, :, r:].zero_()
+
+    def __getstate__(self) -> dict:  # a copy, or a file, is in nobody's use
+        return {name: value for name, value in self.__dict__.items() if name != "plans"}
 
     def _apply(self, fn, recurse=True):
         scaling = self.scaling

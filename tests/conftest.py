@@ -32,6 +32,7 @@ NEEDS = {
     "test_peft_quantised.py": "torchao",
     "test_files.py": "peft",
     "test_packed_files.py": "peft",
+    "test_pool.py": "safetensors",
     "test_files_refusals.py": "peft",
     "test_experts_files.py": "peft",
     "test_peft_experts.py": "peft",

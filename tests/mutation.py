@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from mutants import Mutant
-from mutants_packed import EVERY
+from mutants_serving import EVERY
 
 ROOT = Path(__file__).resolve().parents[1]
 SELECTIONS = {  # a mutant's tests: their files, and which of them run first
@@ -45,6 +45,7 @@ SELECTIONS = {  # a mutant's tests: their files, and which of them run first
         ["test_packed.py", "test_packed_layer.py", "test_packed_files.py"],
         "not (opcheck or compiled or test_refusals or 170 or repeats or flops)",
     ),
+    "serving": (["test_serving.py", "test_pool.py"], "test"),
     "merge": (["test_merging.py"], "one_rounding or in_place or blocks or not_finite or merged"),
     "overlap": (["test_overlap.py"], "test"),
     "plan": (["test_plan.py"], "equals or apart or one_adapter or out_of_range or any_block or parts"),

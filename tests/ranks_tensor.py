@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInput, RowwiseParallel, parallelize_module
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_kernels import FusedLoRALinear, MultiLoRALinear, Segments, UnsupportedError, parity
+from lora_kernels import FusedLoRALinear, MultiLoRALinear, Segments, UnsupportedError, parity, use_adapters
 from lora_kernels.integrations import tensor_parallel
 from lora_kernels.integrations.tensor_parallel import ColwiseLoRA, RowwiseLoRA
 
@@ -189,6 +189,19 @@ def many_adapters_over_split_features():
         hold({"y": y, "dX": dX, **gradients(module)}, one, lambda model: plain_step(model, segments))
         with raises(UnsupportedError, "before fully_shard or parallelize_module"):
             module.load_adapter(0, torch.zeros(R, K), torch.zeros(N, R))
+
+
+@case(2, 4)
+def adapters_named_by_sequence():
+    """Where sequence parallel gives a rank some of each sequence's tokens, the plan is of all that the layer gathers."""
+    one = MultiLoRALinear(K, N, num_adapters=5, r=R, init_lora_weights=False)
+    segments = Segments.from_ids(torch.tensor([3, 1]).repeat_interleave(SHAPE[1]), 5)
+    x, dY = batch(5, *SHAPE, K)[0], batch(6, *SHAPE, N)[1]
+    for style, inputs in ((ColwiseLoRA(input_layouts=Shard(1), output_layouts=Replicate()), Shard(1)), (RowwiseLoRA(), Shard(-1))):
+        module = parallel(one, style)
+        with use_adapters(module, [3, 1]):
+            y, dX, _, _ = passes(module, part(x, inputs), dY)
+        hold({"y": y, "dX": whole(dX, inputs), **gradients(module)}, one, lambda model: plain_step(model, segments))
 
 
 @case(2)

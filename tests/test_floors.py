@@ -15,7 +15,8 @@ FLOORS = (
     ("launch", "launch_experts", "launch_plan", "compile_only", "chain", "streams"),
     ("ops", "autograd", "dispatch", "projections", "merging"),
     ("nn", "multi", "over", "experts", "experts_layer", "parity", "dora", "lora_config", "shared_input", "packed_layer", "slots"),
-    ("cli", "__main__", "demo", "demo_data", "demo_peft", "integrations", "apply", "files", "adapter_store", "analysis", "inspect_adapter"),
+    ("cli", "__main__", "demo", "demo_data", "demo_peft", "integrations", "apply", "files", "adapter_store", "analysis", "inspect_adapter")
+    + ("serving", "pool"),
 )
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}
 FILES = sorted(path for path in PACKAGE.rglob("*.py"))

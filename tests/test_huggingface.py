@@ -6,13 +6,14 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
 from peft.tuners import lora
 from torch import nn
 
 from bench.llama import blocks, fused, llama, stock
 from bench.memory import saved_by
 from bench.modules import peft_and_fused
-from lora_kernels import FusedLoRALinear, dispatch, parity
+from lora_kernels import AdapterPool, FusedLoRALinear, LoRAConfig, apply_lora, dispatch, parity
 
 LINEARS = 7
 SIZES = ((2, 24), (2, 25), (3, 7), (4, 40), (2, 64), (5, 33))  # batch and length; sizes 0 and 1 are constants to torch.compile
@@ -186,3 +187,39 @@ def test_bytes_kept_for_backward(base, adapters, p):
     wide, narrow = adapters.itemsize, base.itemsize
     assert ours == narrow * M * (K + r) + 8 * bool(p)
     assert theirs == wide * M * (K + r) + (wide * M * K if p else 0)
+
+
+def test_generate_with_each_sequence_in_its_adapter(tmp_path):
+    """Three adapters from PEFT's files in two slots: prompts and steps of one `generate` give the tokens that PEFT gives for each alone."""
+    model = llama(2)
+    peft_model = None
+    for n, name in enumerate(("law", "tax", "mail")):
+        torch.manual_seed(n)
+        config = LoraConfig(r=2 + n, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
+        if peft_model is None:
+            peft_model = get_peft_model(copy.deepcopy(model), config, adapter_name=name).eval()
+        else:
+            peft_model.add_adapter(name, config)
+    peft_model.save_pretrained(tmp_path)
+    apply_lora(model, LoRAConfig(target_modules="all-linear", r=4), num_adapters=2)
+    pool = AdapterPool(model.eval())
+    for name in ("law", "tax", "mail"):
+        pool.add(name, tmp_path / name)
+    how = dict(max_new_tokens=6, do_sample=False, use_cache=True, pad_token_id=0, eos_token_id=None)
+
+    def generated(model, ids):
+        return model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **how)
+
+    wanted = {}
+    ids = tokens(4, 11)
+    for name in ("law", "tax", "mail"):
+        peft_model.set_adapter(name)
+        wanted[name] = generated(peft_model, ids)
+    with peft_model.disable_adapter():
+        wanted[None] = generated(peft_model, ids)
+    assert len({tuple(map(tuple, each.tolist())) for each in wanted.values()}) == 4
+    for names in (["tax", None, "law", "tax"], ["mail", "law", "mail", None]):
+        with pool.use(names):
+            mixed = generated(model, ids)
+        for i, name in enumerate(names):
+            assert torch.equal(mixed[i], wanted[name][i]), (names, i)

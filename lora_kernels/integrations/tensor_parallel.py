@@ -131,6 +131,8 @@ def run(layer: Any, x: torch.Tensor, weight: Any, adapted: bool, **adapter) -> t
         x = x.redistribute(placements=[layout.x])
     x, weight = local(x), weight.to_local()
     if adapted:
+        if isinstance(layer, MultiLoRALinear):
+            adapter["segments"] = layer.planned(x, adapter["segments"])
         seed = draw_seed(x.device) if layer.training and layer.lora_dropout else None
         if seed is not None and layout is ROW:
             seed = seed + rank

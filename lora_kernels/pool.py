@@ -1,0 +1,136 @@
+"""`AdapterPool`: adapters by name, as many as host memory holds, over a model that has slots for some of them at a time.
+
+pool = AdapterPool(model); pool.add("legal", "adapters/legal")
+with pool.use(["legal", None, "sales"]): model.generate(**batch)      three sequences, each through its own
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Collection, Iterator, Sequence
+
+from torch import nn
+
+from . import files
+from .serving import by_sequence, exclusive, layers_of
+
+
+class AdapterPool:
+    """Reads and checks adapter files once, keeps them in host memory, and puts into slots what a batch names.
+
+    A batch's adapter that has no slot takes a free one, or that of the adapter that was named longest ago; nothing else is moved. To put
+    one in is to copy its A and B to the device, layer by layer, on the current stream.
+
+    Args:
+        model: A module with `MultiLoRALinear` layers (``apply_lora(model, config, num_adapters=E)``).
+        slots: Those that are the pool's, which alone may write to them; None: all of them.
+    Raises:
+        ValueError, IndexError, TypeError: no such layers; no slots, one twice, or one that a layer does not have.
+    """
+
+    def __init__(self, model: nn.Module, slots: Collection[int] | None = None):
+        self._layers = list(layers_of(model).values())
+        least = min(layer.num_adapters for layer in self._layers)
+        slots = list(range(least) if slots is None else slots)
+        for slot in slots:
+            if isinstance(slot, bool) or not isinstance(slot, int):
+                raise TypeError(f"slots: wanted ints, got {slot!r}")
+            if not 0 <= slot < least:
+                raise IndexError(f"slots: wanted those from 0 to {least - 1}, which every layer has, got {slot}")
+        if not slots or len(set(slots)) < len(slots):
+            raise ValueError(f"slots: wanted at least one, and each once, got {slots}")
+        self.model = model
+        self._adapters: dict[str, files.Adapter] = {}
+        self._slots: dict[str, int] = {}  # the adapter named longest ago first
+        self._free = slots[::-1]
+        self._number = len(slots)
+
+    @property
+    def names(self) -> list[str]:
+        """The adapters of the pool, in the order in which they came."""
+        return list(self._adapters)
+
+    @property
+    def resident(self) -> dict[str, int]:
+        """The adapters that have a slot, and which; the one named longest ago first."""
+        return dict(self._slots)
+
+    def add(self, name: str, folder: str | os.PathLike, *, partial: bool = False, cast: bool = False) -> None:
+        """Read an adapter's files, which are not needed afterwards. One of that name is replaced, from the next batch on.
+
+        Args:
+            name: By which batches name it.
+            folder, partial, cast: As in `load_adapter`.
+        Raises:
+            As `load_adapter`, with the pool as it was.
+        """
+        if not isinstance(name, str):
+            raise TypeError(f"name: wanted a str, got {type(name).__name__}")
+        slot = (*self._free, *self._slots.values())[0]  # any: they have the same room
+        adapter = files.read(self.model, folder, slot=slot, partial=partial, cast=cast)
+        # copied: what safetensors gives is the file itself, in memory
+        values = {layer: {part: t.clone() for part, t in parts.items()} for layer, parts in adapter.values.items()}
+        self._leave(name)
+        self._adapters[name] = adapter._replace(values=values)
+
+    def remove(self, name: str) -> None:
+        """Forget an adapter; its slot is free for the next batch.
+
+        Raises:
+            KeyError: there is none of that name.
+        """
+        del self._adapters[self._known(name)]
+        self._leave(name)
+
+    def slots(self, names: Sequence[str | None]) -> list[int]:
+        """The slot of each adapter, put in where it had none, and -1 for None: ids for a `Segments` of one's own, until the next call.
+
+        Raises:
+            KeyError: a name that the pool does not know. ValueError: more adapters at once than slots. RuntimeError: the model is in use,
+            and an adapter might lose its slot; or has other layers than when the pool was made.
+        """
+        with exclusive(self.model):
+            return self._take(names)
+
+    @contextlib.contextmanager
+    def use(self, names: Sequence[str | None]) -> Iterator[None]:
+        """Inside, each sequence of the batch goes through the adapter that it names, None: the base alone; see `use_adapters`.
+
+        Raises:
+            KeyError, ValueError, RuntimeError: as `slots`.
+        """
+        with exclusive(self.model) as give:
+            give(by_sequence(self.model, self._take(names)))
+            yield
+
+    def _take(self, names: Sequence[str | None]) -> list[int]:
+        if isinstance(names, str):
+            raise TypeError(f"names: wanted one for each sequence, got a str, {names!r}")
+        if list(layers_of(self.model).values()) != self._layers:
+            raise RuntimeError("model: wanted the layers with which the pool was made, got others; make a new pool")
+        wanted = dict.fromkeys(self._known(name) for name in names if name is not None)
+        if len(wanted) > self._number:
+            raise ValueError(f"names: wanted at most {self._number} adapters at once, for so many slots, got {len(wanted)}")
+        for name in wanted:  # first those that are there, so that none of them loses its slot to another
+            if name in self._slots:
+                self._slots[name] = self._slots.pop(name)
+        for name in wanted:
+            if name not in self._slots:
+                slot = self._free.pop() if self._free else self._slots.pop(next(iter(self._slots)))
+                self._free.append(slot)  # free until all of it is written
+                files.put(self._adapters[name], slot)
+                self._slots[name] = self._free.pop()
+        return [-1 if name is None else self._slots[name] for name in names]
+
+    def _leave(self, name: str) -> None:
+        if name in self._slots:
+            self._free.append(self._slots.pop(name))
+
+    def _known(self, name: str) -> str:
+        if name not in self._adapters:
+            raise KeyError(f"name: wanted one of the pool's {len(self._adapters)} adapters ({files.some(self._adapters)}), got {name!r}")
+        return name
+
+    def __repr__(self) -> str:
+        return f"AdapterPool({len(self._adapters)} adapters, {len(self._slots)} of them in {self._number} slots)"

@@ -1,0 +1,50 @@
+"""The slips of `mutation.py` in serving a model, and all slips together."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import mutants_packed
+from mutants import Mutant
+
+SERVING, POOL, LAYER, FILES = "serving.py", "pool.py", "multi.py", "files.py"
+
+SERVED = [
+    Mutant("serving: one plan for all lengths", SERVING, "key = tokens, *place,", "key = None, *place,"),
+    Mutant("serving: one plan for all numbers of slots", SERVING, "place = x.device, num_adapters", "place = x.device, 5"),
+    Mutant("serving: a plan of inference mode's for training", SERVING, ", stream, torch.is_inference_mode_enabled()", ", stream"),
+    Mutant("serving: a plan for each call", SERVING, "if key not in self.plans:", "if True:"),
+    Mutant("serving: tokens in turn", SERVING, "repeat_interleave(tokens, output_size=self.ids.shape[0] * tokens)", "repeat(tokens)"),
+    Mutant("serving: any number of sequences", SERVING, "x.dim() < 2 or x.shape[0] != sequences", "x.dim() < 2"),
+    Mutant("serving: a step's plan for any length", SERVING, "if tokens == 1 and place in self.steps", "if place in self.steps"),
+    Mutant("serving: no plan for steps", SERVING, "if tokens == 1 and place in self.steps", "if False"),
+    Mutant("serving: captured", SERVING, "if on_gpu and torch.cuda.is_current_stream_capturing():", "if False:"),
+    Mutant("serving: a second user", SERVING, "if layer.plans is not None]", "if False]"),
+    Mutant("serving: in use after an error", SERVING, "    finally:\n        give(None)", "    finally:\n        pass"),
+    Mutant("serving: ids unchecked", SERVING, "if not -1 <= i < layer.num_adapters]", "if False]"),
+    Mutant("serving: ids above unchecked", SERVING, "if not -1 <= i < layer.num_adapters]", "if not -1 <= i]"),
+    Mutant("serving: ids that change", SERVING, "adapters.to(torch.int32, copy=True)", "adapters.to(torch.int32)"),
+    Mutant("serving: truths are numbers", SERVING, "if isinstance(i, bool) or not isinstance(i, int)]", "if not isinstance(i, int)]"),
+    Mutant("serving: a copy is in use", LAYER, 'if name != "plans"}', "if True}"),
+    Mutant("serving: a plan given is replaced", LAYER, "if segments is None and self.plans is not None", "if self.plans is not None"),
+    Mutant("pool: whoever comes writes", POOL, "with exclusive(self.model):\n", "if True:\n"),
+    Mutant("pool: slots are written before the model is taken", POOL, "        with exclusive(self.model) as give:",
+           "        self._take(names)\n        with exclusive(self.model) as give:"),
+    Mutant("pool: the one named last makes room", POOL, "next(iter(self._slots))", "next(reversed(self._slots))"),
+    Mutant("pool: first come, first out", POOL, "self._slots[name] = self._slots.pop(name)", "pass"),
+    Mutant("pool: a slot is lost where a write fails", POOL, "self._free.append(slot)  # free", "pass  # free"),
+    Mutant("pool: half an adapter serves", POOL, "self._free.append(slot)  # free", "self._slots[name] = slot  # free"),
+    Mutant("pool: the file itself", POOL, "part: t.clone()", "part: t"),
+    Mutant("pool: an old adapter stays", POOL, "self._leave(name)\n        self._adapters[name] =", "self._adapters[name] ="),
+    Mutant("pool: a removed adapter keeps its slot", POOL, "[self._known(name)]\n        self._leave(name)", "[self._known(name)]"),
+    Mutant("pool: a slot is lost", POOL, "self._free.append(self._slots.pop(name))", "self._slots.pop(name)"),
+    Mutant("pool: more than there are slots", POOL, "if len(wanted) > self._number:", "if False:"),
+    Mutant("pool: other layers", POOL, "!= self._layers:", "is None:"),
+    Mutant("pool: all slots", POOL, "range(least) if slots is None else slots", "range(least)"),
+    Mutant("pool: slots of the largest layer", POOL, "least = min(", "least = max("),
+    Mutant("pool: loaded for every batch", POOL, "if name not in self._slots:\n                slot", "if True:\n                slot"),
+    Mutant("pool: None has the last slot", POOL, "[-1 if name is None else", "[self._number - 1 if name is None else"),
+    Mutant("pool: into slot 0", FILES, "layer.load_adapter(slot, values[name]", "layer.load_adapter(0, values[name]"),
+]  # fmt: skip
+
+EVERY = [*mutants_packed.EVERY, *(replace(m, tests="serving") for m in SERVED)]
