@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from . import philox
 from .packed import layers_of
 from .problem import is_stack
-from .segments import Adapters, Segments
+from .segments import CPU, Adapters, Segments
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -112,18 +112,31 @@ class Run(NamedTuple):
 
 def runs(plan: Segments, adapters: Adapters, rank: int, scale: float) -> Iterator[Run]:
     """The adapters that have tokens."""
-    starts, order, E = plan.starts.tolist(), plan.order.long(), plan.num_adapters
     scales = None if adapters.scales is None else adapters.scales.tolist()
     ranks = None if adapters.ranks is None else adapters.ranks.tolist()
+    for e, rows in _rows(plan):
+        yield Run(e, rows, rank if ranks is None else min(ranks[e], rank), scale * (1.0 if scales is None else scales[e]))
+
+
+def _rows(plan: Segments) -> list[tuple[int, slice | torch.Tensor]]:
+    """The tokens of each adapter that has some; on a CPU kept with the plan, for the layers that it serves."""
+    kept, stamp = plan.__dict__.get("_rows"), None
+    if plan.device == CPU and not plan.order.is_inference():
+        stamp = plan.starts._version, plan.order._version
+        if kept is not None and kept[0] == stamp:
+            return kept[1]
+    starts, order, E = plan.starts.tolist(), plan.order.long(), plan.num_adapters
     first = order[plan.starts[:E].clamp(max=plan.tokens - 1).long()].tolist()
     last = order[(plan.starts[1 : E + 1] - 1).clamp(min=0).long()].tolist()
+    found: list[tuple[int, slice | torch.Tensor]] = []
     for e in range(E):
         begin, end = starts[e], starts[e + 1]
-        if begin == end:
-            continue
-        neighbours = last[e] - first[e] == end - begin - 1  # the order is stable, so ascending
-        rows = slice(first[e], last[e] + 1) if neighbours else order[begin:end]
-        yield Run(e, rows, rank if ranks is None else min(ranks[e], rank), scale * (1.0 if scales is None else scales[e]))
+        if begin < end:
+            neighbours = last[e] - first[e] == end - begin - 1  # the order is stable, so ascending
+            found.append((e, slice(first[e], last[e] + 1) if neighbours else order[begin:end]))
+    if stamp is not None:
+        plan.__dict__["_rows"] = stamp, found
+    return found
 
 
 def tokens_of(x: torch.Tensor, rows: slice | torch.Tensor, top_k: int) -> torch.Tensor:

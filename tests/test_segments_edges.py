@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lora_kernels import Segments, launch, lora_linear, parity
+from lora_kernels import MultiLoRALinear, Segments, launch, lora_linear, parity
 from lora_kernels.parity import Case, run_case
 from lora_kernels.segments import Adapters
 from lora_kernels.tuning import Config, Expand, Shrink, Wgrad
@@ -196,3 +196,18 @@ print("right")
 """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert out.stdout == "right\n", (out.returncode, out.stderr[-2000:])
+
+
+@pytest.mark.usefixtures("as_on_a_users_cpu")
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_plan_that_is_written_to(inference):
+    """The torch arm keeps what it read of a plan for the next layer, as long as the plan stays as it is."""
+    layer = MultiLoRALinear(12, 8, num_adapters=3, r=2, init_lora_weights=False).requires_grad_(False)
+    x = torch.randn(6, 12)
+    with torch.inference_mode(inference):
+        first, second = (Segments.from_ids(torch.tensor(ids), 3) for ids in ([0, 1, 2, -1, 0, 1], [2, 2, -1, 0, 1, 1]))
+        wanted = [layer(x, first), layer(x, second)]
+        assert torch.equal(layer(x, first), wanted[0]) and not torch.equal(*wanted)
+        for mine, theirs in zip(first.tensors(), second.tensors(), strict=True):
+            mine.copy_(theirs)
+        assert torch.equal(layer(x, first), wanted[1])
