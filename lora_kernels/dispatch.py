@@ -15,11 +15,15 @@ from dataclasses import dataclass
 import torch
 
 from . import chain, problem
+from .operands import aligned, many, matrix
 from .problem import Problem, UnsupportedError
 from .segments import CPU, Adapters
 from .tuning import Arch, Config, lookup, resolve, why_not
 
 FEW_TOKENS = 256
+KEPT = 8192  # calls whose arm is remembered, by all that the choice sees of them: to describe one again takes ten times as long
+_forwards: dict[tuple, tuple] = {}
+_backwards: dict[tuple, tuple] = {}
 INTERPRETED_NUMPY = "the interpreter of Triton before 3.7 takes no NumPy from 2.4 on (it makes numbers of arrays); install numpy<2.4"
 INTERPRETED_BFLOAT16 = "Triton's interpreter multiplies bfloat16 bit patterns (triton #11584), so bfloat16 needs a GPU"
 
@@ -159,10 +163,14 @@ def forward_arm(x, weight, lora_A, lora_B, adapters: Adapters, dropout_p: float,
     """(function, config) that computes a forward pass of x ``[M, K]``."""
     if plainly_chain(x.device, impl, key):
         return CHAIN_FORWARD
-    choice = choose(problem.describe(x, weight, lora_A, lora_B, dropout=bool(dropout_p), adapters=adapters), x.device, impl, key)
-    if choice.arm == "torch":
-        return CHAIN_FORWARD
-    return arm_of(weight).forward, choice.config
+    operands = (x, weight, lora_A, lora_B)
+    call = (*map(matrix, operands), aligned(*operands), many(adapters), bool(dropout_p), x.device, impl, key, interpreting())
+    found = _forwards.get(call)
+    if found is None:
+        choice = choose(problem.describe(*operands, dropout=bool(dropout_p), adapters=adapters), x.device, impl, key)
+        found = CHAIN_FORWARD if choice.arm == "torch" else (arm_of(weight).forward, choice.config)
+        _keep(_forwards, call, found)
+    return found
 
 
 def down_arm(arm: tuple):
@@ -174,10 +182,22 @@ def backward_arm(dy, x, weight, lora_A, lora_B, u, adapters: Adapters, dropout_p
     """(function, config) that computes a backward pass from dY ``[M, N]``; operands may be None where no gradient uses them."""
     if plainly_chain(dy.device, impl, key):
         return CHAIN_BACKWARD
+    operands = (dy, x, weight, lora_A, lora_B, u)
+    call = (*map(matrix, operands), aligned(*operands), many(adapters), bool(dropout_p), dy.device, impl, key, interpreting())
+    found = _backwards.get(call)
+    if found is None:
+        choice = choose(_described(*operands, adapters, dropout_p), dy.device, impl, key)
+        found = CHAIN_BACKWARD if choice.arm == "torch" else (arm_of(weight).backward, choice.config)
+        _keep(_backwards, call, found)
+    return found
+
+
+def _described(dy, x, weight, lora_A, lora_B, u, adapters: Adapters, dropout_p: float) -> Problem:
+    """dX's problem."""
     K = lora_A.shape[-1] if lora_A is not None else x.shape[1] if x is not None else dy.shape[1]
     R = u.shape[1] if lora_B is None else lora_B.shape[-1] * adapters.layers
     w = dy if weight is None else problem.one_of(weight)
-    p = Problem(
+    return Problem(
         M=dy.shape[0],
         N=K,
         K=dy.shape[1],
@@ -194,10 +214,19 @@ def backward_arm(dy, x, weight, lora_A, lora_B, u, adapters: Adapters, dropout_p
         layers=adapters.layers,
         **problem.segment_fields(adapters),
     )
-    choice = choose(p, dy.device, impl, key)
-    if choice.arm == "torch":
-        return CHAIN_BACKWARD
-    return arm_of(weight).backward, choice.config
+
+
+def _keep(kept: dict, call: tuple, found: tuple) -> None:
+    if len(kept) >= KEPT:
+        kept.clear()
+    kept[call] = found
+
+
+def forget() -> None:
+    """Every choice that was made; for tests that change what choices rest on."""
+    _choose.cache_clear()
+    _forwards.clear()
+    _backwards.clear()
 
 
 def arm_of(weight: torch.Tensor | None):

@@ -18,28 +18,18 @@ import torch.nn.functional as F
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import philox
+from . import launcher, layouts, philox
 from .kernels.expand import expand
-from .kernels.load import load_dense, load_descriptor, load_descriptor_transposed, load_parts
-from .kernels.overlap import in_order, let_next_begin, wait_for_previous, wait_then_let_next_begin
 from .kernels.shrink import shrink
 from .kernels.wgrad import wgrad
+from .layouts import Options, cdiv
+from .operands import many, matrix
 from .packed import cut
 from .segments import ONE, Adapters
 from .streams import beside, fork, on_device, sm_count
-from .tuning import MERGE, Config, rank_block
-from .tuning.validity import LOOP_RANK, MIXED_RANK, TILE_RANK
+from .tuning import MERGE, Config
 
-INT32 = 1 << 31
-RESIDENT = 228 << 10  # bytes of shared memory of a multiprocessor: an estimate of how many programs begin at once
-SPLIT_ADAPTERS = 64  # so few adapters that their tokens are split over programs, too: partial sums cost a stack of gradients each
-
-
-def _device_launch(kernel, grid, args, options):
-    kernel[grid](*args, **options)
-
-
-_launch: Callable = _device_launch
+_launch: Callable = launcher.launch
 launches: int = 0  # kernels launched by this process: what a test asserts to know that a kernel ran, not its fallback
 
 
@@ -54,10 +44,9 @@ def intercept(function: Callable):
         _launch = before
 
 
-def _run(kernel, grid, args, options) -> None:
+def _run(kernel, grid, args, options: Options) -> None:
     global launches
     launches += 1
-    options["enable_fp_fusion"] = True  # said, for Triton's own default changes with 3.10, and 3.9 warns of it
     _launch(kernel, grid, args, options)
 
 
@@ -71,41 +60,6 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
 
 
-def _matrix(t: torch.Tensor) -> tuple:
-    """The argument tuple of `load_dense`: pointer and the strides of the last two axes."""
-    return (t, t.stride(-2), t.stride(-1))
-
-
-def _stack_stride(t: torch.Tensor | None) -> int:
-    """The elements from one adapter to the next."""
-    return t.stride(0) if t is not None and t.dim() == 3 else 0
-
-
-def fan_of(x: torch.Tensor, segments) -> int:
-    """How many of a plan's tokens a row of x stands for."""
-    return 1 if segments is None else segments.tokens // x.shape[0]
-
-
-def _wide(*tiles: tuple[torch.Tensor | None, int]) -> bool:
-    """Whether an offset inside one tile passes 2^31; the offset of a tile itself is always 64-bit."""
-    for t, block in tiles:
-        if t is not None and (t.stride(-2) + t.stride(-1)) * block >= INT32:
-            return True
-    return False
-
-
-def cdiv(a: int, b: int) -> int:
-    """``a / b`` rounded up; Triton's own costs microseconds where it is called from Python."""
-    return -(-a // b)
-
-
-def _split(length: int, block: int, wanted: int) -> tuple[int, int]:
-    """(blocks a split, splits) of an axis: no more splits than wanted, and none of them empty."""
-    blocks = cdiv(length, block)
-    per_split = cdiv(blocks, wanted)
-    return per_split, cdiv(blocks, per_split)
-
-
 def run_shrink(
     x, a, *, scale: float, adapters: Adapters = ONE, dropout, config: Config, dtype: torch.dtype, parts: bool = False, out=None, widths=()
 ):  # fmt: skip
@@ -116,41 +70,23 @@ def run_shrink(
     parts: Return float32 ``[splits, M, R]``, not yet added, where K was split. out: ``[M, R]`` to write to, by its strides. widths: Of L
     packed layers whose columns x's are: ``[M, L R]`` then, each layer's from its own.
     """
-    c, seg = config.shrink, adapters.segments
-    fan = fan_of(x, seg)
-    M, K = x.shape[0] * fan, x.shape[1]
-    R, layers = a.shape[-1], len(widths) or 1
-    block_r = rank_block(R, TILE_RANK if adapters.ranks is not None else 128)
-    ends, _, even = cut(widths, K, c.block_k)
-    blocks, splits = _split(max(widths) if widths else K, c.block_k, c.split)
-    # Partial sums lie a multiple of 16 rows apart: their stride compiles one kernel then, whatever M and R.
-    rows = M if splits == 1 else 16 * cdiv(M, 16)
-    whole = splits == 1 and out is not None
-    z = out[None] if whole else x.new_empty(splits, rows, R * layers, dtype=torch.float32 if splits > 1 else dtype)[:, :M]
+    s = layouts.shrink(
+        config, matrix(x), matrix(a), matrix(out), dtype, widths, many(adapters), dropout is not None, precision(x.dtype), _alone(config)
+    )  # fmt: skip
+    z = out if s.shape is None else x.new_empty(s.shape, dtype=s.dtype)
     seed, threshold, inv_keep = _dropout(dropout)
     args = (
-        _matrix(x), _matrix(a), _matrix(z), z.stride(0) if splits > 1 else 0,
-        adapters.gather(), adapters.number, _stack_stride(a), adapters.scales, adapters.ranks,
-        seed, threshold, scale * inv_keep, M, K, R, ends, _period(adapters, R, widths), blocks,
+        (x, *s.x), (a, *s.a), (z, *s.z), s.stride_split,
+        adapters.gather(), adapters.number, s.stride_ae, adapters.scales, adapters.ranks,
+        seed, threshold, scale * inv_keep, *s.sizes,
     )  # fmt: skip
-    options = dict(
-        LOAD_X=load_dense, SEGMENTS=seg is not None, DROPOUT=dropout is not None, PRECISION=precision(x.dtype),
-        BLOCK_M=c.block_m, BLOCK_K=c.block_k, BLOCK_R=block_r,
-        EVEN_K=even, EVEN_R=R % block_r == 0 and adapters.ranks is None,
-        WIDE=_wide((x, max(c.block_m, c.block_k)), (a, c.block_k)), LET_GO=None, FAN=fan, num_warps=c.num_warps, num_stages=c.num_stages,
-    )  # fmt: skip
-    tiles = cdiv(M, c.block_m) if seg is None else seg.tile_adapter.shape[0]
-    if config.expand.pdl:
-        options["LET_GO"] = in_order if interpreted() else let_next_begin
-    _run(shrink, (tiles, layers * cdiv(R, block_r), splits), args, options)
-    if out is not None:
-        return out if whole else out.copy_(z.sum(0))
-    return z if parts and splits > 1 else z[0] if splits == 1 else z.sum(0).to(dtype)
-
-
-def _period(adapters: Adapters, R: int, widths) -> int | None:
-    """How many of R columns of u are a packed layer's, where an adapter's own rank ends each. widths: set where R is one layer's alone."""
-    return R // adapters.layers if adapters.ranks is not None and adapters.widths and not widths else None
+    _run(shrink, s.grid, args, s.options)
+    if s.shape is None:
+        return out
+    if s.splits > 1:
+        z = z[:, : s.M]
+        return out.copy_(z.sum(0)) if out is not None else z if parts else z.sum(0).to(dtype)
+    return z[0]
 
 
 def run_wgrad(*args, **kwargs) -> torch.Tensor:
@@ -169,46 +105,24 @@ def prepare_wgrad(
     beside: The launch may run while expand still does. Memory for it is taken here, before expand is launched, for afterwards the
     allocator might hand out what expand yet reads.
     """
-    c, seg, E = config.wgrad, adapters.segments, adapters.number
-    J, M = x.shape[1], g.shape[0]
-    widths = () if out_transposed else adapters.widths  # of dY's columns
-    R = g.shape[1] // (len(widths) or 1)
-    ends, columns, even = cut(widths, J, c.block_j)
-    block_r = rank_block(R, TILE_RANK if adapters.ranks is not None else 128)
-    blocks, splits = _split(M, c.block_m, c.split)
-    if seg is not None:  # every adapter's tokens are split alike, for how many they are is known on the device alone
-        splits = max(1, min(splits, SPLIT_ADAPTERS // E))
-    shape = (splits, E, R, J) if out_transposed else (splits, E, J, R)
-    out = x.new_empty(shape, dtype=torch.float32 if splits > 1 else dtype)
+    where = matrix(x), matrix(g), dtype, out_transposed, many(adapters), dropout is not None, precision(x.dtype)
+    w = layouts.wgrad(config, *where, False, False)
+    out = x.new_empty(w.shape, dtype=w.dtype)
 
     def start(beside: bool) -> None:
         seed, threshold, inv_keep = _dropout(dropout)
-        strides = (1, J) if out_transposed else (R, 1)
-        starts, order = (None, None) if seg is None else (seg.starts, seg.order)
+        starts, order = (None, None) if adapters.segments is None else (adapters.segments.starts, adapters.segments.order)
         args = (
-            _matrix(x), _matrix(g), (out, *strides), out.stride(0), starts, order, out.stride(1), adapters.ranks,
-            seed, threshold, scale * inv_keep, M, J, R, ends, _period(adapters, R, widths), blocks,
+            (x, *w.x), (g, *w.g), (out, *w.out), w.stride_split, starts, order, w.stride_oe, adapters.ranks,
+            seed, threshold, scale * inv_keep, *w.sizes,
         )  # fmt: skip
-        options = dict(
-            SEGMENTS=seg is not None, DROPOUT=dropout is not None, PRECISION=precision(x.dtype), BLOCK_M=c.block_m, BLOCK_J=c.block_j,
-            BLOCK_R=block_r, EVEN_J=even, EVEN_R=R % block_r == 0 and adapters.ranks is None,
-            WIDE=_wide((x, max(c.block_m, c.block_j)), (out, c.block_j)), LET_GO=None, WAIT=None,
-            FAN=fan_of(x, seg), num_warps=c.num_warps, num_stages=c.num_stages,
-        )  # fmt: skip
-        if beside:
-            options |= _overlapped(LET_GO=let_next_begin, WAIT=wait_for_previous)
-        _run(wgrad, (E * columns, cdiv(R, block_r), splits), args, options)
+        _run(wgrad, w.grid, args, layouts.wgrad(config, *where, True, interpreted()).options if beside else w.options)
 
     def total() -> torch.Tensor:
-        summed = out[0] if splits == 1 else out.sum(0).to(dtype)
-        return summed[0] if seg is None else summed
+        summed = out[0] if w.splits == 1 else out.sum(0).to(dtype)
+        return summed[0] if adapters.segments is None else summed
 
     return start, total
-
-
-def _overlapped(**plugs) -> dict:
-    """The options of a launch that begins while the one before it runs, with the functions by which it waits."""
-    return dict.fromkeys(plugs, in_order) if interpreted() else plugs | dict(launch_pdl=True)
 
 
 def tile_counters(M: int, N: int, config: Config, device: torch.device, widths=()) -> torch.Tensor | None:
@@ -231,82 +145,48 @@ def run_expand(
     None or (seed, p). counters: `tile_counters`, made here where they are not given.
     """
     c, seg = config.expand, adapters.segments
-    if transposed:
-        w, v, a = None if w is None else w.t(), v.mT, None if a is None else a.mT
-    (M, K), (R, N) = x.shape, v.shape[-2:]
-    narrow = exact or (w is None and x.itemsize == 4)  # float32 products are unrolled as deep as this
-    block_r = rank_block(R, 32 if narrow else LOOP_RANK if c.u == "loop" else TILE_RANK if adapters.ranks is None else MIXED_RANK)
-    r_blocks = cdiv(R, block_r)
     out = out if onto is None else onto
-    # Neither is read before what it waits for: beside a shrink that runs yet (pdl), which began after the launch that wrote it had ended.
-    # The first term costs fewer registers; with dropout, whose mask comes before the first product, the last does.
-    add = None if onto is None else "first" if drop_uv is None else "last"
-    y = x.new_empty(M, N) if out is None else out
-    widths = adapters.widths if transposed else ()  # of w's columns
-    ends, columns, even = cut(widths, N, c.block_n)
-    num_m, tiles = cdiv(M, c.block_m), cdiv(M, c.block_m) * columns
-    gathered = seg.tile_adapter.shape[0] if seg else 0
-    items, flags, ticket = tiles, None, None
-    if c.u == "awaited":
-        items += (gathered if seg else num_m) * r_blocks
-        flags = torch.zeros(num_m + 1, dtype=torch.int32, device=x.device)
-        flags, ticket = flags[:num_m], flags[num_m:]
-        u = x.new_empty(M, R) if u is None else u
-    blocks_per_part, parts = 0, None
-    if c.split > 1:
-        blocks_per_part, splits = _split(K, c.block_k, c.split)
-        partial = x.new_empty(splits + 1, M, N, dtype=torch.float32)
-        counters = tile_counters(M, N, config, x.device, widths) if counters is None else counters
-        parts = (partial, partial.stride(0), counters, splits + 1)
-        items = tiles * (splits + 1)
-    seed, threshold, inv_keep = _dropout(drop_x or drop_uv)
-    load_x, x_args, load_w, w_args = None, None, None, None
+    sms = sm_count(x.device) if c.persistent or config.wgrad.beside == "pdl" else 0
+    e = layouts.expand(
+        config, matrix(x), matrix(w), matrix(v), matrix(a), matrix(u), matrix(base), matrix(out), onto is not None, transposed, exact,
+        drop_x is not None, drop_uv is not None, many(adapters), precision(x.dtype), sms, _alone(config),
+    )  # fmt: skip
+    y = x.new_empty(e.y) if out is None else out
+    u = x.new_empty(e.u) if e.u is not None else u
+    flags, ticket, parts = None, None, None
+    if e.flags:
+        flags = torch.zeros(e.flags + 1, dtype=torch.int32, device=x.device)
+        flags, ticket = flags[: e.flags], flags[e.flags :]
+    if e.splits:
+        M, N = y.shape
+        partial = x.new_empty(e.splits + 1, M, N, dtype=torch.float32)
+        counters = tile_counters(M, N, config, x.device, adapters.widths if transposed else ()) if counters is None else counters
+        parts = (partial, M * N, counters, e.splits + 1)
+    x_args: Any = None if w is None else (x, *e.x)
+    w_args: Any = None if w is None else (w, *e.w)
     if base is not None:
-        load_x, x_args = load_dense, _matrix(base)
-    elif w is not None:
-        (load_x, x_args), (load_w, w_args) = _operand(x, c.block_m, c.block_k, c.tma), _operand(w, c.block_k, c.block_n, c.tma)
-    load_u: Any = load_dense
-    u_args: Any = None
-    if u is not None and u.dim() == 3:
-        load_u, u_args = load_parts, (u, u.stride(1), u.stride(2), u.stride(0), u.shape[0])
-    elif u is not None:
-        u_args = _matrix(u)
-    late = None
-    if config.wgrad.beside == "pdl":
-        late = sm_count(x.device) * max(1, RESIDENT // (c.num_stages * (c.block_m + c.block_n) * c.block_k * x.itemsize))
+        x_args, w_args = (base, *e.x), None
+    elif e.boxes is not None:
+        x_args, w_args = _descriptor(x, *e.boxes[0]), _descriptor(w.t() if transposed else w, *e.boxes[1])
+    seed, threshold, inv_keep = _dropout(drop_x or drop_uv)
     args = (
-        x_args, w_args, None if a is None else _matrix(a), u_args, _matrix(v), bias, _matrix(y),
-        adapters.rows(), _matrix(x) if seg and c.u == "awaited" else None, adapters.gather(), gathered, adapters.number,
-        _stack_stride(a), _stack_stride(v), None if c.u == "given" else adapters.scales, adapters.ranks,
-        flags, ticket, parts, blocks_per_part, late, seed, threshold, inv_keep, scale * (inv_keep if drop_x else 1.0), M, N, K, R,
-        ends, _period(adapters, R, widths),
+        x_args, w_args, None if a is None else (a, *e.a), None if u is None else (u, *e.u_args), (v, *e.v), bias, (y, *e.y_args),
+        adapters.rows(), (x, *x.stride()) if seg and c.u == "awaited" else None, adapters.gather(), e.gathered, adapters.number,
+        e.stride_ae, e.stride_ve, None if c.u == "given" else adapters.scales, adapters.ranks,
+        flags, ticket, parts, e.blocks_per_part, e.late, seed, threshold, inv_keep, scale * (inv_keep if drop_x else 1.0), *e.sizes,
     )  # fmt: skip
-    blocks = max(c.block_m, c.block_n, c.block_k)
-    options = dict(
-        LOAD_X=load_x, LOAD_W=load_w, LOAD_U=load_u, U=c.u, SEGMENTS=seg is not None, MASKED=c.masked, WALK=c.walk or None,
-        SPLIT=parts is not None, EXACT=exact, ADD=add, SAVE_U=c.u == "loop" and u is not None,
-        DROP_X=drop_x is not None and c.u != "given",
-        DROP_UV=drop_uv is not None, PRECISION="ieee" if exact else precision(x.dtype),
-        BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, BLOCK_R=block_r,
-        R_BLOCKS=r_blocks, GROUP_M=c.group_m, GATHER_M=c.block_m if seg is None else seg.gather_block,
-        EVEN_N=even, EVEN_K=K % c.block_k == 0, EVEN_R=R % block_r == 0 and adapters.ranks is None,
-        WIDE=_wide((x, blocks), (w, blocks), (base, blocks), (v, blocks), (y, blocks)), PERSISTENT=c.persistent,
-        WAIT=None, num_warps=c.num_warps, num_stages=c.num_stages,
-    )  # fmt: skip
-    if c.pdl:
-        options |= _overlapped(WAIT=wait_for_previous if late is None else wait_then_let_next_begin)
-    programs = min(items, sm_count(x.device)) if c.persistent else items
-    _run(expand, (programs,), args, options)
+    _run(expand, e.grid, args, e.options)
     return y, u
 
 
-def _operand(t: torch.Tensor, block_i: int, block_j: int, descriptor: bool):
-    """(loader, argument) of a matrix read in tiles ``[block_i, block_j]``: pointer and strides, or a descriptor."""
-    if not descriptor:
-        return load_dense, _matrix(t)
-    if t.stride(1) == 1:
-        return load_descriptor, TensorDescriptor.from_tensor(t, [block_i, block_j])
-    return load_descriptor_transposed, TensorDescriptor.from_tensor(t.t(), [block_j, block_i])
+def _descriptor(t: torch.Tensor, box: tuple[int, int], flipped: bool) -> TensorDescriptor:
+    """Of a matrix, or of the transposed one."""
+    return TensorDescriptor.from_tensor(t.t() if flipped else t, list(box))
+
+
+def _alone(config: Config) -> bool:
+    """Whether launches that may overlap are interpreted, one by one; asked where there are such."""
+    return config.expand.pdl and interpreted()
 
 
 def _dropout(dropout) -> tuple:

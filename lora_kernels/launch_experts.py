@@ -6,13 +6,16 @@ backward   dS = shrink(dY, B^T), dX = experts(dY, W, dS, A), dA = wgrad(x, dS), 
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 from .kernels.experts import experts
-from .launch import _dropout, _matrix, _run, _stack_stride, _wide, cdiv, precision, run_shrink, run_wgrad
+from .launch import _dropout, _run, precision, run_shrink, run_wgrad
+from .layouts import KEPT, Options, cdiv, wide
+from .operands import Matrix, matrix
 from .segments import Adapters
 from .streams import on_device
-from .tuning import Config, rank_block
+from .tuning import Config, Expand, rank_block
 from .tuning.validity import TILE_RANK
 
 
@@ -22,28 +25,49 @@ def run_experts(x, w, u, v, *, adapters: Adapters, bias=None, drop_uv=None, conf
     x: ``[M, K]``, or ``[M / k, K]``, each row k times; w: ``[E, K, N]``, u: ``[M, R]``, v: ``[E, R, N]``, any strides; bias: ``[E, N]`` or
     None. drop_uv: None or (seed, p).
     """
-    c = config.expand
-    (M, R), K, N = u.shape, x.shape[1], v.shape[-1]
-    block_r = rank_block(R, 32 if x.itemsize == 4 else TILE_RANK)
-    y = x.new_empty(M, N)
-    bias = None if bias is None else bias.contiguous()
-    seed, threshold, inv_keep = _dropout(drop_uv)
     gather = adapters.gather()
     assert gather is not None  # a stack comes with a plan
     tiles = gather[0].shape[0]
+    e = _layout(
+        config.expand, matrix(x), matrix(w), matrix(u), matrix(v), adapters.ranks is not None, drop_uv is not None, precision(x.dtype)
+    )
+    y = x.new_empty(e.y)
+    bias = None if bias is None else bias.contiguous()
+    seed, threshold, inv_keep = _dropout(drop_uv)
     args = (
-        _matrix(x), _matrix(w), _stack_stride(w), _matrix(u), _matrix(v), _stack_stride(v), bias, _matrix(y),
-        gather, tiles, adapters.number, adapters.ranks, seed, threshold, inv_keep, N, K, R,
+        (x, *e.x), (w, *e.w[1:]), e.w[0], (u, *e.u), (v, *e.v[1:]), e.v[0], bias, (y, e.y[1], 1),
+        gather, tiles, adapters.number, adapters.ranks, seed, threshold, inv_keep, *e.sizes,
     )  # fmt: skip
-    options = dict(
-        DROP_UV=drop_uv is not None, PRECISION=precision(x.dtype),
-        BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, BLOCK_R=block_r, R_BLOCKS=cdiv(R, block_r), GROUP_M=c.group_m,
-        EVEN_N=N % c.block_n == 0, EVEN_K=K % c.block_k == 0, EVEN_R=R % block_r == 0 and adapters.ranks is None,
-        WIDE=_wide((x, c.block_k), (w, max(c.block_n, c.block_k)), (v, max(c.block_n, block_r)), (y, c.block_n)),
-        FAN=M // x.shape[0], num_warps=c.num_warps, num_stages=c.num_stages,
-    )  # fmt: skip
-    _run(experts, (tiles * cdiv(N, c.block_n),), args, options)
+    _run(experts, (tiles * e.columns,), args, e.options)
     return y
+
+
+class _Layout(NamedTuple):
+    """y: its shape; x, w, u, v: strides; columns: blocks of columns; sizes: the kernel's last arguments."""
+
+    y: tuple[int, int]
+    x: tuple[int, ...]
+    w: tuple[int, ...]
+    u: tuple[int, ...]
+    v: tuple[int, ...]
+    columns: int
+    sizes: tuple[int, int, int]
+    options: Options
+
+
+@functools.lru_cache(maxsize=KEPT)
+def _layout(c: Expand, x: Matrix, w: Matrix, u: Matrix, v: Matrix, ranked: bool, drop_uv: bool, precision: str) -> _Layout:
+    """As those of `layouts`."""
+    (M, R), K, N = u[0], x[0][1], v[0][-1]
+    block_r = rank_block(R, 32 if x[2].itemsize == 4 else TILE_RANK)
+    options = Options(
+        DROP_UV=drop_uv, PRECISION=precision,
+        BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, BLOCK_R=block_r, R_BLOCKS=cdiv(R, block_r), GROUP_M=c.group_m,
+        EVEN_N=N % c.block_n == 0, EVEN_K=K % c.block_k == 0, EVEN_R=R % block_r == 0 and not ranked,
+        WIDE=wide((x[1], c.block_k), (w[1], max(c.block_n, c.block_k)), (v[1], max(c.block_n, block_r)), ((N, 1), c.block_n)),
+        FAN=M // x[0][0], num_warps=c.num_warps, num_stages=c.num_stages,
+    )  # fmt: skip
+    return _Layout((M, N), x[1], w[1], u[1], v[1], cdiv(N, c.block_n), (N, K, R), options)
 
 
 def forward(

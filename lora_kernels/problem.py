@@ -213,7 +213,7 @@ def check_arguments(x, weight, lora_A, lora_B, bias, base, scale, dropout_p, see
             raise ValueError(f"segments: wanted a plan of one row a token beside {given}, got {segments.top_k}; segments.each() is one")
     if base is None:
         check_shapes(x, weight, lora_A, lora_B, bias, segments, widths)
-    elif widths is not None or not one_adapter_fits(base.shape[-1], x.shape[-1], lora_A, lora_B, segments):
+    elif widths is not None or not adapters_fit(base.shape[-1], x.shape[-1], lora_A, lora_B, segments):
         check_adapters(base.shape[-1], x.shape[-1], f"to match x {_shape(x)} and base {_shape(base)}", lora_A, lora_B, segments, widths)
     check_dtypes(x, weight, lora_A, lora_B, bias)
     check_devices(x, weight, lora_A, lora_B, bias)
@@ -310,21 +310,19 @@ def check_shapes(x, weight, lora_A, lora_B, bias, segments=None, widths=None) ->
         biases = (N,)
     if x.dim() < 1 or x.shape[-1] != K:
         raise ValueError(f"x: wanted shape [..., {K}] to match weight {_shape(weight)}, got {_shape(x)}")
-    if widths is not None or not one_adapter_fits(N, K, lora_A, lora_B, segments):
+    if widths is not None or not adapters_fit(N, K, lora_A, lora_B, segments):
         check_adapters(N, K, f"to match weight {_shape(weight)}", lora_A, lora_B, segments, widths)
     if bias is not None and tuple(bias.shape) != biases:
         raise ValueError(f"bias: wanted shape {list(biases)} to match weight {_shape(weight)}, got {_shape(bias)}")
 
 
-def one_adapter_fits(N: int, K: int, lora_A, lora_B, segments) -> bool:
+def adapters_fit(N: int, K: int, lora_A, lora_B, segments) -> bool:
     """The usual case, told without the words of an error, which cost microseconds."""
-    return (
-        segments is None
-        and lora_A.dim() == 2
-        and 0 < (R := lora_A.shape[0]) <= MAX_RANK
-        and lora_A.shape[1] == K
-        and lora_B.shape == (N, R)
-    )
+    stack = () if segments is None else (segments.num_adapters,)
+    if lora_A.dim() != len(stack) + 2:
+        return False
+    R = lora_A.shape[-2]
+    return 0 < R <= MAX_RANK and lora_A.shape == (*stack, R, K) and lora_B.shape == (*stack, N, R)
 
 
 def check_adapters(N: int, K: int, why: str, lora_A, lora_B, segments, widths=None) -> None:

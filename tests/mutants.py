@@ -23,7 +23,7 @@ class Mutant:
 
 
 LOAD, DROP, TILES = "kernels/load.py", "kernels/dropout.py", "kernels/tiles.py"
-SHRINK, EXPAND, WGRAD, LAUNCH = "kernels/shrink.py", "kernels/expand.py", "kernels/wgrad.py", "launch.py"
+SHRINK, EXPAND, WGRAD, LAUNCH, LAYOUT = "kernels/shrink.py", "kernels/expand.py", "kernels/wgrad.py", "launch.py", "layouts.py"
 CHAIN, PLAN, MERGING, PLANNER, STREAMS = "chain.py", "segments.py", "merging.py", "kernels/plan.py", "streams.py"
 OPS, AUTOGRAD = "ops.py", "autograd.py"
 EXPERTS, ROUTED = "kernels/experts.py", "launch_experts.py"
@@ -54,7 +54,7 @@ PART_STORE = "tl.store(part_ptrs + tl.cast(part, tl.int64) * parts[1], acc, mask
 BIAS = "acc += tl.load(bias_ptr + n0 + tl.arange(0, BLOCK_N), mask=n0 + tl.arange(0, BLOCK_N) < N, other=0.0)[None, :]"
 ROW_OFFSET = "j0, tl.int64) * t[2]) + (rows.to(tl.int64) * t[1])"
 PER_SPLIT, ORDERED = "tl.cdiv(tl.cdiv(M - first, BLOCK_M), tl.num_programs(2))", "tl.load(order_ptr + tokens, mask=row_mask, other=0)"
-GATHERED_TILES = "seg is None else seg.tile_adapter.shape[0]"
+GATHERED_TILES = "tiles = adapters.tiles if adapters.tokens else cdiv(M, c.block_m)"
 SHARED = "dict(adapters=adapters, config=config)"
 SLOT = "tl.where((raw >= 0) & (raw < E), raw, E)"
 PHILOX = "tl.philox(seed, token + zero, zero, group + zero, zero, 7)"
@@ -119,15 +119,17 @@ ONE_ADAPTER = [
            note=OWN_BARRIER, tests="machine"),
     Mutant("awaited: item without ticket", EXPAND, TICKET, "turn"),
     Mutant("awaited: first rank block for all", EXPAND, "(item % R_BLOCKS) * BLOCK_R", "0"),
-    Mutant("launch: last split missing", LAUNCH, "cdiv(blocks, per_split)", "max(1, blocks // per_split)"),
-    Mutant("launch: 16-bit partial sums", LAUNCH, "torch.float32 if splits > 1 else dtype", "dtype", 2),
-    Mutant("launch: v reshaped, not transposed", LAUNCH, "w.t(), v.mT,", "w.t(), v.reshape(*v.shape[:-2], v.shape[-1], -1),"),
-    Mutant("launch: EVEN_K always", LAUNCH, "EVEN_K=K % c.block_k == 0", "EVEN_K=True"),
-    Mutant("launch: EVEN_N always", LAUNCH, "EVEN_N=even", "EVEN_N=True", tests="machine"),
-    Mutant("launch: EVEN_R always", LAUNCH, "EVEN_R=R % block_r == 0", "EVEN_R=True", 3),
-    Mutant("launch: EVEN_J always", LAUNCH, "EVEN_J=even", "EVEN_J=True", tests="machine"),
-    Mutant("launch: SAVE_U never", LAUNCH, 'SAVE_U=c.u == "loop" and u is not None', "SAVE_U=False"),
-    Mutant("launch: 1 / (1 - p) twice in shrink", LAUNCH, "scale * inv_keep, M, K", "scale * inv_keep * inv_keep, M, K"),
+    Mutant("launch: last split missing", LAYOUT, "cdiv(blocks, per_split)", "max(1, blocks // per_split)"),
+    Mutant("launch: 16-bit partial sums", LAYOUT, "torch.float32 if splits > 1 else dtype", "dtype", 2),
+    Mutant("launch: v not transposed", LAYOUT, "_turned(v[1], transposed)", "v[1]"),
+    Mutant("launch: w not transposed", LAYOUT, "_turned(w[1], transposed)", "w[1]"),
+    Mutant("launch: a not transposed", LAYOUT, "_turned(a[1], transposed)", "a[1]"),
+    Mutant("launch: EVEN_K always", LAYOUT, "EVEN_K=K % c.block_k == 0", "EVEN_K=True"),
+    Mutant("launch: EVEN_N always", LAYOUT, "EVEN_N=even", "EVEN_N=True", tests="machine"),
+    Mutant("launch: EVEN_R always", LAYOUT, "EVEN_R=R % block_r == 0", "EVEN_R=True", 3),
+    Mutant("launch: EVEN_J always", LAYOUT, "EVEN_J=even", "EVEN_J=True", tests="machine"),
+    Mutant("launch: SAVE_U never", LAYOUT, 'SAVE_U=c.u == "loop" and u is not None', "SAVE_U=False"),
+    Mutant("launch: 1 / (1 - p) twice in shrink", LAUNCH, "scale * inv_keep, *s.sizes", "scale * inv_keep * inv_keep, *s.sizes"),
     Mutant("launch: loop without 1 / (1 - p)", LAUNCH, "scale * (inv_keep if drop_x else 1.0)", "scale"),
     Mutant("launch: bias twice on library base", LAUNCH, "u=u, base=y, out=y", "u=u, bias=bias, base=y, out=y"),
     Mutant("launch: dropout on dY", LAUNCH, "lora_B, scale=scale, dropout=None", "lora_B, scale=scale, dropout=drop"),
@@ -159,9 +161,9 @@ SPLIT = [
            note=OWN_BARRIER, tests="machine"),
     Mutant("split: tile and part mixed up", EXPAND, "tile = turn // parts[3]", "tile = turn % parts[3]"),
     Mutant("launch: counters not zeroed", LAUNCH, "torch.zeros(cdiv(M", "torch.empty(cdiv(M"),
-    Mutant("launch: no program for the last part", LAUNCH, "items = tiles * (splits + 1)", "items = tiles * splits"),
+    Mutant("launch: no program for the last part", LAYOUT, "items = tiles * (splits + 1)", "items = tiles * splits"),
     Mutant("launch: 16-bit parts of a tile", LAUNCH, "splits + 1, M, N, dtype=torch.float32", "splits + 1, M, N, dtype=x.dtype"),
-    Mutant("launch: one part of u", LAUNCH, "u.stride(0), u.shape[0])", "u.stride(0), 1)"),
+    Mutant("launch: one part of u", LAYOUT, "u[1][0], u[0][0])", "u[1][0], 1)"),
     Mutant("load: rows of others in parts", LOAD, "EVEN_I, EVEN_J, WIDE, only)", "EVEN_I, EVEN_J, WIDE)"),
 ]  # fmt: skip
 
@@ -228,15 +230,15 @@ MANY = [
     Mutant("awaited: flag counted in gathered tiles", EXPAND, "tokens // BLOCK_M", "tokens // GATHER_M"),
     Mutant("awaited: tokens that are none count, too", EXPAND, "mask=row_mask, sem=", "sem="),
     Mutant("awaited: one flag a gathered tile", EXPAND, "if SEGMENTS:  # a row", "if False:  # a row"),
-    Mutant("launch: too few tickets", LAUNCH, "(gathered if seg else num_m)", "num_m"),
-    Mutant("launch: too few gathered tiles", LAUNCH, GATHERED_TILES, "seg is None else cdiv(M, c.block_m)"),
-    Mutant("launch: EVEN_R with ranks", LAUNCH, " and adapters.ranks is None,", ",", 3),
-    Mutant("launch: splits of a large stack", LAUNCH, "max(1, min(splits, SPLIT_ADAPTERS // E))", "splits"),
-    Mutant("launch: no split of a large stack", LAUNCH, "max(1, min(splits, SPLIT_ADAPTERS // E))", "min(splits, SPLIT_ADAPTERS // E)"),
+    Mutant("launch: too few tickets", LAYOUT, "(adapters.tiles if adapters.tokens else num_m)", "num_m"),
+    Mutant("launch: too few gathered tiles", LAYOUT, GATHERED_TILES, "tiles = cdiv(M, c.block_m)"),
+    Mutant("launch: EVEN_R with ranks", LAYOUT, " and not adapters.ranked,", ",", 3),
+    Mutant("launch: splits of a large stack", LAYOUT, "max(1, min(splits, SPLIT_ADAPTERS // E))", "splits"),
+    Mutant("launch: no split of a large stack", LAYOUT, "max(1, min(splits, SPLIT_ADAPTERS // E))", "min(splits, SPLIT_ADAPTERS // E)"),
     Mutant("launch: no scales in backward", LAUNCH, SHARED, SHARED.replace("=adapters,", "=adapters._replace(scales=None),")),
     Mutant("launch: no ranks in backward", LAUNCH, SHARED, SHARED.replace("=adapters,", "=adapters._replace(ranks=None),")),
     Mutant("launch: no scales awaited", LAUNCH, 'None if c.u == "given" else adapters.scales', "None"),
-    Mutant("launch: adapters a row apart", LAUNCH, "return t.stride(0) if", "return t.stride(1) if"),
+    Mutant("launch: adapters a row apart", LAYOUT, "return strides[0] if", "return strides[1] if"),
     Mutant("launch: dS in parts for wgrad", LAUNCH, "parts=not keep_ds", "parts=True"),
     Mutant("runs: all tokens are neighbours", CHAIN, "last[e] - first[e] == end - begin - 1", "True"),
     Mutant("runs: one gap is none", CHAIN, "== end - begin - 1", "<= end - begin"),
@@ -262,12 +264,12 @@ MANY = [
 
 MERGE = [
     Mutant("merge: the product in 16 bits", EXPAND, "tl.float32 if EXACT else y[0].dtype.element_ty", "y[0].dtype.element_ty"),
-    Mutant("merge: TF32 where torch has it", LAUNCH, '"ieee" if exact else precision(x.dtype)', "precision(x.dtype)", tests="machine"),
+    Mutant("merge: TF32 where torch has it", LAYOUT, '"ieee" if exact else precision', "precision", tests="machine"),
     Mutant("merge: without the scale", LAUNCH, "u = lora_B.float() * scale", "u = lora_B.float()"),
     Mutant("merge: the scale after a rounding", LAUNCH, "u = lora_B.float() * scale", "u = (lora_B * scale).float()"),
     Mutant("merge: onto the weight, not the base", LAUNCH, "u=u, base=base, out=weight", "u=u, base=weight, out=weight"),
-    Mutant("merge: into a copy", LAUNCH, "y = x.new_empty(M, N) if out is None else out", "y = x.new_empty(M, N)"),
-    Mutant("merge: a weight contiguous by rows", LAUNCH, "_matrix(v), bias, _matrix(y),", "_matrix(v), bias, (y, N, 1),"),
+    Mutant("merge: into a copy", LAUNCH, "y = x.new_empty(e.y) if out is None else out", "y = x.new_empty(e.sizes[:2])"),
+    Mutant("merge: a weight contiguous by rows", LAYOUT, "y_strides = (N, 1) if out is None else out[1]", "y_strides = (N, 1)"),
     Mutant("merge: library, without the scale", MERGING, "torch.addmm(base, lora_B, lora_A, alpha=scale, out=weight)",
            "torch.addmm(base, lora_B, lora_A, out=weight)"),
     Mutant("merge: library in 16 bits for float32 adapters", MERGING, "A, B = lora_A.to(wide), lora_B.to(wide)",
@@ -310,9 +312,9 @@ PLANNED = [
 
 OVERLAPPED = [
     Mutant("overlap: beside what nobody launched", LAUNCH, 'need_dx and config.wgrad.beside == "pdl"', 'config.wgrad.beside == "pdl"'),
-    Mutant("overlap: expand lets nothing begin", LAUNCH, "if late is None else wait_then_let_next_begin", "if True else None"),
-    Mutant("overlap: every program is late", LAUNCH, "late = sm_count(x.device) * max(", "late = 0 * max("),
-    Mutant("overlap: wgrad ends before expand", LAUNCH, "LET_GO=let_next_begin, WAIT=wait_for_previous)", "LET_GO=let_next_begin)"),
+    Mutant("overlap: expand lets nothing begin", LAYOUT, "if late is None else wait_then_let_next_begin", "if True else None"),
+    Mutant("overlap: every program is late", LAYOUT, "late = sms * max(", "late = 0 * max("),
+    Mutant("overlap: wgrad ends before expand", LAYOUT, "LET_GO=let_next_begin, WAIT=wait_for_previous)", "LET_GO=let_next_begin)"),
     Mutant("overlap: not forked", STREAMS, "    second.wait_event(forked)\n", ""),
     Mutant("overlap: not joined", STREAMS, "    first.wait_stream(second)\n", ""),
     Mutant("overlap: on the first stream", STREAMS, "with torch.cuda.stream(second):", "with torch.cuda.stream(first):"),
@@ -320,8 +322,8 @@ OVERLAPPED = [
 
 BASE = [
     Mutant("base: written to", LAUNCH, "u=u, base=base, **", "u=u, base=base, out=base, **"),
-    Mutant("base: by its rows alone", LAUNCH, "load_dense, _matrix(base)", "load_dense, (base, base.shape[1], 1)"),
-    Mutant("base: not read", LAUNCH, READ_BASE, READ_BASE.replace("None:", "None and w is not None:")),
+    Mutant("base: by its rows alone", LAYOUT, "load_dense, base[1]", "load_dense, (N, 1)"),
+    Mutant("base: not read", LAYOUT, READ_BASE, READ_BASE.replace("None:", "None and w is not None:")),
     Mutant("base: dX with dY for a base", LAUNCH, "and weight is not None:\n", "and weight is not None or not weight:\n"),
     Mutant("base: torch arm writes to it", CHAIN, "torch.addmm(base, u, B.t())", "base.addmm_(u, B.t())"),
     Mutant("base: torch arm without a copy", CHAIN, "base.clone(memory_format=torch.contiguous_format)", "base"),
@@ -350,7 +352,7 @@ ROUTING = [
     Mutant("experts: no end of the columns", EXPERTS, "row_mask[:, None] & (n0 + n < N)[None, :]", "row_mask[:, None]"),
     Mutant("experts: one block of ranks", EXPERTS, "R_BLOCKS * BLOCK_R, BLOCK_R", "BLOCK_R, BLOCK_R"),
     Mutant("experts: tiles past the last", EXPERTS, "if slot >= 0:", "if slot >= -1:", note="equivalent: it has no rows"),
-    Mutant("experts: rank blocks of 128", ROUTED, "32 if x.itemsize == 4 else TILE_RANK", "128", note="equivalent: the same sums"),
+    Mutant("experts: rank blocks of 128", ROUTED, "32 if x[2].itemsize == 4 else TILE_RANK", "128", note="equivalent: the same sums"),
     Mutant("experts: shrink's rows of y, not of x", SHRINK, "tokens // FAN", "tokens"),
     Mutant("experts: wgrad's rows of y, not of x", WGRAD, "tokens // FAN", "tokens"),
     Mutant("experts: dX without dropout", ROUTED, "adapters=adapters, drop_uv=drop, config", "adapters=adapters, config"),

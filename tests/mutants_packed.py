@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import mutants_shared
-from mutants import CHAIN, EXPAND, LAUNCH, LOAD, SHRINK, SPEED, TILES, WGRAD, Mutant
+from mutants import CHAIN, EXPAND, LAUNCH, LAYOUT, LOAD, SHRINK, SPEED, TILES, WGRAD, Mutant
 
-LAYOUT, DISPATCH, HEURISTIC, AUTOGRAD, LAYER = "packed.py", "dispatch.py", "tuning/heuristic.py", "autograd.py", "packed_layer.py"
+PACKING, DISPATCH, HEURISTIC, AUTOGRAD, LAYER = "packed.py", "dispatch.py", "tuning/heuristic.py", "autograd.py", "packed_layer.py"
 
 PACKED = [
     Mutant("packed: blocks across layers", TILES, "blocks += tl.cdiv(ends[i] - ends[i - 1], BLOCK)", "blocks = tl.cdiv(ends[i], BLOCK)"),
@@ -39,19 +39,19 @@ PACKED = [
     Mutant("packed: dB with u of the first layer", WGRAD, "column = layer * R", "column = 0"),
     Mutant("packed: dA of one rank for all", WGRAD, "column + (rank if period is None else R)", "column + rank"),
     Mutant("packed: dS unpacked", LAUNCH, "widths=adapters.widths, **shared", "**shared"),
-    Mutant("packed: splits of all columns", LAUNCH, "_split(max(widths) if widths else K", "_split(K", note=SPEED),
-    Mutant("packed: dS of one layer", LAUNCH, "R * layers, dtype", "R, dtype"),
-    Mutant("packed: programs for one layer's dS", LAUNCH, "layers * cdiv(R, block_r), splits", "cdiv(R, block_r), splits"),
-    Mutant("packed: no ranks", LAUNCH, "if adapters.ranks is not None and adapters.widths and not widths else None",
+    Mutant("packed: splits of all columns", LAYOUT, "split_axis(max(widths) if widths else K", "split_axis(K", note=SPEED),
+    Mutant("packed: dS of one layer", LAYOUT, "(splits, rows, R * layers)", "(splits, rows, R)"),
+    Mutant("packed: programs for one layer's dS", LAYOUT, "layers * cdiv(R, block_r), splits", "cdiv(R, block_r), splits"),
+    Mutant("packed: no ranks", LAYOUT, "if adapters.ranked and adapters.widths and not widths else None",
            "if False else None"),
-    Mutant("packed: dB unpacked", LAUNCH, "() if out_transposed else adapters.widths", "()"),
-    Mutant("packed: y unpacked", LAUNCH, "adapters.widths if transposed else ()", "()"),
+    Mutant("packed: dB unpacked", LAYOUT, "() if out_transposed else adapters.widths", "()"),
+    Mutant("packed: y unpacked", LAYOUT, "adapters.widths if transposed else ()", "()"),
     Mutant("packed: counters of unpacked tiles", LAUNCH, "lora_B.shape[-2], config, x.device, adapters.widths)",
            "lora_B.shape[-2], config, x.device)"),
-    Mutant("packed: programs of unpacked tiles", LAYOUT, "sum(-(-width // block) for width in widths)", "-(-columns // block)"),
-    Mutant("packed: no mask where the sum needs none", LAYOUT, "all(width % block == 0 for width in widths)", "columns % block == 0"),
-    Mutant("packed: torch arm, u of the first layer", LAYOUT, "slice(i * rank, (i + 1) * rank)", "slice(0, rank)"),
-    Mutant("packed: torch arm, layers one off", LAYOUT, "slice(end - N, end)", "slice(end - N, end - 1)"),
+    Mutant("packed: programs of unpacked tiles", PACKING, "sum(-(-width // block) for width in widths)", "-(-columns // block)"),
+    Mutant("packed: no mask where the sum needs none", PACKING, "all(width % block == 0 for width in widths)", "columns % block == 0"),
+    Mutant("packed: torch arm, u of the first layer", PACKING, "slice(i * rank, (i + 1) * rank)", "slice(0, rank)"),
+    Mutant("packed: torch arm, layers one off", PACKING, "slice(end - N, end)", "slice(end - N, end - 1)"),
     Mutant("packed: torch arm, dS of all columns", CHAIN, "down(dy[:, own], B[own].t(), adapters, scale) for",
            "down(dy, B.t(), adapters, scale) for"),
     Mutant("packed: torch arm, rows of the first ranks", CHAIN, "A[:rank] if layers == 1 else", "A[: layers * rank] if layers else"),

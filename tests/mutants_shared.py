@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mutants import CHAIN, EXPAND, LAUNCH, MUTANTS, Mutant
+from mutants import CHAIN, EXPAND, LAUNCH, LAYOUT, MUTANTS, Mutant
 
 TOGETHER, INPUT = "projections.py", "shared_input.py"
 
@@ -13,8 +13,8 @@ SHARED = [
     Mutant("shared: what y holds is not added at last", EXPAND, 'if ADD == "last":', 'if ADD == "never":'),
     Mutant("shared: what y holds is added by each part", EXPAND, "if part == 0:\n            acc +=", "if True:\n            acc +="),
     Mutant("shared: y is not what was given", LAUNCH, "out = out if onto is None else onto", "out = out"),
-    Mutant("shared: dS in parts stays there", LAUNCH, "out if whole else out.copy_(z.sum(0))", "out"),
-    Mutant("shared: dS written side by side", LAUNCH, "_matrix(z), z.stride(0)", "(z, R, 1), z.stride(0)"),
+    Mutant("shared: dS in parts stays there", LAUNCH, "return out.copy_(z.sum(0)) if", "return out if"),
+    Mutant("shared: dS written side by side", LAYOUT, "if out is None or not whole else out[1]", "if True else None"),
     Mutant("shared: dA of the last layer's dS", LAUNCH, "ds if all_ds is None else all_ds", "ds"),
     Mutant("shared: library's dX of one layer", LAUNCH, "onto.addmm_(dy, weight), None", "torch.mm(dy, weight), None"),
     Mutant("shared: library's dX added twice", LAUNCH, "onto.addmm_(dy, weight), None", "onto.addmm_(dy, weight), onto"),

@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from mutants import Mutant
-from mutants_serving import EVERY
+from mutants_launcher import EVERY
 
 ROOT = Path(__file__).resolve().parents[1]
 SELECTIONS = {  # a mutant's tests: their files, and which of them run first
@@ -45,6 +45,7 @@ SELECTIONS = {  # a mutant's tests: their files, and which of them run first
         ["test_packed.py", "test_packed_layer.py", "test_packed_files.py"],
         "not (opcheck or compiled or test_refusals or 170 or repeats or flops)",
     ),
+    "launcher": (["test_launcher.py"], "test"),
     "serving": (["test_serving.py", "test_pool.py"], "test"),
     "merge": (["test_merging.py"], "one_rounding or in_place or blocks or not_finite or merged"),
     "overlap": (["test_overlap.py"], "test"),
@@ -80,7 +81,7 @@ def mutated(source: Path, mutant: Mutant) -> str:
 def run_tests(folder: Path, tests: str, files: list[str], select: str, limit: float) -> str:
     """'' if all pass; else the test at which they stopped, with what it said."""
     env = dict(os.environ, PYTHONPATH=str(folder), CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", COLUMNS="300")
-    env |= MACHINE if tests == "machine" else {"TRITON_INTERPRET": "1"}
+    env |= MACHINE if tests in ("machine", "launcher") else {"TRITON_INTERPRET": "1"}
     command = [sys.executable, "-c", RUN, "-x", "-v", "--tb=line", "-pno:cacheprovider", "-Wignore", "-k", select, *files]
     with open(folder / "log", "w+") as log:
         child = subprocess.Popen(command, cwd=folder, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)

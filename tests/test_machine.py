@@ -46,6 +46,7 @@ def test_launches_that_overlap_change_nothing():
         ("sm_80", "", ["test_kernels.py"], "sizes or partial_sums or float32_on_a_16_bit"),
         ("sm_90", "1", ["test_kernels.py"], "awaited and (sizes or one_tile) or splits_of_one_tile"),
         ("sm_90", "", ["test_plan.py", "test_merging.py"], "equals or one_rounding or tf32"),
+        ("sm_90", "", ["test_launcher.py"], "test"),
         ("sm_90", "2", ["test_segments.py"], "test_mixes or (awaited or masked) and not (invariance or repeats or used or single)"),
     ],
 )

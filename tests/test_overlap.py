@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_kernels import launch, parity, streams
+from lora_kernels import launch, layouts, parity, streams
 from lora_kernels.parity import Case
 from lora_kernels.segments import ONE
 from lora_kernels.tuning import Config, Expand, Shrink, Wgrad
@@ -70,10 +70,10 @@ def test_by_programmatic_dependent_launch(compiled):
     assert "memory" not in events[events.index("expand") :], events
     assert events[events.index("expand") :] == ["expand", "wgrad", "wgrad", "sum", "sum"]
     (_, shrink, _), (_, expand, args), *wgrads = launches
-    assert shrink["LET_GO"] is launch.let_next_begin and "launch_pdl" not in shrink
-    assert expand["WAIT"] is launch.wait_then_let_next_begin and expand["launch_pdl"]
+    assert shrink["LET_GO"] is layouts.let_next_begin and "launch_pdl" not in shrink
+    assert expand["WAIT"] is layouts.wait_then_let_next_begin and expand["launch_pdl"]
     for _, wgrad, _ in wgrads:
-        assert wgrad["LET_GO"] is launch.let_next_begin and wgrad["WAIT"] is launch.wait_for_previous and wgrad["launch_pdl"]
+        assert wgrad["LET_GO"] is layouts.let_next_begin and wgrad["WAIT"] is layouts.wait_for_previous and wgrad["launch_pdl"]
     late = args[list(launch.expand.arg_names).index("late")]
     tile = 3 * (16 + 16) * 16 * 4  # bytes of the stages
     assert late == 3 * ((228 << 10) // tile), "three multiprocessors, as many programs on each as fit"

@@ -1,0 +1,300 @@
+"""What a launch is, from shapes, strides and dtypes alone: its grid, its numbers and its constexprs, worked out once for equal calls.
+
+A call of a kernel has some thirty numbers and as many constexprs; to work them out takes longer than a small layer does on a GPU. These
+functions see no tensor, so that whatever they return holds for every call with equal arguments.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+
+from .kernels.load import load_dense, load_descriptor, load_descriptor_transposed, load_parts
+from .kernels.overlap import in_order, let_next_begin, wait_for_previous, wait_then_let_next_begin
+from .operands import Many, Matrix
+from .packed import cut
+from .tuning import Config, rank_block
+from .tuning.validity import LOOP_RANK, MIXED_RANK, TILE_RANK
+
+KEPT = 8192  # layouts
+INT32 = 1 << 31
+RESIDENT = 228 << 10  # bytes of shared memory of a multiprocessor: an estimate of how many programs begin at once
+SPLIT_ADAPTERS = 64  # so few adapters that their tokens are split over programs, too: partial sums cost a stack of gradients each
+
+
+class Options(dict):
+    """A launch's constexprs and options. slots, compiled: by `launcher`, where its tensors are, and what Triton compiled for them."""
+
+    def __init__(self, **options):
+        super().__init__(options, enable_fp_fusion=True)  # said, for Triton's own default changes with 3.10, and 3.9 warns of it
+        self.slots: list | None = None
+        self.compiled: dict[tuple, tuple[Any, tuple]] = {}
+
+
+def cdiv(a: int, b: int) -> int:
+    """``a / b`` rounded up; Triton's own costs microseconds where it is called from Python."""
+    return -(-a // b)
+
+
+def split_axis(length: int, block: int, wanted: int) -> tuple[int, int]:
+    """(blocks a split, splits) of an axis: no more splits than wanted, and none of them empty."""
+    blocks = cdiv(length, block)
+    per_split = cdiv(blocks, wanted)
+    return per_split, cdiv(blocks, per_split)
+
+
+def wide(*tiles: tuple[tuple[int, ...] | None, int]) -> bool:
+    """Whether an offset inside a tile of a matrix of these strides passes 2^31; the offset of a tile itself is always 64-bit."""
+    return any(strides is not None and (strides[-2] + strides[-1]) * block >= INT32 for strides, block in tiles)
+
+
+def stack_stride(strides: tuple[int, ...]) -> int:
+    """The elements from one adapter to the next."""
+    return strides[0] if len(strides) == 3 else 0
+
+
+def _period(R: int, adapters: Many, widths) -> int | None:
+    """How many of R columns of u are a packed layer's, where an adapter's own rank ends each. widths: set where R is one layer's alone."""
+    return R // adapters.layers if adapters.ranked and adapters.widths and not widths else None
+
+
+def _overlapped(interpreted: bool, **plugs) -> dict:
+    """The options of a launch that begins while the one before it runs, with the functions by which it waits."""
+    return dict.fromkeys(plugs, in_order) if interpreted else plugs | dict(launch_pdl=True)
+
+
+class ShrinkLayout(NamedTuple):
+    """shape, dtype: of z where it is to be made, its rows cut to M; x, a, z, stride_split: as the kernel's; sizes: its last arguments."""
+
+    shape: tuple[int, int, int] | None
+    dtype: torch.dtype
+    M: int
+    splits: int
+    x: tuple[int, ...]
+    a: tuple[int, ...]
+    z: tuple[int, ...]
+    stride_split: int
+    stride_ae: int
+    sizes: tuple
+    grid: tuple[int, int, int]
+    options: Options
+
+
+@functools.lru_cache(maxsize=KEPT)
+def shrink(
+    config: Config, x: Matrix, a: Matrix, out: Matrix | None, dtype, widths, adapters: Many, dropout: bool, precision: str,
+    interpreted: bool,
+) -> ShrinkLayout:  # fmt: skip
+    """Of `launch.run_shrink`."""
+    c = config.shrink
+    (rows_of_x, K), x_strides, _ = x
+    M = adapters.tokens or rows_of_x
+    R, a_strides, layers = a[0][-1], a[1], len(widths) or 1
+    block_r = rank_block(R, TILE_RANK if adapters.ranked else 128)
+    ends, _, even = cut(widths, K, c.block_k)
+    blocks, splits = split_axis(max(widths) if widths else K, c.block_k, c.split)
+    # Partial sums lie a multiple of 16 rows apart: their stride compiles one kernel then, whatever M and R.
+    rows = M if splits == 1 else 16 * cdiv(M, 16)
+    whole = splits == 1 and out is not None
+    options = Options(
+        LOAD_X=load_dense, SEGMENTS=adapters.tokens > 0, DROPOUT=dropout, PRECISION=precision,
+        BLOCK_M=c.block_m, BLOCK_K=c.block_k, BLOCK_R=block_r, EVEN_K=even, EVEN_R=R % block_r == 0 and not adapters.ranked,
+        WIDE=wide((x_strides, max(c.block_m, c.block_k)), (a_strides, c.block_k)), FAN=M // rows_of_x,
+        LET_GO=None if not config.expand.pdl else in_order if interpreted else let_next_begin,
+        num_warps=c.num_warps, num_stages=c.num_stages,
+    )  # fmt: skip
+    tiles = adapters.tiles if adapters.tokens else cdiv(M, c.block_m)
+    return ShrinkLayout(
+        None if whole else (splits, rows, R * layers),
+        torch.float32 if splits > 1 else dtype,
+        M,
+        splits,
+        x_strides,
+        a_strides[-2:],
+        (R * layers, 1) if out is None or not whole else out[1],
+        rows * R * layers if splits > 1 else 0,
+        stack_stride(a_strides),
+        (M, K, R, ends, _period(R, adapters, widths), blocks),
+        (tiles, layers * cdiv(R, block_r), splits),
+        options,
+    )
+
+
+class WgradLayout(NamedTuple):
+    """shape, dtype: of what is to be made, of each split; out, stride_split, stride_oe: as the kernel's; sizes: its last arguments."""
+
+    shape: tuple[int, int, int, int]
+    dtype: torch.dtype
+    splits: int
+    x: tuple[int, ...]
+    g: tuple[int, ...]
+    out: tuple[int, ...]
+    stride_split: int
+    stride_oe: int
+    sizes: tuple
+    grid: tuple[int, int, int]
+    options: Options
+
+
+@functools.lru_cache(maxsize=KEPT)
+def wgrad(
+    config: Config, x: Matrix, g: Matrix, dtype, out_transposed: bool, adapters: Many, dropout: bool, precision: str, beside: bool,
+    interpreted: bool,
+) -> WgradLayout:  # fmt: skip
+    """Of `launch.prepare_wgrad`."""
+    c, E = config.wgrad, adapters.number
+    (rows_of_x, J), x_strides, _ = x
+    (M, columns_of_g), g_strides, _ = g
+    widths = () if out_transposed else adapters.widths  # of dY's columns
+    R = columns_of_g // (len(widths) or 1)
+    ends, columns, even = cut(widths, J, c.block_j)
+    block_r = rank_block(R, TILE_RANK if adapters.ranked else 128)
+    blocks, splits = split_axis(M, c.block_m, c.split)
+    if adapters.tokens:  # every adapter's tokens are split alike, for how many they are is known on the device alone
+        splits = max(1, min(splits, SPLIT_ADAPTERS // E))
+    strides = (1, J) if out_transposed else (R, 1)
+    options = Options(
+        SEGMENTS=adapters.tokens > 0, DROPOUT=dropout, PRECISION=precision, BLOCK_M=c.block_m, BLOCK_J=c.block_j, BLOCK_R=block_r,
+        EVEN_J=even, EVEN_R=R % block_r == 0 and not adapters.ranked,
+        WIDE=wide((x_strides, max(c.block_m, c.block_j)), ((R, 1) if not out_transposed else (J, 1), c.block_j)), LET_GO=None, WAIT=None,
+        FAN=M // rows_of_x, num_warps=c.num_warps, num_stages=c.num_stages,
+    )  # fmt: skip
+    if beside:
+        options.update(_overlapped(interpreted, LET_GO=let_next_begin, WAIT=wait_for_previous))
+    return WgradLayout(
+        (splits, E, R, J) if out_transposed else (splits, E, J, R),
+        torch.float32 if splits > 1 else dtype,
+        splits,
+        x_strides,
+        g_strides,
+        strides,
+        E * J * R,
+        J * R,
+        (M, J, R, ends, _period(R, adapters, widths), blocks),
+        (E * columns, cdiv(R, block_r), splits),
+        options,
+    )
+
+
+class ExpandLayout(NamedTuple):
+    """y: the shape where it is to be made; u: the same. flags, counters, parts: how long what is to be made for them is, 0 for none.
+
+    boxes: of the descriptors of x and w, and whether each is of the transposed matrix; None for pointers.
+    """
+
+    y: tuple[int, int] | None
+    u: tuple[int, int] | None
+    flags: int
+    splits: int
+    boxes: tuple | None
+    x: tuple[int, ...]
+    w: tuple[int, ...]
+    a: tuple[int, ...]
+    u_args: tuple[int, ...]
+    v: tuple[int, ...]
+    y_args: tuple[int, ...]
+    stride_ae: int
+    stride_ve: int
+    gathered: int
+    blocks_per_part: int
+    late: int | None
+    sizes: tuple
+    grid: tuple[int]
+    options: Options
+
+
+@functools.lru_cache(maxsize=KEPT)
+def expand(
+    config: Config, x: Matrix, w: Matrix | None, v: Matrix, a: Matrix | None, u: Matrix | None, base: Matrix | None, out: Matrix | None,
+    onto: bool, transposed: bool, exact: bool, drop_x: bool, drop_uv: bool, adapters: Many, precision: str, sms: int, interpreted: bool,
+) -> ExpandLayout:  # fmt: skip
+    """Of `launch.run_expand`."""
+    c = config.expand
+    (M, K), x_strides, x_dtype = x
+    w_strides, v_strides = None if w is None else _turned(w[1], transposed), _turned(v[1], transposed)
+    R, N = v[0][-2:][::-1] if transposed else v[0][-2:]
+    narrow = exact or (w is None and x_dtype.itemsize == 4)  # float32 products are unrolled as deep as this
+    block_r = rank_block(R, 32 if narrow else LOOP_RANK if c.u == "loop" else MIXED_RANK if adapters.ranked else TILE_RANK)
+    r_blocks = cdiv(R, block_r)
+    # Neither is read before what it waits for: beside a shrink that runs yet (pdl), which began after the launch that wrote it had ended.
+    # The first term costs fewer registers; with dropout, whose mask comes before the first product, the last does.
+    add = None if not onto else "last" if drop_uv else "first"
+    y_strides = (N, 1) if out is None else out[1]
+    widths = adapters.widths if transposed else ()  # of w's columns
+    ends, columns, even = cut(widths, N, c.block_n)
+    num_m, tiles = cdiv(M, c.block_m), cdiv(M, c.block_m) * columns
+    items, flags, u_shape = tiles, 0, None
+    if c.u == "awaited":
+        items += (adapters.tiles if adapters.tokens else num_m) * r_blocks
+        flags = num_m
+    if c.u == "awaited" and u is None:
+        u_shape = (M, R)
+    blocks_per_part, splits = 0, 0
+    if c.split > 1:
+        blocks_per_part, splits = split_axis(K, c.block_k, c.split)
+        items = tiles * (splits + 1)
+    boxes, load_x, load_w = None, None, None
+    if base is not None:
+        load_x, x_strides = load_dense, base[1]
+    elif w_strides is not None:
+        load_x = load_w = load_dense
+        if c.tma:
+            boxes = _box(x_strides, c.block_m, c.block_k), _box(w_strides, c.block_k, c.block_n)
+            load_x, load_w = (load_descriptor_transposed if flip else load_descriptor for _, flip in boxes)
+    load_u: Any = load_dense
+    u_args: tuple[int, ...] = (R, 1)
+    if u is not None:
+        u_args = u[1]
+        if len(u[0]) == 3:
+            load_u, u_args = load_parts, (*u[1][1:], u[1][0], u[0][0])
+    late = None
+    if config.wgrad.beside == "pdl":
+        late = sms * max(1, RESIDENT // (c.num_stages * (c.block_m + c.block_n) * c.block_k * x_dtype.itemsize))
+    blocks = max(c.block_m, c.block_n, c.block_k)
+    reached = (x[1], w_strides, None if base is None else base[1], v_strides, y_strides)
+    options = Options(
+        LOAD_X=load_x, LOAD_W=load_w, LOAD_U=load_u, U=c.u, SEGMENTS=adapters.tokens > 0, MASKED=c.masked, WALK=c.walk or None,
+        SPLIT=splits > 0, EXACT=exact, ADD=add, SAVE_U=c.u == "loop" and u is not None, DROP_X=drop_x and c.u != "given",
+        DROP_UV=drop_uv, PRECISION="ieee" if exact else precision,
+        BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, BLOCK_R=block_r,
+        R_BLOCKS=r_blocks, GROUP_M=c.group_m, GATHER_M=adapters.gather_block if adapters.tokens else c.block_m,
+        EVEN_N=even, EVEN_K=K % c.block_k == 0, EVEN_R=R % block_r == 0 and not adapters.ranked,
+        WIDE=wide(*((strides, blocks) for strides in reached)), PERSISTENT=c.persistent, WAIT=None,
+        num_warps=c.num_warps, num_stages=c.num_stages,
+    )  # fmt: skip
+    if c.pdl:
+        options.update(_overlapped(interpreted, WAIT=wait_for_previous if late is None else wait_then_let_next_begin))
+    a_strides = () if a is None else _turned(a[1], transposed)
+    return ExpandLayout(
+        (M, N) if out is None else None,
+        u_shape,
+        flags,
+        splits,
+        boxes,
+        x_strides,
+        w_strides or (),
+        a_strides[-2:],
+        u_args,
+        v_strides[-2:],
+        y_strides,
+        stack_stride(a_strides),
+        stack_stride(v_strides),
+        adapters.tiles,
+        blocks_per_part,
+        late,
+        (M, N, K, R, ends, _period(R, adapters, widths)),
+        (min(items, sms) if c.persistent else items,),
+        options,
+    )
+
+
+def _turned(strides: tuple[int, ...], transposed: bool) -> tuple[int, ...]:
+    """The strides of a matrix, or of each of a stack, the other way round."""
+    return (*strides[:-2], strides[-1], strides[-2]) if transposed else strides
+
+
+def _box(strides: tuple[int, ...], block_i: int, block_j: int) -> tuple[tuple[int, int], bool]:
+    """The box of a matrix's descriptor, which is of the transposed matrix where that is contiguous."""
+    return ((block_i, block_j), False) if strides[1] == 1 else ((block_j, block_i), True)
