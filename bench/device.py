@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from . import check, compiles, experts, host, memory, merge, multi, roof, sanitize, shared, single, tune
+from . import check, compiles, experts, host, memory, merge, model, multi, roof, sanitize, shared, single, tune
 from .session import Session, say
 
 SECTIONS = {
@@ -27,6 +27,7 @@ SECTIONS = {
     "decode": multi.decode,
     "mtrain": multi.train,
     "experts": experts.run,
+    "model": model.run,
     "tune": tune.run,
     "mtune": tune.many,
     "compiles": compiles.run,

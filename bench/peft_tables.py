@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from .report_tables import ms, points
+from .report_tables import PASSES, lists, ms, points
 from .svg import Panel, charts
 from .table import markdown_table, ratio, significant
 
 COMMANDS = {
     "modules": "python -m bench.modules --out bench/results/modules.jsonl",
     "curves": "python -m bench.loss_curves --out bench/results/curves.jsonl",
+    "model": "python -m bench.device model --out bench/results",
 }
+TITLES = {"peft": "PEFT", "fused": "fused", "shared": "fused, `share_inputs`", "slots": "slots"}
 
 
 def modules(rows: list[dict], brief: bool) -> str:
@@ -41,6 +43,49 @@ def curves(rows: list[dict], brief: bool) -> str:
     return "![Loss curves](curves.svg)\n\n" + markdown_table(header, lines)
 
 
+def model(rows: list[dict], brief: bool) -> str:
+    """A training step and a step of generation of whole layers, as multiples of the frozen model's; in brief without single passes."""
+    failed = [row for row in rows if row["error"]]
+    late = [row for row in rows if row["what"] == "left out"]
+    rows = [row for row in rows if row["ms"]]
+    tables = []
+    for grid, arms, text in (
+        ("train", ("peft", "fused", "shared"), "A training step: forward and backward, one adapter, dropout as shown."),
+        ("decode", ("peft", "fused", "slots"), "A step of generation: one token a sequence, adapters in turn."),
+    ):
+        lines = []
+        keys = ("layer", "M", "adapters", "p", "launch", "what")
+        for (layer, M, adapters, p, launch, what), by_arm in points([row for row in rows if row["grid"] == grid], keys):
+            if brief and grid == "train" and what != "both":
+                continue
+            cells = [ms(by_arm.get("linear"), brief), *(_over(by_arm.get(arm), brief) for arm in arms)]
+            if grid == "train":
+                peaks = [_peak(by_arm.get(arm)) if what == "both" else "" for arm in ("linear", *arms)]
+                lines.append([layer, M, f"{p:g}", *([] if brief else [PASSES[what]]), *cells, *peaks])
+            else:
+                lines.append([layer, M, adapters, *([] if brief else [launch]), *cells])
+        if not lines:
+            continue
+        names = ["frozen, ms", *(TITLES[arm] for arm in arms)]
+        if grid == "train":
+            peaks = [f"{what}, MiB" for what in ("frozen", *(TITLES[arm] for arm in arms))]
+            header = ["layers", "tokens", "dropout", *([] if brief else ["pass"]), *names, *peaks]
+        else:
+            header = ["layers", "sequences", "adapters", *([] if brief else ["launch"]), *names]
+        tables.append(f"{text}\n\n" + markdown_table(header, lines))
+    text = "Whole decoder layers with LoRA (r = 16) on every linear: median ms, and over the frozen model's; "
+    text += "MiB kept for backward, on a GPU the peak of a step."
+    return "\n\n".join([text, *tables, *lists({"Failed": failed, "Left out": late})])
+
+
+def _over(row: dict | None, brief: bool) -> str:
+    return "" if row is None else f"{ms(row, brief)}, {ratio(row['over_linear'])}x"
+
+
+def _peak(row: dict | None) -> str:
+    return "" if row is None else significant((row["peak_bytes"] or row["saved_bytes"] or 0) / (1 << 20))
+
+
 def plot(rows: list[dict]) -> str:
     """curves.svg."""
     panels = []
@@ -50,5 +95,5 @@ def plot(rows: list[dict]) -> str:
     return charts(panels, "step", "loss")
 
 
-RENDERERS = {"modules": modules, "curves": curves}
+RENDERERS = {"modules": modules, "curves": curves, "model": model}
 PLOTS = {"curves": plot}

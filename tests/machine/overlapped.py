@@ -14,6 +14,7 @@ import triton.language as tl
 
 from lora_kernels import launch, parity
 from lora_kernels.kernels.overlap import let_next_begin
+from lora_kernels.layouts import Options
 from lora_kernels.segments import ONE
 from lora_kernels.tuning import Config, Expand, Shrink, Wgrad
 
@@ -66,7 +67,7 @@ def main() -> None:
     for label, plug in (("no wait", let_next_begin), ("too early", let_next_begin_too_early)):
 
         def mistaken(kernel, grid, args, options, plug=plug):
-            run(kernel, grid, args, options | {"WAIT": plug} if kernel.__name__ == "expand" else options)
+            run(kernel, grid, args, Options(**options | {"WAIT": plug}) if kernel.__name__ == "expand" else options)
 
         launch._run = mistaken
         print(f"{label}:", *sorted(differing(machine, seeds=2)))

@@ -1,0 +1,258 @@
+"""Section ``model``: whole decoder layers of a Llama with LoRA on every linear, a training step and a step of generation.
+
+linear   the frozen model: the floor; training, its step has a gradient for the first layer's input alone
+peft     PEFT's model, its adapters in the base's dtype; generation: a batch by ``adapter_names``
+fused    the same after `lora_kernels.integrations.peft.fuse`
+shared   training: and after `share_inputs`
+slots    generation: `MultiLoRALinear` layers inside `use_adapters`
+
+Random weights, no embedding and no head; a step of generation has one token a sequence and nothing before it, so that what is timed is
+the layers, with all that Python does around them. Before an arm is timed, its results are held against the same model in a wider dtype.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+
+from lora_kernels import LoRAConfig, Segments, apply_lora, share_inputs, use_adapters, use_segments
+
+from .conditions import Recorder
+from .memory import peak_of, saved_by
+from .session import Budget, Session, say
+from .table import rounded, significant, text_table
+from .timing import Step, Times, clock_for, graphed, interleave, message
+from .workloads import Point
+
+SHAPES = {
+    "8B": (4096, 14336, 32, 8, 32),
+    "1B": (2048, 8192, 32, 8, 16),
+    "tiny": (32, 48, 4, 2, 2),
+}  # hidden, MLP, heads, of k and v, layers
+LENGTH = 2048  # tokens a sequence in training, at most
+NEEDS = ("peft", "transformers")
+ARMS = ("linear", "peft", "fused", "shared", "slots")
+Arms = dict[str, Callable[[torch.Tensor], torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class ModelPoint(Point):
+    """M tokens; N is the MLP's width. ``built``: as many of the layers of ``shape``. ``adapters``: how many generation names, in turn."""
+
+    shape: str = "8B"
+    built: int = 4
+    adapters: int = 1
+
+    @property
+    def sequences(self) -> int:
+        return self.M if self.forward_alone else max(1, self.M // LENGTH)
+
+    def fields(self) -> dict:
+        return super().fields() | {"adapters": self.adapters}
+
+    def names(self) -> list[str]:
+        """Each sequence's adapter."""
+        return [f"adapter{i % self.adapters}" for i in range(self.sequences)]
+
+
+def grid(cuda: bool, quick: bool) -> list[ModelPoint]:
+    """Training with dropout and without, then generation with one adapter and with one for each sequence."""
+    dtype = torch.bfloat16 if cuda and not quick else torch.float32
+    shapes, built, tokens, few = (("8B", "1B"), 4, 8192, 16) if cuda else (("1B",), 1, 512, 8)
+    if quick:
+        shapes, built, tokens, few = ("tiny",), 1, 16, 3
+
+    def point(grid: str, shape: str, M: int, p: float, adapters: int) -> ModelPoint:
+        hidden, mlp, *_, layers = SHAPES[shape]
+        return ModelPoint(grid, f"{shape}, {built} of {layers} layers", M, hidden, mlp, 16, p, dtype, shape, built, adapters)
+
+    return [
+        *(point("train", shape, tokens, p, 1) for shape in shapes for p in (0.0, 0.1)),
+        *(point("decode", shape, few, 0.0, adapters) for shape in shapes for adapters in (few, 1)),
+    ]
+
+
+def run(session: Session) -> int:
+    """Writes a row for each point, arm and pass; returns the number of arms that failed."""
+    recorder = session.recorder("model")
+    missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
+    if missing:
+        recorder.add(what="left out", detail=f"wanted {', '.join(missing)}")
+        say(f"model: left out, without {', '.join(missing)}")
+        return 0
+    cuda = session.device.type == "cuda"
+    clocks = [clock_for(session.device, launch) for launch in (("eager", "graph") if cuda else ("host",))]
+    budget, table = Budget(session.seconds), []
+    for point in budget.walk(grid(cuda, session.quick)):
+        arms = build(point, session.device, point.dtype)
+        for name, error in wrong(point, arms, session.device).items():
+            recorder.add(**point.fields(), arm=name, launch="check", error=error)
+            del arms[name]
+        for clock in clocks if point.forward_alone else clocks[:1]:
+            times = _time(session, recorder, point, arms, clock)
+            last = "forward" if point.forward_alone else "both"
+            cells = [significant(times[arm][last].p50) if arm in times else "" for arm in ARMS]
+            table.append([f"{point.grid}, {clock.launch}, {point.layer}, M={point.M}, {point.adapters} adapters, p={point.p:g}", *cells])
+    budget.record(recorder)
+    failed = [row for row in recorder.rows if row["error"]]
+    for row in failed:
+        say(f"model FAILED {row['grid']} {row['layer']} {row['arm']}: {row['error']}")
+    print(text_table(["model, ms", *ARMS], table), flush=True)
+    return len(failed)
+
+
+def _time(session: Session, recorder: Recorder, point: ModelPoint, arms: Arms, clock) -> dict[str, dict[str, Times]]:
+    """The arms' rows, for one way of launching, and their times."""
+    x, dy = inputs(point, session.device, point.dtype)
+    steps, kept, failed = {}, {}, {}
+    for name in arms.keys() & {"linear", "slots"} if clock.launch == "graph" else arms:
+        try:
+            kept[name] = {} if point.forward_alone else _memory(arms[name], x, dy)
+            step = _step(point, arms[name], x, dy)
+            steps[name] = graphed(step) if clock.launch == "graph" else step
+        except Exception as error:  # one arm's failure is a row of its own
+            failed[name] = message(error)
+    times, errors = interleave(steps, clock, seconds=0.1 if session.quick else 4.0, least=3 if session.quick else 5)
+    for name, error in (failed | errors).items():
+        recorder.add(**point.fields(), arm=name, launch=clock.launch, error=error)
+    for name, passes in times.items():
+        for what, t in passes.items():
+            over = rounded(t.p50 / times["linear"][what].p50) if "linear" in times else None
+            memory = kept[name] if what == "both" else {}
+            recorder.add(**point.fields(), what=what, arm=name, launch=clock.launch, ms=t.ms(), rounds=t.rounds, over_linear=over, **memory)
+    return times
+
+
+def inputs(point: ModelPoint, device: torch.device, dtype: torch.dtype, tokens: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the first layer is given, and the last one's gradient, rounded to the point's dtype; ``tokens`` a sequence."""
+    generator = torch.Generator(device).manual_seed(1)
+    shape = point.sequences, tokens or point.M // point.sequences, point.K
+    x, dy = (torch.randn(shape, generator=generator, device=device).to(point.dtype).to(dtype) for _ in range(2))
+    return x.requires_grad_(not point.forward_alone), dy
+
+
+def build(point: ModelPoint, device: torch.device, dtype: torch.dtype) -> Arms:
+    """The arms, on the same frozen weights and adapters, in training mode but for generation."""
+    from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora import Linear
+    from transformers import LlamaConfig, LlamaModel
+
+    from lora_kernels.integrations.peft import fuse
+
+    hidden, mlp, heads, kv_heads, _ = SHAPES[point.shape]
+    sizes = dict(hidden_size=hidden, intermediate_size=mlp, num_attention_heads=heads, num_key_value_heads=kv_heads)
+    torch.manual_seed(0)
+    with torch.device(device):
+        base = LlamaModel(LlamaConfig(**sizes, num_hidden_layers=point.built, vocab_size=8, use_cache=False))
+        base = base.to(point.dtype).to(dtype).requires_grad_(False)
+
+        def again() -> nn.Module:  # the same weights, not copies of them
+            return copy.deepcopy(base, {id(p): p for p in base.parameters()})
+
+        config = LoraConfig(r=point.r, lora_alpha=2 * point.r, lora_dropout=point.p, target_modules="all-linear", init_lora_weights=False)
+        peft = get_peft_model(again(), config, adapter_name="adapter0", autocast_adapter_dtype=False)
+        for i in range(1, point.adapters):
+            peft.add_adapter(f"adapter{i}", config, autocast_adapter_dtype=False)
+        for name, parameter in peft.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.data.to(point.dtype).to(dtype)
+    shared = {id(p): p for p in peft.parameters()}
+    fused = copy.deepcopy(peft, dict(shared))
+    report = fuse(fused)
+    if report.left:
+        raise RuntimeError(f"model: wanted every LoRA layer fused, got {report}")
+    if not point.forward_alone:
+        together = copy.deepcopy(peft, dict(shared))
+        fuse(together)
+        share_inputs(together)
+        return {name: partial(_hidden, model.train()) for name, model in dict(linear=base, peft=peft, fused=fused, shared=together).items()}
+    slots = again()
+    apply_lora(slots, LoRAConfig(target_modules="all-linear", r=point.r), num_adapters=point.adapters, adapter_dtype=dtype)
+    for name, layer in peft.base_model.model.named_modules():
+        for i in range(point.adapters if isinstance(layer, Linear) else 0):
+            own = f"adapter{i}"
+            A, B = layer.lora_A[own].weight, layer.lora_B[own].weight
+            slots.get_submodule(name).load_adapter(i, A, B, layer.scaling[own])
+    names = point.names()
+    ids = torch.tensor([int(name.removeprefix("adapter")) for name in names], device=device)
+    for model in (base, peft, fused, slots):
+        model.eval()
+    return {
+        "linear": partial(_hidden, base),
+        "peft": partial(_hidden, peft, adapter_names=names),
+        "fused": partial(_hidden, fused, adapter_names=names),
+        "slots": partial(_served, slots, ids, ids.tolist()),
+    }
+
+
+def _hidden(model: nn.Module, x: torch.Tensor, **how) -> torch.Tensor:
+    return model(inputs_embeds=x, **how).last_hidden_state
+
+
+def _served(model: nn.Module, ids: torch.Tensor, adapters: list[int], x: torch.Tensor) -> torch.Tensor:
+    """By sequence, or where a CUDA graph is captured by a plan that is part of it."""
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        slots = next(layer.num_adapters for layer in model.modules() if hasattr(layer, "num_adapters"))
+        with use_segments(model, Segments.from_ids(ids, slots, validate=False)):
+            return _hidden(model, x)
+    with use_adapters(model, adapters):
+        return _hidden(model, x)
+
+
+def _step(point: ModelPoint, arm: Callable, x: torch.Tensor, dy: torch.Tensor) -> Step:
+    if point.forward_alone:
+        return Step(torch.no_grad()(partial(arm, x)))
+    return Step(partial(arm, x), lambda y: torch.autograd.grad(y, _leaves(arm, x), dy))
+
+
+def _leaves(arm, x: torch.Tensor) -> list[torch.Tensor]:
+    return [x, *(p for p in arm.args[0].parameters() if p.requires_grad)]
+
+
+def _memory(arm: Callable, x: torch.Tensor, dy: torch.Tensor) -> dict:
+    """Bytes kept for backward, parameters not counted, and on a GPU the peak of a step above what was in use."""
+    saved = saved_by(lambda: arm(x), arm.args[0].parameters())  # type: ignore[attr-defined]
+    return dict(saved_bytes=saved, peak_bytes=peak_of(lambda: torch.autograd.grad(arm(x), _leaves(arm, x), dy), x.device))
+
+
+def results(point: ModelPoint, arm: Callable, device: torch.device, dtype: torch.dtype) -> list[torch.Tensor]:
+    """The last layer's output for few tokens without dropout; training, the gradients of the input and of the adapters, too."""
+    x, dy = inputs(point, device, dtype, tokens=min(16, point.M // point.sequences))
+    if point.forward_alone:
+        with torch.no_grad():
+            return [arm(x)]
+    model = arm.args[0].eval()
+    y = arm(x)
+    found = torch.autograd.grad(y, _leaves(arm, x), dy)
+    model.train()
+    return [y.detach(), *found]
+
+
+def wrong(point: ModelPoint, arms: Arms, device: torch.device) -> dict[str, str]:
+    """The arms that are further from a wider dtype's results than twice PEFT's distance, in the root mean square."""
+    wide = torch.float64 if point.dtype is torch.float32 else torch.float32
+    truth = results(point, build(point, device, wide)["peft"], device, wide)
+    theirs = _distances(results(point, arms["peft"], device, point.dtype), truth)
+    allowed = [2 * far + torch.finfo(point.dtype).eps for far in theirs]
+    found = {}
+    for name in arms.keys() - {"linear", "peft"}:
+        try:
+            far = _distances(results(point, arms[name], device, point.dtype), truth)
+        except Exception as error:
+            found[name] = message(error)
+            continue
+        over = [i for i, (own, most) in enumerate(zip(far, allowed, strict=True)) if not own <= most]
+        if over:
+            found[name] = f"check: result {over[0]} is {far[over[0]]:.3g} from the truth, wanted at most {allowed[over[0]]:.3g}"
+    return found
+
+
+def _distances(found: list[torch.Tensor], truth: list[torch.Tensor]) -> list[float]:
+    """Relative, in the root mean square."""
+    return [float((own.to(true.dtype) - true).norm() / true.norm()) for own, true in zip(found, truth, strict=True)]
