@@ -24,6 +24,7 @@ _TITLES = {
     "torch-no-onednn": 'ours, `"torch"`, torch\'s own linear',
     "auto": 'ours, `"auto"`',
     "triton": 'ours, `"triton"`',
+    "segments": "ours, 8 adapters",
 }
 PASSES = {"forward": "forward", "backward": "backward", "both": "forward + backward"}
 
