@@ -125,14 +125,14 @@ class _BySequence:
         place = x.device, num_adapters
         if torch.compiler.is_compiling():
             return self.steps[place] if tokens == 1 and place in self.steps else self._plan(tokens, *place)
-        on_gpu = x.device.type == "cuda"
-        if on_gpu and torch.cuda.is_current_stream_capturing():
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():
             raise UnsupportedError("use_adapters: wanted no capture of a CUDA graph, which would keep these adapters; take use_segments")
-        stream = torch.cuda.current_stream(x.device).stream_id if on_gpu else 0
+        stream = torch.cuda.current_stream(x.device).stream_id if x.is_cuda else 0
         key = tokens, *place, stream, torch.is_inference_mode_enabled()
-        if key not in self.plans:
-            self.plans[key] = self._plan(tokens, *place)
-        return self.plans[key]
+        plan = self.plans.get(key)
+        if plan is None:
+            plan = self.plans[key] = self._plan(tokens, *place)
+        return plan
 
     def _plan(self, tokens: int, device: torch.device, num_adapters: int) -> Segments:
         each = self.ids.to(device).repeat_interleave(tokens, output_size=self.ids.shape[0] * tokens)

@@ -128,6 +128,13 @@ def test_other_sizes_and_strides():
         step(x, weight, A, B, drawn(M, N), TILES)
 
 
+def test_other_dtypes():
+    """The same sizes and strides in 32 bits, in 16, and with adapters in 32 beside a base in 16."""
+    for base, adapters in ((torch.float32,) * 2, (torch.float16,) * 2, (torch.float16, torch.float32)) * 2:
+        x, weight, dy = (drawn(*shape).to(base) for shape in ((M, K), (N, K), (M, N)))
+        step(x, weight * K**-0.5, drawn(R, K).to(adapters) * K**-0.5, drawn(N, R).to(adapters), dy, TILES)
+
+
 def test_other_plans():
     """Sequences of adapters and tokens that leave shapes as they are."""
     for ids in ([0] * M, [0, 1] * 10, [-1] * M, list(range(E)) * 6 + [2, 2], [0] * M):
@@ -166,6 +173,7 @@ def test_choices_are_those_of_the_call_itself(on_hopper):
             (x, weight, A.float(), B.float(), ONE, 0.0),
             (x, weight, *stack, Adapters(segments), 0.0),
             (x, weight, *stack, Adapters(segments, None, ranks), 0.0),
+            (x, weight, *stack, Adapters(Segments.from_ids(torch.arange(tokens) % E, E, row_block=64)), 0.0),
             (x, weight, stack[0].repeat(1, 2, 1), stack[1], Adapters(segments, None, None, (256, 256)), 0.0),
         ]
         for impl, key in (("auto", ""), ("triton", ""), ("torch", ""), ("auto", TILES.key() if tokens == 512 else "")):

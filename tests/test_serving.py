@@ -272,7 +272,7 @@ def test_not_within_a_capture(monkeypatch):
         plans = model[0].up.plans
 
         class OnGpu:
-            shape, device = x.shape, torch.device("cuda", 0)
+            shape, device, is_cuda = x.shape, torch.device("cuda", 0), True
             dim = x.dim
 
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
