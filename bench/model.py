@@ -118,9 +118,8 @@ def _time(session: Session, recorder: Recorder, point: ModelPoint, arms: Arms, c
             steps[name] = graphed(step) if clock.launch == "graph" else step
         except Exception as error:  # one arm's failure is a row of its own
             failed[name] = message(error)
-    times, errors = interleave(
-        steps, clock, seconds=0.1 if session.quick else 4.0 if clock.launch != "host" else 20.0, least=3 if session.quick else 5
-    )
+    seconds = 0.1 if session.quick else 60.0 if clock.launch == "host" else 4.0
+    times, errors = interleave(steps, clock, seconds=seconds, least=3 if session.quick else 5)
     for name, error in (failed | errors).items():
         recorder.add(**point.fields(), arm=name, launch=clock.launch, error=error)
     for name, passes in times.items():
