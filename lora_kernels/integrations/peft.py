@@ -26,7 +26,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..autograd import lora_linear
-from ..experts import together
+from ..experts import Factors, together
 from ..projections import Projection
 from .peft_experts import routed, why_not_routed
 from .peft_mixed import mixed, why_not_mixed
@@ -120,8 +120,11 @@ def _single(layer: Any, x: torch.Tensor) -> torch.Tensor | None:
         if why_not_together(adapters) is not None:
             return None
         adapters = [together(adapters)]
-    x, base = _settled(layer, x, base)
-    one = in_dtype(adapters[0], base.dtype)
+    return _by_one(*_settled(layer, x, base), adapters[0])
+
+
+def _by_one(x: torch.Tensor, base: Base, adapter: Factors) -> torch.Tensor:
+    one = in_dtype(adapter, base.dtype)
     return lora_linear(
         x, base.weight, one.A, one.B, base.bias, base=base.product, scale=one.scale, dropout_p=one.p, training=one.training
     )  # fmt: skip
@@ -143,7 +146,10 @@ def _mixed(layer: Any, x: torch.Tensor, names: list[str]) -> torch.Tensor | None
     if isinstance(adapters, str) or why_not_mixed(adapters) is not None:
         return None
     x, base = _settled(layer, x, base)
-    return mixed(x, base, [in_dtype(each, base.dtype) for each in adapters], tuple(places.get(name, -1) for name in names))
+    ids = tuple(places.get(name, -1) for name in names)
+    if len(adapters) == 1 and -1 not in ids:  # nothing is mixed: no stack, no plan
+        return _by_one(x, base, adapters[0])
+    return mixed(x, base, [in_dtype(each, base.dtype) for each in adapters], ids)
 
 
 def dispatch_fused(target, adapter_name, config=None, parameter_name=None, **kwargs):
