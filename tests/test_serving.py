@@ -300,13 +300,14 @@ class TestCompiled:
 
     def test_another_batch_is_not_another_graph(self):
         model = net()
-        compiled, found = self.graphs(model)
+        (compiled, found), first = self.graphs(model), 0
         for who in (WHO, [0, 1, 2, 3], [-1] * 4, WHO):
             with torch.no_grad(), use_adapters(model, who):
                 for length in (1, 5, 6, 1, 9):
                     x = drawn(4, length, K)
                     assert torch.equal(compiled(x), model(x))
-        assert len(found) <= 3, found  # one token, five, any number
+            first = first or len(found)
+        assert len(found) == first <= 4, found  # one token, and some lengths, which the plan's blocks part
         assert found[0] == {"forward": 4, "plan": 0}, "a step of generate finds its plan made"
 
     def test_outside_it_is_an_error(self):
