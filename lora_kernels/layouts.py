@@ -179,9 +179,9 @@ def wgrad(
 
 
 class ExpandLayout(NamedTuple):
-    """y: the shape where it is to be made; u: the same. flags, counters, parts: how long what is to be made for them is, 0 for none.
+    """y, u: their shapes where they are to be made. flags: how many; splits: of K, each with a partial sum to be made; 0 for none.
 
-    boxes: of the descriptors of x and w, and whether each is of the transposed matrix; None for pointers.
+    boxes: of the descriptors of x and w, and whether each is of the transposed matrix; None for pointers. The rest: the kernel's arguments.
     """
 
     y: tuple[int, int] | None
