@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -36,9 +37,9 @@ def stock(model: nn.Module, **changed) -> nn.Module:
     return get_peft_model(model, LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", **changed}))
 
 
-def fused(model: nn.Module) -> nn.Module:
-    """A copy of a PEFT model on `lora_kernels`; an error where a layer would be left to PEFT."""
-    model = copy.deepcopy(model)
+def fused(model: nn.Module, shared: Iterable[nn.Parameter] = ()) -> nn.Module:
+    """A copy of a PEFT model on `lora_kernels`, but for ``shared``; an error where a layer would be left to PEFT."""
+    model = copy.deepcopy(model, {id(p): p for p in shared})
     report = fuse(model)
     if report.left:
         raise RuntimeError(f"model: wanted every LoRA layer fused, got {report}")

@@ -56,9 +56,13 @@ class ModelPoint(Point):
     def fields(self) -> dict:
         return super().fields() | {"adapters": self.adapters}
 
-    def names(self) -> list[str]:
+    def ids(self) -> list[int]:
         """Each sequence's adapter."""
-        return [f"adapter{i % self.adapters}" for i in range(self.sequences)]
+        return [i % self.adapters for i in range(self.sequences)]
+
+    def names(self) -> list[str]:
+        """As PEFT names them."""
+        return [f"adapter{i}" for i in self.ids()]
 
 
 def grid(cuda: bool, quick: bool) -> list[ModelPoint]:
@@ -144,7 +148,7 @@ def build(point: ModelPoint, device: torch.device, dtype: torch.dtype) -> Arms:
     from peft.tuners.lora import Linear
     from transformers import LlamaConfig, LlamaModel
 
-    from lora_kernels.integrations.peft import fuse
+    from .llama import fused
 
     hidden, mlp, heads, kv_heads, _ = SHAPES[point.shape]
     sizes = dict(hidden_size=hidden, intermediate_size=mlp, num_attention_heads=heads, num_key_value_heads=kv_heads)
@@ -163,16 +167,11 @@ def build(point: ModelPoint, device: torch.device, dtype: torch.dtype) -> Arms:
         for name, parameter in peft.named_parameters():
             if "lora_" in name:
                 parameter.data = parameter.data.to(point.dtype).to(dtype)
-    shared = {id(p): p for p in peft.parameters()}
-    fused = copy.deepcopy(peft, dict(shared))
-    report = fuse(fused)
-    if report.left:
-        raise RuntimeError(f"model: wanted every LoRA layer fused, got {report}")
+    alone = fused(peft, shared=peft.parameters())
     if not point.forward_alone:
-        together = copy.deepcopy(peft, dict(shared))
-        fuse(together)
+        together = fused(peft, shared=peft.parameters())
         share_inputs(together)
-        return {name: partial(_hidden, model.train()) for name, model in dict(linear=base, peft=peft, fused=fused, shared=together).items()}
+        return {name: partial(_hidden, model.train()) for name, model in dict(linear=base, peft=peft, fused=alone, shared=together).items()}
     slots = again()
     apply_lora(slots, LoRAConfig(target_modules="all-linear", r=point.r), num_adapters=point.adapters, adapter_dtype=dtype)
     for name, layer in peft.base_model.model.named_modules():
@@ -180,15 +179,14 @@ def build(point: ModelPoint, device: torch.device, dtype: torch.dtype) -> Arms:
             own = f"adapter{i}"
             A, B = layer.lora_A[own].weight, layer.lora_B[own].weight
             slots.get_submodule(name).load_adapter(i, A, B, layer.scaling[own])
-    names = point.names()
-    ids = torch.tensor([int(name.removeprefix("adapter")) for name in names], device=device)
-    for model in (base, peft, fused, slots):
+    names, ids = point.names(), point.ids()
+    for model in (base, peft, alone, slots):
         model.eval()
     return {
         "linear": partial(_hidden, base),
         "peft": partial(_hidden, peft, adapter_names=names),
-        "fused": partial(_hidden, fused, adapter_names=names),
-        "slots": partial(_served, slots, ids, ids.tolist()),
+        "fused": partial(_hidden, alone, adapter_names=names),
+        "slots": partial(_served, slots, ids, torch.tensor(ids, device=device), point.adapters),
     }
 
 
@@ -196,13 +194,12 @@ def _hidden(model: nn.Module, x: torch.Tensor, **how) -> torch.Tensor:
     return model(inputs_embeds=x, **how).last_hidden_state
 
 
-def _served(model: nn.Module, ids: torch.Tensor, adapters: list[int], x: torch.Tensor) -> torch.Tensor:
+def _served(model: nn.Module, ids: list[int], on_device: torch.Tensor, slots: int, x: torch.Tensor) -> torch.Tensor:
     """By sequence, or where a CUDA graph is captured by a plan that is part of it."""
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
-        slots = next(layer.num_adapters for layer in model.modules() if hasattr(layer, "num_adapters"))
-        with use_segments(model, Segments.from_ids(ids, slots, validate=False)):
+        with use_segments(model, Segments.from_ids(on_device, slots, validate=False)):
             return _hidden(model, x)
-    with use_adapters(model, adapters):
+    with use_adapters(model, ids):
         return _hidden(model, x)
 
 

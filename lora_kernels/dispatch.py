@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,8 +23,7 @@ from .tuning import Arch, Config, lookup, resolve, why_not
 
 FEW_TOKENS = 256
 KEPT = 8192  # calls whose arm is remembered, by all that the choice sees of them: to describe one again takes ten times as long
-_forwards: dict[tuple, tuple] = {}
-_backwards: dict[tuple, tuple] = {}
+_found: dict[tuple, tuple] = {}
 INTERPRETED_NUMPY = "the interpreter of Triton before 3.7 takes no NumPy from 2.4 on (it makes numbers of arrays); install numpy<2.4"
 INTERPRETED_BFLOAT16 = "Triton's interpreter multiplies bfloat16 bit patterns (triton #11584), so bfloat16 needs a GPU"
 
@@ -163,14 +163,7 @@ def forward_arm(x, weight, lora_A, lora_B, adapters: Adapters, dropout_p: float,
     """(function, config) that computes a forward pass of x ``[M, K]``."""
     if plainly_chain(x.device, impl, key):
         return CHAIN_FORWARD
-    operands = (x, weight, lora_A, lora_B)
-    call = (*map(matrix, operands), aligned(*operands), many(adapters), bool(dropout_p), x.device, impl, key, interpreting())
-    found = _forwards.get(call)
-    if found is None:
-        choice = choose(problem.describe(*operands, dropout=bool(dropout_p), adapters=adapters), x.device, impl, key)
-        found = CHAIN_FORWARD if choice.arm == "torch" else (arm_of(weight).forward, choice.config)
-        _keep(_forwards, call, found)
-    return found
+    return _remembered("forward", weight, problem.describe, (x, weight, lora_A, lora_B), adapters, bool(dropout_p), impl, key)
 
 
 def down_arm(arm: tuple):
@@ -182,18 +175,26 @@ def backward_arm(dy, x, weight, lora_A, lora_B, u, adapters: Adapters, dropout_p
     """(function, config) that computes a backward pass from dY ``[M, N]``; operands may be None where no gradient uses them."""
     if plainly_chain(dy.device, impl, key):
         return CHAIN_BACKWARD
-    operands = (dy, x, weight, lora_A, lora_B, u)
-    call = (*map(matrix, operands), aligned(*operands), many(adapters), bool(dropout_p), dy.device, impl, key, interpreting())
-    found = _backwards.get(call)
+    return _remembered("backward", weight, _describe_dx, (dy, x, weight, lora_A, lora_B, u), adapters, bool(dropout_p), impl, key)
+
+
+def _remembered(which: str, weight, describe: Callable[..., Problem], operands: tuple, adapters: Adapters, dropout: bool, impl, key):
+    """(function, config) of a pass, chosen for the problem that ``describe`` makes of its operands, once for calls that look alike."""
+    device = operands[0].device
+    call = (which, *map(matrix, operands), aligned(*operands), many(adapters), dropout, device, impl, key, interpreting())
+    found = _found.get(call)
     if found is None:
-        choice = choose(_described(*operands, adapters, dropout_p), dy.device, impl, key)
-        found = CHAIN_BACKWARD if choice.arm == "torch" else (arm_of(weight).backward, choice.config)
-        _keep(_backwards, call, found)
+        choice = choose(describe(*operands, dropout=dropout, adapters=adapters), device, impl, key)
+        chained = CHAIN_FORWARD if which == "forward" else CHAIN_BACKWARD
+        found = chained if choice.arm == "torch" else (getattr(arm_of(weight), which), choice.config)
+        if len(_found) >= KEPT:
+            _found.clear()
+        _found[call] = found
     return found
 
 
-def _described(dy, x, weight, lora_A, lora_B, u, adapters: Adapters, dropout_p: float) -> Problem:
-    """dX's problem."""
+def _describe_dx(dy, x, weight, lora_A, lora_B, u, *, dropout: bool, adapters: Adapters) -> Problem:
+    """dX's problem, as `problem.describe` is the forward pass's."""
     K = lora_A.shape[-1] if lora_A is not None else x.shape[1] if x is not None else dy.shape[1]
     R = u.shape[1] if lora_B is None else lora_B.shape[-1] * adapters.layers
     w = dy if weight is None else problem.one_of(weight)
@@ -203,7 +204,7 @@ def _described(dy, x, weight, lora_A, lora_B, u, adapters: Adapters, dropout_p: 
         K=dy.shape[1],
         R=R,
         dtype=dy.dtype,
-        dropout="uv" if dropout_p else "",
+        dropout="uv" if dropout else "",
         x_row_major=dy.stride(-1) == 1,
         w_major=problem.contiguous_axis(w, "k", "n"),
         aligned=problem.descriptors_possible(dy, w, lora_A, lora_B),
@@ -216,17 +217,10 @@ def _described(dy, x, weight, lora_A, lora_B, u, adapters: Adapters, dropout_p: 
     )
 
 
-def _keep(kept: dict, call: tuple, found: tuple) -> None:
-    if len(kept) >= KEPT:
-        kept.clear()
-    kept[call] = found
-
-
 def forget() -> None:
     """Every choice that was made; for tests that change what choices rest on."""
     _choose.cache_clear()
-    _forwards.clear()
-    _backwards.clear()
+    _found.clear()
 
 
 def arm_of(weight: torch.Tensor | None):

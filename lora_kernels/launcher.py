@@ -14,6 +14,7 @@ import torch
 from triton.runtime import JITFunction, driver
 
 from .layouts import Options
+from .operands import aligned
 
 Slot = tuple[int, int | None]
 
@@ -25,14 +26,11 @@ def launch(kernel: Any, grid: tuple[int, ...], args: tuple, options: Options) ->
         return
     if options.slots is None:
         options.slots = _slots(args)
-    key = [driver.active.get_current_device()]
-    for i, j in options.slots:
-        t = args[i] if j is None else args[i][j]
-        key.append(None if t is None else t.data_ptr() % 16 == 0)
-    found = options.compiled.get(tuple(key))
+    key = driver.active.get_current_device(), *aligned(*[args[i] if j is None else args[i][j] for i, j in options.slots])
+    found = options.compiled.get(key)
     if found is None:
         compiled = kernel[grid](*args, **options)
-        options.compiled[tuple(key)] = compiled, tuple(options[name] for name in kernel.arg_names[len(args) :])
+        options.compiled[key] = compiled, tuple(options[name] for name in kernel.arg_names[len(args) :])
         return
     compiled, constants = found
     compiled[(*grid, 1, 1)](*args, *constants)

@@ -13,7 +13,8 @@ from collections.abc import Collection, Iterator, Sequence
 from torch import nn
 
 from . import files
-from .serving import by_sequence, exclusive, layers_of
+from .apply import some
+from .serving import Layers, by_sequence, exclusive, give, layers_of
 
 
 class AdapterPool:
@@ -90,8 +91,8 @@ class AdapterPool:
             KeyError: a name that the pool does not know. ValueError: more adapters at once than slots. RuntimeError: the model is in use,
             and an adapter might lose its slot; or has other layers than when the pool was made.
         """
-        with exclusive(self.model):
-            return self._take(names)
+        with exclusive(self.model) as layers:
+            return self._take(names, layers)
 
     @contextlib.contextmanager
     def use(self, names: Sequence[str | None]) -> Iterator[None]:
@@ -100,14 +101,14 @@ class AdapterPool:
         Raises:
             KeyError, ValueError, RuntimeError: as `slots`.
         """
-        with exclusive(self.model) as give:
-            give(by_sequence(self.model, self._take(names)))
+        with exclusive(self.model) as layers:
+            give(layers, by_sequence(layers, self._take(names, layers)))
             yield
 
-    def _take(self, names: Sequence[str | None]) -> list[int]:
+    def _take(self, names: Sequence[str | None], layers: Layers) -> list[int]:
         if isinstance(names, str):
             raise TypeError(f"names: wanted one for each sequence, got a str, {names!r}")
-        if list(layers_of(self.model).values()) != self._layers:
+        if list(layers.values()) != self._layers:
             raise RuntimeError("model: wanted the layers with which the pool was made, got others; make a new pool")
         wanted = dict.fromkeys(self._known(name) for name in names if name is not None)
         if len(wanted) > self._number:
@@ -129,7 +130,7 @@ class AdapterPool:
 
     def _known(self, name: str) -> str:
         if name not in self._adapters:
-            raise KeyError(f"name: wanted one of the pool's {len(self._adapters)} adapters ({files.some(self._adapters)}), got {name!r}")
+            raise KeyError(f"name: wanted one of the pool's {len(self._adapters)} adapters ({some(self._adapters)}), got {name!r}")
         return name
 
     def __repr__(self) -> str:

@@ -232,6 +232,12 @@ class Adapters(NamedTuple):
 ONE = Adapters()
 
 
+def plan_of(adapters: torch.Tensor, tokens: int, num_adapters: int) -> Segments:
+    """The plan of sequences of so many tokens each, for ids ``[sequences]`` that were checked."""
+    each = adapters.repeat_interleave(tokens, output_size=adapters.shape[0] * tokens)
+    return Segments.from_ids(each, num_adapters, validate=False)
+
+
 def _default_row_block(tokens: int) -> int:
     return 16 if tokens <= 16 else 32 if tokens <= 32 else 64 if tokens <= 256 else 128
 

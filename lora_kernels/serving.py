@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,8 +16,10 @@ from torch import nn
 
 from .multi import MultiLoRALinear
 from .problem import UnsupportedError
-from .segments import Segments
+from .segments import Segments, plan_of
+from .streams import kept_for
 
+Layers = dict[str, MultiLoRALinear]
 _CHANGING = threading.Lock()  # whose plans a layer has
 
 
@@ -28,10 +30,10 @@ def use_segments(model: nn.Module, segments: Segments) -> Iterator[None]:
     Raises:
         TypeError: not a plan. ValueError: the model has no such layer. RuntimeError: it is in use already, by another thread, say.
     """
-    with exclusive(model) as give:
+    with exclusive(model) as layers:
         if not isinstance(segments, Segments):
             raise TypeError(f"segments: wanted a lora_kernels.Segments, got {type(segments).__name__}")
-        give(_Given(segments))
+        give(layers, _Given(segments))
         yield
 
 
@@ -50,32 +52,33 @@ def use_adapters(model: nn.Module, adapters: Sequence[int] | torch.Tensor) -> It
         sequences. RuntimeError: the model is in use already, by another thread, say. UnsupportedError: within the capture of a CUDA
         graph, which would keep these adapters for ever: capture `use_segments` around a plan made from a tensor of ids.
     """
-    with exclusive(model) as give:
-        give(by_sequence(model, adapters))
+    with exclusive(model) as layers:
+        give(layers, by_sequence(layers, adapters))
         yield
 
 
 @contextlib.contextmanager
-def exclusive(model: nn.Module) -> Iterator[Callable[[Any], None]]:
-    """What gives all layers their plans inside, and to nobody else: of two users at once one would get the other's adapters."""
+def exclusive(model: nn.Module) -> Iterator[Layers]:
+    """The model's layers, inside in nobody else's use: of two users at once one would get the other's adapters."""
     layers = layers_of(model)
-
-    def give(plans: Any) -> None:
-        for layer in layers.values():
-            layer.plans = plans
-
     with _CHANGING:
         taken = [name for name, layer in layers.items() if layer.plans is not None]
         if taken:
             raise RuntimeError(f"model: wanted one that is in no use_segments, use_adapters or pool's use yet, got {taken[0]} in another")
-        give(_Given(None))
+        give(layers, _Given(None))
     try:
-        yield give
+        yield layers
     finally:
-        give(None)
+        give(layers, None)
 
 
-def layers_of(model: nn.Module) -> dict[str, MultiLoRALinear]:
+def give(layers: Layers, plans: Any) -> None:
+    """What the layers ask for the plan that goes with an x."""
+    for layer in layers.values():
+        layer.plans = plans
+
+
+def layers_of(model: nn.Module) -> Layers:
     """The layers that have slots, by name."""
     layers = {name or "the model": m for name, m in model.named_modules() if isinstance(m, MultiLoRALinear)}
     if not layers:
@@ -83,9 +86,9 @@ def layers_of(model: nn.Module) -> dict[str, MultiLoRALinear]:
     return layers
 
 
-def by_sequence(model: nn.Module, adapters: Sequence[int] | torch.Tensor) -> _BySequence:
+def by_sequence(layers: Layers, adapters: Sequence[int] | torch.Tensor) -> _BySequence:
     """What has the plans of a batch's sequences, all checked."""
-    ids, layers = _checked(adapters), layers_of(model)
+    ids = _checked(adapters)
     for name, layer in layers.items():
         wrong = [i for i in ids.tolist() if not -1 <= i < layer.num_adapters]
         if wrong:
@@ -127,16 +130,14 @@ class _BySequence:
             return self.steps[place] if tokens == 1 and place in self.steps else self._plan(tokens, *place)
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
             raise UnsupportedError("use_adapters: wanted no capture of a CUDA graph, which would keep these adapters; take use_segments")
-        stream = torch.cuda.current_stream(x.device).stream_id if x.is_cuda else 0
-        key = tokens, *place, stream, torch.is_inference_mode_enabled()
+        key = tokens, *place, *kept_for(x.device)
         plan = self.plans.get(key)
         if plan is None:
             plan = self.plans[key] = self._plan(tokens, *place)
         return plan
 
     def _plan(self, tokens: int, device: torch.device, num_adapters: int) -> Segments:
-        each = self.ids.to(device).repeat_interleave(tokens, output_size=self.ids.shape[0] * tokens)
-        return Segments.from_ids(each, num_adapters, validate=False)
+        return plan_of(self.ids.to(device), tokens, num_adapters)
 
 
 def _checked(adapters) -> torch.Tensor:

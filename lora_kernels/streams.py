@@ -13,6 +13,15 @@ def on_device(t: torch.Tensor):
     return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
 
 
+def kept_for(device: torch.device) -> tuple[int, bool]:
+    """What tensors that are kept from one call to the next belong to: a stream, which orders what made them, and inference mode or not.
+
+    A tensor of inference mode may not be saved for backward.
+    """
+    stream = torch.cuda.current_stream(device).stream_id if device.type == "cuda" else 0
+    return stream, torch.is_inference_mode_enabled()
+
+
 @functools.cache
 def sm_count(device: torch.device) -> int:
     """Programs of a persistent grid: one per multiprocessor; few, so that each takes several items, without a GPU."""

@@ -7,29 +7,32 @@ from dataclasses import replace
 import mutants_packed
 from mutants import Mutant
 
-SERVING, POOL, LAYER, FILES = "serving.py", "pool.py", "multi.py", "files.py"
+SERVING, POOL, LAYER, FILES, STREAMS, SEGMENTS = "serving.py", "pool.py", "multi.py", "files.py", "streams.py", "segments.py"
 
 SERVED = [
     Mutant("serving: one plan for all lengths", SERVING, "key = tokens, *place,", "key = None, *place,"),
     Mutant("serving: one plan for all numbers of slots", SERVING, "place = x.device, num_adapters", "place = x.device, 5"),
-    Mutant("serving: a plan of inference mode's for training", SERVING, ", stream, torch.is_inference_mode_enabled()", ", stream"),
+    Mutant("serving: a plan of inference mode's for training", STREAMS,
+           "return stream, torch.is_inference_mode_enabled()", "return stream, False"),
     Mutant("serving: a plan for each call", SERVING, "if plan is None:", "if True:"),
-    Mutant("serving: tokens in turn", SERVING, "repeat_interleave(tokens, output_size=self.ids.shape[0] * tokens)", "repeat(tokens)"),
+    Mutant("serving: tokens in turn", SEGMENTS, "repeat_interleave(tokens, output_size=adapters.shape[0] * tokens)", "repeat(tokens)"),
     Mutant("serving: any number of sequences", SERVING, "x.dim() < 2 or x.shape[0] != sequences", "x.dim() < 2"),
     Mutant("serving: a step's plan for any length", SERVING, "if tokens == 1 and place in self.steps", "if place in self.steps"),
     Mutant("serving: no plan for steps", SERVING, "if tokens == 1 and place in self.steps", "if False"),
     Mutant("serving: captured", SERVING, "if x.is_cuda and torch.cuda.is_current_stream_capturing():", "if False:"),
     Mutant("serving: a second user", SERVING, "if layer.plans is not None]", "if False]"),
-    Mutant("serving: in use after an error", SERVING, "    finally:\n        give(None)", "    finally:\n        pass"),
+    Mutant("serving: in use after an error", SERVING, "    finally:\n        give(layers, None)", "    finally:\n        pass"),
     Mutant("serving: ids unchecked", SERVING, "if not -1 <= i < layer.num_adapters]", "if False]"),
     Mutant("serving: ids above unchecked", SERVING, "if not -1 <= i < layer.num_adapters]", "if not -1 <= i]"),
     Mutant("serving: ids that change", SERVING, "adapters.to(torch.int32, copy=True)", "adapters.to(torch.int32)"),
     Mutant("serving: truths are numbers", SERVING, "if isinstance(i, bool) or not isinstance(i, int)]", "if not isinstance(i, int)]"),
     Mutant("serving: a copy is in use", LAYER, 'if name != "plans"}', "if True}"),
     Mutant("serving: a plan given is replaced", LAYER, "if segments is None and self.plans is not None", "if self.plans is not None"),
-    Mutant("pool: whoever comes writes", POOL, "with exclusive(self.model):\n", "if True:\n"),
-    Mutant("pool: slots are written before the model is taken", POOL, "        with exclusive(self.model) as give:",
-           "        self._take(names)\n        with exclusive(self.model) as give:"),
+    Mutant("pool: whoever comes writes", POOL,
+           "with exclusive(self.model) as layers:\n            return",
+           "for layers in [layers_of(self.model)]:\n            return"),
+    Mutant("pool: slots are written before the model is taken", POOL, "        with exclusive(self.model) as layers:\n            give",
+           "        self._take(names, layers_of(self.model))\n        with exclusive(self.model) as layers:\n            give"),
     Mutant("pool: the one named last makes room", POOL, "next(iter(self._slots))", "next(reversed(self._slots))"),
     Mutant("pool: first come, first out", POOL, "self._slots[name] = self._slots.pop(name)", "pass"),
     Mutant("pool: a slot is lost where a write fails", POOL, "self._free.append(slot)  # free", "pass  # free"),

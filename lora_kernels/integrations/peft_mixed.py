@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from ..autograd import lora_linear
 from ..experts import Factors
-from ..segments import Segments
+from ..segments import Segments, plan_of
+from ..streams import kept_for
 from .peft_state import Base
 
 KEPT = 32  # plans and tables; a model has a few at a time, one for each set of adapters that its layers have
@@ -66,20 +67,17 @@ def _from_host(make, device: torch.device, *key):
     """``make(device, *key)``, kept from one layer to the next: it depends on these alone, and costs copies to the device."""
     if torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
         return make(device, *key)  # what a graph holds is of no use outside it
-    stream = torch.cuda.current_stream(device).stream_id if device.type == "cuda" else 0
-    return _kept(make, torch.is_inference_mode_enabled(), stream, device, *key)
+    return _kept(make, kept_for(device), device, *key)
 
 
 @functools.lru_cache(maxsize=KEPT)
-def _kept(make, inference: bool, stream: int, *key):
-    """Apart for each stream, which orders the copies; and for inference mode, whose tensors may not be saved for backward."""
+def _kept(make, kept_for: tuple[int, bool], *key):
     return make(*key)
 
 
 def _plan(device: torch.device, ids: tuple[int, ...], adapters: int, tokens: int) -> Segments:
     """The plan of samples of ``tokens`` tokens each."""
-    each = torch.tensor(ids, dtype=torch.int32).to(device)
-    return Segments.from_ids(each.repeat_interleave(tokens, output_size=len(ids) * tokens), adapters, validate=False)
+    return plan_of(torch.tensor(ids, dtype=torch.int32).to(device), tokens, adapters)
 
 
 def _table(device: torch.device, values: tuple, dtype: torch.dtype) -> torch.Tensor:
