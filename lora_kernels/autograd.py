@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch.autograd.function import once_differentiable
 
-from . import dispatch, ops, problem, reference
+from . import calls, dispatch, ops, problem, reference
 from .problem import UnsupportedError
 from .segments import ONE, Adapters
 from .tuning import Config
@@ -36,10 +36,10 @@ class LoRALinearFunction(torch.autograd.Function):
     """``y [..., N]`` with gradients for x, lora_A, lora_B, bias and base; the weight is frozen."""
 
     @staticmethod
-    def forward(ctx, x, weight, lora_A, lora_B, bias, base, seed, scale, dropout_p, impl, config, geometry, scales, ranks, *plan):
+    def forward(ctx, x, weight, lora_A, lora_B, bias, base, seed, scale, dropout_p, impl, config, arm, geometry, scales, ranks, *plan):
         need_x, _, need_A, need_B, need_bias, ctx.need_base = ctx.needs_input_grad[:6]
         adapters = Adapters.from_flat(scales, ranks, plan, geometry)
-        y, u = ops.forward(x, weight, lora_A, lora_B, bias, seed, adapters, scale, dropout_p, need_B, impl, config, base)
+        y, u = ops.forward(x, weight, lora_A, lora_B, bias, seed, adapters, scale, dropout_p, need_B, impl, config, base, arm)
         ctx.save_for_backward(
             x if need_A else None,
             weight if need_x else None,
@@ -52,7 +52,7 @@ class LoRALinearFunction(torch.autograd.Function):
             *plan,
         )
         ctx.constants = (scale, dropout_p, (need_x, need_A, need_B, need_bias), lora_A.dtype, impl, config)
-        ctx.geometry, ctx.inputs = geometry, 14 + len(plan)
+        ctx.geometry, ctx.inputs = geometry, 15 + len(plan)
         return y
 
     @staticmethod
@@ -129,7 +129,14 @@ def lora_linear(
         ValueError: shapes, devices or values disagree. TypeError: dtypes or types. UnsupportedError: legal, but not here.
     Source: Hu et al. 2021, arXiv:2106.09685, eq. 3; gradients in docs/math.md.
     """
-    x, weight, bias, key = prepare(x, weight, lora_A, lora_B, bias, base, scale, dropout_p, seed, segments, ranks, config, impl, widths)
+    x, weight, bias = autocast(x, weight, bias, base)
+    call = arm = None
+    key = config.key() if isinstance(config, Config) else ""
+    if lora_bias is None:
+        call = calls.look(x, weight, lora_A, lora_B, bias, base, scale, dropout_p, training, seed, segments, ranks, widths, config, impl)
+        arm = calls.arm(call)
+    if arm is None:
+        check(x, weight, lora_A, lora_B, bias, base, scale, dropout_p, seed, segments, ranks, config, impl, widths)
     if lora_bias is not None:
         bias = with_lora_bias(bias, lora_bias, scale, weight, lora_A, segments)
     p = float(dropout_p) if training else 0.0
@@ -140,14 +147,16 @@ def lora_linear(
         )  # fmt: skip
     drawn = reference.as_seed(seed, x.device) if p else None
     adapters, factor = carried(segments, scale, ranks, widths)
+    if arm is None:
+        arm = calls.remember(call, x, weight, lora_A, lora_B, bias, base, adapters, p, impl, key)
     added = bias if base is None else base
     trained = x.requires_grad or lora_A.requires_grad or lora_B.requires_grad or (added is not None and added.requires_grad)
     if trained and torch.is_grad_enabled():
         scales, _, plan, geometry = adapters.flat()
         return LoRALinearFunction.apply(
-            x, weight, lora_A, lora_B, bias, base, drawn, float(factor), p, impl, key, geometry, scales, ranks, *plan
+            x, weight, lora_A, lora_B, bias, base, drawn, float(factor), p, impl, key, arm, geometry, scales, ranks, *plan
         )
-    return ops.forward(x, weight, lora_A, lora_B, bias, drawn, adapters, float(factor), p, False, impl, key, base)[0]
+    return ops.forward(x, weight, lora_A, lora_B, bias, drawn, adapters, float(factor), p, False, impl, key, base, arm)[0]
 
 
 def with_lora_bias(bias, lora_bias, scale, weight, lora_A, segments):
@@ -191,7 +200,7 @@ def explain(
     if impl == "reference":
         return dispatch.Choice("reference", None, {"reference": "named"})
     asked = problem.describe(
-        problem.rows(x), weight, lora_A, lora_B, dropout=bool(training and dropout_p), adapters=carried(segments, scale, ranks, widths)[0]
+        x, weight, lora_A, lora_B, dropout=bool(training and dropout_p), adapters=carried(segments, scale, ranks, widths)[0]
     )
     return dispatch.choose(asked, x.device, impl, key)
 
@@ -199,16 +208,21 @@ def explain(
 def prepare(x, weight, lora_A, lora_B, bias, base, scale, dropout_p, seed, segments, ranks, config, impl, widths=None):
     """x, weight and bias as autocast wants them, and the config's key, all checked."""
     x, weight, bias = autocast(x, weight, bias, base)
+    check(x, weight, lora_A, lora_B, bias, base, scale, dropout_p, seed, segments, ranks, config, impl, widths)
+    return x, weight, bias, "" if config is None else config.key()
+
+
+def check(x, weight, lora_A, lora_B, bias, base, scale, dropout_p, seed, segments, ranks, config, impl, widths) -> None:
+    """Refuse what `lora_linear` cannot compute, by `problem.check_arguments` and for what it says of the arm."""
     problem.check_arguments(x, weight, lora_A, lora_B, bias, base, scale, dropout_p, seed, segments, ranks, widths)
     if impl not in IMPLS:
         raise ValueError(f"impl: wanted one of {', '.join(IMPLS)}, got {impl!r}")
     if config is None:
-        return x, weight, bias, ""
+        return
     if not isinstance(config, Config):
         raise TypeError(f"config: wanted a lora_kernels.tuning.Config or None, got {type(config).__name__}")
     if impl not in ("auto", "triton"):
         raise ValueError(f"config: wanted None with impl={impl!r}, which has no kernels to configure")
-    return x, weight, bias, config.key()
 
 
 def autocast(x, weight, bias, base=None):

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from . import philox
+from .operands import as_matrix, like_tokens
 from .packed import layers_of
 from .problem import is_stack
 from .segments import CPU, Adapters, Segments
@@ -163,7 +164,7 @@ def add_product(t: torch.Tensor, rows: slice | torch.Tensor | None, a, b, bits=N
 
 def down(x, lora_A, adapters: Adapters, scale: float, save_u=True, config=None):
     """``u = scale x A^T [M, R]``; see `launch.down`."""
-    u = scaled_mm(x, (lora_A if lora_A.dtype is x.dtype else lora_A.to(x.dtype)).t(), scale)
+    u = scaled_mm(as_matrix(x), (lora_A if lora_A.dtype is x.dtype else lora_A.to(x.dtype)).t(), scale)
     return u if adapters.scales is None else u.mul_(adapters.scales)
 
 
@@ -180,7 +181,8 @@ def its_rows(A, layers: int, rank: int):
 
 
 def forward(x, weight, lora_A, lora_B, bias, seed, adapters: Adapters, scale: float, p: float, save_u=True, config=None, base=None, u=None):
-    """``y [M, N]`` and ``u [M, r]`` for x ``[M, K]``; p = 0: no dropout. With segments u is None unless ``save_u``; else it is free."""
+    """``y [..., N]`` and ``u [M, r]`` for x ``[..., K]``; p = 0: no dropout. With segments u is None unless ``save_u``; else it is free."""
+    given, x, base = x, as_matrix(x), None if base is None else as_matrix(base)
     A, B = (lora_A, lora_B) if lora_A.dtype == x.dtype else (lora_A.to(x.dtype), lora_B.to(x.dtype))
     M, bits = x.shape[0] * adapters.top_k, None
     if p:  # the 1 / (1 - p) goes into the product's scale, so that nothing is rounded here
@@ -189,11 +191,12 @@ def forward(x, weight, lora_A, lora_B, bias, seed, adapters: Adapters, scale: fl
         if u is None:
             u = down(x if bits is None else drop(x, bits), A, adapters, scale)
         if not adapters.widths:
-            return (base_linear(x, weight, bias).addmm_(u, B.t()) if base is None else torch.addmm(base, u, B.t())), u
+            y = base_linear(x, weight, bias).addmm_(u, B.t()) if base is None else torch.addmm(base, u, B.t())
+            return like_tokens(y, given), u
         y = _product(x, weight, bias, base)
         for own, ranks in layers_of(adapters.widths, B.shape[1]):
             y[:, own].addmm_(u[:, ranks], B[own].t())
-        return y, u
+        return like_tokens(y, given), u
     u, layers = x.new_zeros(M, A.shape[1]) if save_u else None, adapters.layers
     experts = is_stack(weight)
     y = x.new_zeros(M, weight.shape[1]) if experts else _product(x, weight, bias, base)
@@ -211,17 +214,18 @@ def forward(x, weight, lora_A, lora_B, bias, seed, adapters: Adapters, scale: fl
         else:
             for own, ranks in layers_of(adapters.widths, rank):
                 add_product(y[:, own], rows, its_u[:, ranks], B[e, own, :rank].t())
-    return y, u
+    return like_tokens(y, given, adapters.top_k), u
 
 
 def backward(
     dy, x, weight, lora_A, lora_B, u, seed, adapters: Adapters, scale: float, p: float, needs, adapter_dtype, config=None,
     onto=None, ds=None, all_ds=None,
 ):  # fmt: skip
-    """``dX [M, K], dA [(E,) r, K], dB [(E,) N, r]``, each None where not needed; operands that no needed gradient uses may be None.
+    """``dX [..., K], dA [(E,) r, K], dB [(E,) N, r]``, each None where not needed; operands that no needed gradient uses may be None.
 
     The rest as in `launch.backward`; onto, ds and all_ds come without segments.
     """
+    given, dy, x, onto = dy, as_matrix(dy), None if x is None else as_matrix(x), None if onto is None else as_matrix(onto)
     need_dx, need_da, need_db = needs
     bits = None
     if p and (need_dx or need_da):
@@ -251,7 +255,7 @@ def backward(
             da = _grad_A(ds if all_ds is None else all_ds, x, bits, keep, adapter_dtype)
         if need_db:
             db = _grad_B(dy, u, adapter_dtype, adapters.widths)
-        return dx, da, db
+        return dx if dx is None else like_tokens(dx, given), da, db
     E, layers = adapters.number, adapters.layers
     R = u.shape[1] // layers if B is None else B.shape[2]
     if need_da:
@@ -278,7 +282,7 @@ def backward(
         if need_db:
             its_u = u[rows, :rank] if layers == 1 else u.view(-1, layers, R)[rows, :, :rank].flatten(1)
             db[e, :, :rank] = _grad_B(its_dy, its_u, adapter_dtype, adapters.widths)
-    return dx, da, db
+    return dx if dx is None else like_tokens(dx, given), da, db
 
 
 def _grad_A(ds, x, bits, keep: float, dtype):

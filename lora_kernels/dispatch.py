@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from . import chain, problem
-from .operands import aligned, many, matrix
+from .operands import aligned, as_matrix, many, matrix
 from .problem import Problem, UnsupportedError
 from .segments import CPU, Adapters
 from .tuning import Arch, Config, lookup, resolve, why_not
@@ -160,7 +160,7 @@ def plainly_chain(device: torch.device, impl: str, key: str) -> bool:
 
 
 def forward_arm(x, weight, lora_A, lora_B, adapters: Adapters, dropout_p: float, impl: str, key: str):
-    """(function, config) that computes a forward pass of x ``[M, K]``."""
+    """(function, config) that computes a forward pass of x ``[M, K]``, or contiguous ``[..., K]``."""
     if plainly_chain(x.device, impl, key):
         return CHAIN_FORWARD
     return _remembered("forward", weight, problem.describe, (x, weight, lora_A, lora_B), adapters, bool(dropout_p), impl, key)
@@ -172,7 +172,7 @@ def down_arm(arm: tuple):
 
 
 def backward_arm(dy, x, weight, lora_A, lora_B, u, adapters: Adapters, dropout_p: float, impl: str, key: str):
-    """(function, config) that computes a backward pass from dY ``[M, N]``; operands may be None where no gradient uses them."""
+    """(function, config) that computes a backward pass from dY, as `forward_arm`; operands no gradient uses may be None."""
     if plainly_chain(dy.device, impl, key):
         return CHAIN_BACKWARD
     return _remembered("backward", weight, _describe_dx, (dy, x, weight, lora_A, lora_B, u), adapters, bool(dropout_p), impl, key)
@@ -195,6 +195,7 @@ def _remembered(which: str, weight, describe: Callable[..., Problem], operands: 
 
 def _describe_dx(dy, x, weight, lora_A, lora_B, u, *, dropout: bool, adapters: Adapters) -> Problem:
     """dX's problem, as `problem.describe` is the forward pass's."""
+    dy, x = as_matrix(dy), None if x is None else as_matrix(x)
     K = lora_A.shape[-1] if lora_A is not None else x.shape[1] if x is not None else dy.shape[1]
     R = u.shape[1] if lora_B is None else lora_B.shape[-1] * adapters.layers
     w = dy if weight is None else problem.one_of(weight)

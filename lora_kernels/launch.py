@@ -4,7 +4,8 @@
     backward   dS = shrink(dY, B^T), dX = expand(dY, W, dS, A), dA = wgrad(x, dS), dB = wgrad(dY, U)
 
 Inside the kernels letters are GEMM roles, so a transposition here is a pair of strides in the other order. With segments adapters
-are stacks, ``[E, r, K]`` and ``[E, N, r]``, and each kernel takes its part of the plan.
+are stacks, ``[E, r, K]`` and ``[E, N, r]``, and each kernel takes its part of the plan. Tokens ``[M, K]`` may have any strides, or be
+``[..., K]``, contiguous; what is made of them is ``[..., N]`` then, for a view of either costs more than to work out its strides.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from .kernels.expand import expand
 from .kernels.shrink import shrink
 from .kernels.wgrad import wgrad
 from .layouts import Options, cdiv
-from .operands import many, matrix
+from .operands import as_matrix, many, matrix, tokens
 from .packed import cut
 from .segments import ONE, Adapters
 from .streams import beside, fork, on_device, sm_count
@@ -61,18 +62,27 @@ def precision(dtype: torch.dtype) -> str:
 
 
 def run_shrink(
-    x, a, *, scale: float, adapters: Adapters = ONE, dropout, config: Config, dtype: torch.dtype, parts: bool = False, out=None, widths=()
+    x, a, *,
+    transposed=False, scale: float, adapters: Adapters = ONE, dropout, config: Config, dtype: torch.dtype, parts: bool = False, out=None,
+    widths=(), kept: dict | None = None,
 ):  # fmt: skip
-    """``scale * (D.x) a`` as ``[M, R]`` in ``dtype``. x: ``[M, K]``, a: ``[(E,) K, R]``, any strides. dropout: None or (seed, p).
+    """``scale * (D.x) a`` as ``[M, R]`` in ``dtype``. x: ``[M, K]``, a: ``[(E,) K, R]``, or the other way round if transposed, any strides.
+
+    dropout: None or (seed, p). kept: The layouts of a call that looks like this one, by their names (`calls`).
 
     Where the plan has k times as many tokens, each row of x stands for k.
 
     parts: Return float32 ``[splits, M, R]``, not yet added, where K was split. out: ``[M, R]`` to write to, by its strides. widths: Of L
     packed layers whose columns x's are: ``[M, L R]`` then, each layer's from its own.
     """
-    s = layouts.shrink(
-        config, matrix(x), matrix(a), matrix(out), dtype, widths, many(adapters), dropout is not None, precision(x.dtype), _alone(config)
-    )  # fmt: skip
+    s = None if kept is None else kept.get("shrink")
+    if s is None:
+        s = layouts.shrink(
+            config, matrix(x), matrix(a), transposed, matrix(out), dtype, widths, many(adapters), dropout is not None, precision(x.dtype),
+            _alone(config),
+        )  # fmt: skip
+        if kept is not None:
+            kept["shrink"] = s
     z = out if s.shape is None else x.new_empty(s.shape, dtype=s.dtype)
     seed, threshold, inv_keep = _dropout(dropout)
     args = (
@@ -86,7 +96,7 @@ def run_shrink(
     if s.splits > 1:
         z = z[:, : s.M]
         return out.copy_(z.sum(0)) if out is not None else z if parts else z.sum(0).to(dtype)
-    return z[0]
+    return z
 
 
 def run_wgrad(*args, **kwargs) -> torch.Tensor:
@@ -125,32 +135,38 @@ def prepare_wgrad(
     return start, total
 
 
-def tile_counters(M: int, N: int, config: Config, device: torch.device, widths=()) -> torch.Tensor | None:
+def tile_counters(x: torch.Tensor, N: int, config: Config, widths=()) -> torch.Tensor | None:
     """The zeroed counters of tiles whose K is split, or None. Made before shrink, so that nothing stands between two launches (pdl)."""
     c = config.expand
-    return torch.zeros(cdiv(M, c.block_m) * cut(widths, N, c.block_n)[1], dtype=torch.int32, device=device) if c.split > 1 else None
+    if c.split == 1:
+        return None
+    return torch.zeros(cdiv(tokens(x), c.block_m) * cut(widths, N, c.block_n)[1], dtype=torch.int32, device=x.device)
 
 
 def run_expand(
     x, w, v, *,
     transposed: bool, u, a=None, scale=1.0, adapters: Adapters = ONE, bias=None, base=None, out=None, onto=None, exact=False,
-    drop_x=None, drop_uv=None, counters=None, config: Config,
+    drop_x=None, drop_uv=None, counters=None, config: Config, kept: dict | None = None,
 ):  # fmt: skip
-    """``x w + D.(u v) + bias`` as ``[M, N]``, and u.
+    """``x w + D.(u v) + bias`` as ``[..., N]``, and u.
 
     w: ``[K, N]``, v: ``[(E,) R, N]``, a: ``[(E,) K, R]``, all three the other way round if transposed (as the parameters lie for the
     forward pass). u: ``[M, R]``, or float32 ``[parts, M, R]`` to be added, where it is given; a matrix to write it to, or None, where
     the kernel computes it. base: the base product, where the library made it. out: where the result goes, base itself too. onto: the same,
     and what is there is added. exact: u v in float32 whatever the dtypes. w and base None: ``D.(u v) + bias`` alone. drop_x, drop_uv:
-    None or (seed, p). counters: `tile_counters`, made here where they are not given.
+    None or (seed, p). counters: `tile_counters`, made here where they are not given. kept: As in `run_shrink`.
     """
     c, seg = config.expand, adapters.segments
     out = out if onto is None else onto
-    sms = sm_count(x.device) if c.persistent or config.wgrad.beside == "pdl" else 0
-    e = layouts.expand(
-        config, matrix(x), matrix(w), matrix(v), matrix(a), matrix(u), matrix(base), matrix(out), onto is not None, transposed, exact,
-        drop_x is not None, drop_uv is not None, many(adapters), precision(x.dtype), sms, _alone(config),
-    )  # fmt: skip
+    e = None if kept is None else kept.get("expand")
+    if e is None:
+        sms = sm_count(x.device) if c.persistent or config.wgrad.beside == "pdl" else 0
+        e = layouts.expand(
+            config, matrix(x), matrix(w), matrix(v), matrix(a), matrix(u), matrix(base), matrix(out), onto is not None, transposed, exact,
+            drop_x is not None, drop_uv is not None, many(adapters), precision(x.dtype), sms, _alone(config),
+        )  # fmt: skip
+        if kept is not None:
+            kept["expand"] = e
     y = x.new_empty(e.y) if out is None else out
     u = x.new_empty(e.u) if e.u is not None else u
     flags, ticket, parts = None, None, None
@@ -158,20 +174,20 @@ def run_expand(
         flags = torch.zeros(e.flags + 1, dtype=torch.int32, device=x.device)
         flags, ticket = flags[: e.flags], flags[e.flags :]
     if e.splits:
-        M, N = y.shape
+        M, N = e.sizes[:2]
         partial = x.new_empty(e.splits + 1, M, N, dtype=torch.float32)
-        counters = tile_counters(M, N, config, x.device, adapters.widths if transposed else ()) if counters is None else counters
+        counters = tile_counters(x, N, config, adapters.widths if transposed else ()) if counters is None else counters
         parts = (partial, M * N, counters, e.splits + 1)
     x_args: Any = None if w is None else (x, *e.x)
     w_args: Any = None if w is None else (w, *e.w)
     if base is not None:
         x_args, w_args = (base, *e.x), None
     elif e.boxes is not None:
-        x_args, w_args = _descriptor(x, *e.boxes[0]), _descriptor(w.t() if transposed else w, *e.boxes[1])
+        x_args, w_args = _descriptor(as_matrix(x), *e.boxes[0]), _descriptor(w.t() if transposed else w, *e.boxes[1])
     seed, threshold, inv_keep = _dropout(drop_x or drop_uv)
     args = (
         x_args, w_args, None if a is None else (a, *e.a), None if u is None else (u, *e.u_args), (v, *e.v), bias, (y, *e.y_args),
-        adapters.rows(), (x, *x.stride()) if seg and c.u == "awaited" else None, adapters.gather(), e.gathered, adapters.number,
+        adapters.rows(), (x, *e.x) if seg and c.u == "awaited" else None, adapters.gather(), e.gathered, adapters.number,
         e.stride_ae, e.stride_ve, None if c.u == "given" else adapters.scales, adapters.ranks,
         flags, ticket, parts, e.blocks_per_part, e.late, seed, threshold, inv_keep, scale * (inv_keep if drop_x else 1.0), *e.sizes,
     )  # fmt: skip
@@ -200,32 +216,34 @@ def _dropout(dropout) -> tuple:
 def down(x, lora_A, adapters: Adapters, scale: float, save_u: bool, config: Config):
     """``u = scale x A^T [M, R]``, in parts unless ``save_u``: of several layers of one x, for their `forward`, where none drops."""
     with on_device(x):
-        return run_shrink(x, lora_A.mT, scale=scale, adapters=adapters, dropout=None, config=config, dtype=x.dtype, parts=not save_u)
+        return run_shrink(
+            x, lora_A, transposed=True, scale=scale, adapters=adapters, dropout=None, config=config, dtype=x.dtype, parts=not save_u
+        )  # fmt: skip
 
 
 def forward(
-    x, weight, lora_A, lora_B, bias, seed, adapters: Adapters, scale: float, p: float, save_u: bool, config: Config, base=None, u=None
+    x, weight, lora_A, lora_B, bias, seed, adapters: Adapters, scale: float, p: float, save_u: bool, config: Config, base=None, u=None,
+    kept: dict | None = None,
 ):  # fmt: skip
-    """``y [M, N]`` and ``u [M, r]`` (None unless ``save_u``) for x ``[M, K]``; p = 0: no dropout. base: as in `lora_linear`, ``[M, N]``.
+    """``y [..., N]`` and ``u [M, r]`` (None unless ``save_u``) for x ``[..., K]``; p = 0: no dropout. base: as in `lora_linear`.
 
-    u: What `down` gave, for a configuration that takes it (``expand.u="given"``).
+    u: What `down` gave, for a configuration that takes it (``expand.u="given"``). kept: The layouts of calls that look like this one.
     """
     drop = (seed, p) if p else None
-    shared: dict[str, Any] = dict(transposed=True, adapters=adapters, config=config)
+    its = None if kept is None else kept.setdefault((save_u, precision(x.dtype)), {})
+    shared: dict[str, Any] = dict(transposed=True, adapters=adapters, config=config, kept=its)
     with on_device(x):
         if config.expand.u == "given":
-            counters = tile_counters(x.shape[0], lora_B.shape[-2], config, x.device, adapters.widths)
+            counters = tile_counters(x, lora_B.shape[-2], config, adapters.widths)
             if u is None:
-                u = run_shrink(
-                    x, lora_A.mT, scale=scale, adapters=adapters, dropout=drop, config=config, dtype=x.dtype, parts=not save_u
-                )  # fmt: skip
+                u = run_shrink(x, lora_A, scale=scale, dropout=drop, dtype=x.dtype, parts=not save_u, **shared)
             if base is not None:
                 return run_expand(x, None, lora_B, u=u, base=base, **shared)
             if config.expand.base == "library":
                 y = F.linear(x, weight, bias)
                 return run_expand(x, weight, lora_B, u=u, base=y, out=y, **shared)
             return run_expand(x, weight, lora_B, u=u, bias=bias, counters=counters, **shared)
-        space = x.new_empty(x.shape[0], lora_A.shape[-2]) if save_u else None
+        space = x.new_empty(tokens(x), lora_A.shape[-2]) if save_u else None
         return run_expand(x, weight, lora_B, u=space, a=lora_A, scale=scale, bias=bias, drop_x=drop, **shared)
 
 
@@ -233,7 +251,7 @@ def backward(
     dy, x, weight, lora_A, lora_B, u, seed, adapters: Adapters, scale: float, p: float, needs, adapter_dtype, config: Config,
     onto=None, ds=None, all_ds=None,
 ):  # fmt: skip
-    """``dX [M, K], dA [(E,) r, K], dB [(E,) N, r]``, each None where not in ``needs``; operands no needed gradient uses may be None.
+    """``dX [..., K], dA [(E,) r, K], dB [(E,) N, r]``, each None where not in ``needs``; operands no needed gradient uses may be None.
 
     Without a weight dX is the adapter's part alone. onto: The dX of other layers of x, to which this one's is added. ds: ``[M, r]``,
     where dS is wanted, by columns of ``all_ds [M, R]`` of all these layers: dA is then of all their ranks.
@@ -245,13 +263,13 @@ def backward(
     keep_ds = need_da or ds is not None
     with on_device(dy):
         one_launch = need_dx and config.expand.u != "given"
-        counters = tile_counters(dy.shape[0], lora_A.shape[-1], config, dy.device) if need_dx else None
+        counters = tile_counters(dy, lora_A.shape[-1], config) if need_dx else None
         if (need_dx or keep_ds) and not one_launch:
             ds = run_shrink(
                 dy, lora_B, scale=scale, dropout=None, dtype=dy.dtype, parts=not keep_ds, out=ds, widths=adapters.widths, **shared
             )  # fmt: skip
         if one_launch and keep_ds and ds is None:
-            ds = dy.new_empty(dy.shape[0], lora_B.shape[-1])
+            ds = dy.new_empty(tokens(dy), lora_B.shape[-1])
         gradients: dict[str, Any] = dict(scale=1.0, dtype=adapter_dtype, **shared)
         for_a = prepare_wgrad(x, ds if all_ds is None else all_ds, dropout=drop, out_transposed=True, **gradients) if need_da else None
         for_b = prepare_wgrad(dy, u, dropout=None, out_transposed=False, **gradients) if need_db else None
@@ -261,7 +279,7 @@ def backward(
         elif need_dx:
             base = None
             if config.expand.base == "library" and weight is not None:
-                base, onto = torch.mm(dy, weight) if onto is None else onto.addmm_(dy, weight), None
+                base, onto = _base_gradient(dy, weight, onto), None
             dx, _ = run_expand(
                 dy, weight, lora_A, transposed=False, u=ds, base=base, out=base, onto=onto, drop_uv=drop, counters=counters, **shared
             )  # fmt: skip
@@ -271,6 +289,14 @@ def backward(
         da = for_a[1]() if for_a else None
         db = for_b[1]() if for_b else None
     return dx, da, db
+
+
+def _base_gradient(dy, weight, onto):
+    """``dY W``, added to ``onto`` where there is one, by the library."""
+    if onto is None:
+        return torch.matmul(dy, weight)
+    as_matrix(onto).addmm_(as_matrix(dy), weight)
+    return onto
 
 
 def merge(weight, base, lora_A, lora_B, scale: float) -> None:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from .kernels.experts import experts
 from .launch import _dropout, _run, precision, run_shrink, run_wgrad
 from .layouts import KEPT, Options, cdiv, wide
-from .operands import Matrix, matrix
+from .operands import Matrix, flat, matrix
 from .segments import Adapters
 from .streams import on_device
 from .tuning import Config, Expand, rank_block
@@ -20,10 +20,10 @@ from .tuning.validity import TILE_RANK
 
 
 def run_experts(x, w, u, v, *, adapters: Adapters, bias=None, drop_uv=None, config: Config):
-    """``x[m] w[e] + D.(u[m] v[e]) + bias[e]`` as ``[M, N]``, 0 for rows without an expert.
+    """``x[m] w[e] + D.(u[m] v[e]) + bias[e]`` as ``[..., N]``, 0 for rows without an expert.
 
-    x: ``[M, K]``, or ``[M / k, K]``, each row k times; w: ``[E, K, N]``, u: ``[M, R]``, v: ``[E, R, N]``, any strides; bias: ``[E, N]`` or
-    None. drop_uv: None or (seed, p).
+    x: ``[..., K]``, or each row k times: then ``[..., k, N]``; w: ``[E, K, N]``, u: ``[M, R]``, v: ``[E, R, N]``, any strides; bias:
+    ``[E, N]`` or None. drop_uv: None or (seed, p).
     """
     gather = adapters.gather()
     assert gather is not None  # a stack comes with a plan
@@ -35,7 +35,7 @@ def run_experts(x, w, u, v, *, adapters: Adapters, bias=None, drop_uv=None, conf
     bias = None if bias is None else bias.contiguous()
     seed, threshold, inv_keep = _dropout(drop_uv)
     args = (
-        (x, *e.x), (w, *e.w[1:]), e.w[0], (u, *e.u), (v, *e.v[1:]), e.v[0], bias, (y, e.y[1], 1),
+        (x, *e.x), (w, *e.w[1:]), e.w[0], (u, *e.u), (v, *e.v[1:]), e.v[0], bias, (y, e.y[-1], 1),
         gather, tiles, adapters.number, adapters.ranks, seed, threshold, inv_keep, *e.sizes,
     )  # fmt: skip
     _run(experts, (tiles * e.columns,), args, e.options)
@@ -45,7 +45,7 @@ def run_experts(x, w, u, v, *, adapters: Adapters, bias=None, drop_uv=None, conf
 class _Layout(NamedTuple):
     """y: its shape; x, w, u, v: strides; columns: blocks of columns; sizes: the kernel's last arguments."""
 
-    y: tuple[int, int]
+    y: tuple[int, ...]
     x: tuple[int, ...]
     w: tuple[int, ...]
     u: tuple[int, ...]
@@ -58,16 +58,19 @@ class _Layout(NamedTuple):
 @functools.lru_cache(maxsize=KEPT)
 def _layout(c: Expand, x: Matrix, w: Matrix, u: Matrix, v: Matrix, ranked: bool, drop_uv: bool, precision: str) -> _Layout:
     """As those of `layouts`."""
-    (M, R), K, N = u[0], x[0][1], v[0][-1]
-    block_r = rank_block(R, 32 if x[2].itemsize == 4 else TILE_RANK)
+    (rows_of_x, K), x_strides, x_dtype = flat(x)
+    (M, R), N = u[0], v[0][-1]
+    fan = M // rows_of_x
+    block_r = rank_block(R, 32 if x_dtype.itemsize == 4 else TILE_RANK)
     options = Options(
         DROP_UV=drop_uv, PRECISION=precision,
         BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, BLOCK_R=block_r, R_BLOCKS=cdiv(R, block_r), GROUP_M=c.group_m,
         EVEN_N=N % c.block_n == 0, EVEN_K=K % c.block_k == 0, EVEN_R=R % block_r == 0 and not ranked,
-        WIDE=wide((x[1], c.block_k), (w[1], max(c.block_n, c.block_k)), (v[1], max(c.block_n, block_r)), ((N, 1), c.block_n)),
-        FAN=M // x[0][0], num_warps=c.num_warps, num_stages=c.num_stages,
+        WIDE=wide((x_strides, c.block_k), (w[1], max(c.block_n, c.block_k)), (v[1], max(c.block_n, block_r)), ((N, 1), c.block_n)),
+        FAN=fan, num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip
-    return _Layout((M, N), x[1], w[1], u[1], v[1], cdiv(N, c.block_n), (N, K, R), options)
+    y = (*x[0][:-1], fan, N) if fan > 1 else (*x[0][:-1], N)
+    return _Layout(y, x_strides, w[1], u[1], v[1], cdiv(N, c.block_n), (N, K, R), options)
 
 
 def forward(
@@ -76,7 +79,7 @@ def forward(
     """As `launch.forward`, for weight ``[E, N, K]`` and bias ``[E, N]`` or None."""
     drop = (seed, p) if p else None
     with on_device(x):
-        u = run_shrink(x, lora_A.mT, scale=scale, adapters=adapters, dropout=drop, config=config, dtype=x.dtype)
+        u = run_shrink(x, lora_A, transposed=True, scale=scale, adapters=adapters, dropout=drop, config=config, dtype=x.dtype)
         return run_experts(x, weight.mT, u, lora_B.mT, adapters=adapters, bias=bias, config=config), u
 
 

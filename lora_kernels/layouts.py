@@ -13,7 +13,7 @@ import torch
 
 from .kernels.load import load_dense, load_descriptor, load_descriptor_transposed, load_parts
 from .kernels.overlap import in_order, let_next_begin, wait_for_previous, wait_then_let_next_begin
-from .operands import Many, Matrix
+from .operands import Many, Matrix, flat
 from .packed import cut
 from .tuning import Config, rank_block
 from .tuning.validity import LOOP_RANK, MIXED_RANK, TILE_RANK
@@ -30,7 +30,7 @@ class Options(dict):
     def __init__(self, **options):
         super().__init__(options, enable_fp_fusion=True)  # said, for Triton's own default changes with 3.10, and 3.9 warns of it
         self.slots: list | None = None
-        self.compiled: dict[tuple, tuple[Any, tuple]] = {}
+        self.compiled: dict[tuple, tuple] = {}
 
 
 def cdiv(a: int, b: int) -> int:
@@ -68,7 +68,7 @@ def _overlapped(interpreted: bool, **plugs) -> dict:
 class ShrinkLayout(NamedTuple):
     """shape, dtype: of z where it is to be made, its rows cut to M; x, a, z, stride_split: as the kernel's; sizes: its last arguments."""
 
-    shape: tuple[int, int, int] | None
+    shape: tuple[int, ...] | None
     dtype: torch.dtype
     M: int
     splits: int
@@ -84,14 +84,14 @@ class ShrinkLayout(NamedTuple):
 
 @functools.lru_cache(maxsize=KEPT)
 def shrink(
-    config: Config, x: Matrix, a: Matrix, out: Matrix | None, dtype, widths, adapters: Many, dropout: bool, precision: str,
-    interpreted: bool,
+    config: Config, x: Matrix, a: Matrix, transposed: bool, out: Matrix | None, dtype, widths, adapters: Many, dropout: bool,
+    precision: str, interpreted: bool,
 ) -> ShrinkLayout:  # fmt: skip
     """Of `launch.run_shrink`."""
     c = config.shrink
-    (rows_of_x, K), x_strides, _ = x
+    (rows_of_x, K), x_strides, _ = flat(x)
     M = adapters.tokens or rows_of_x
-    R, a_strides, layers = a[0][-1], a[1], len(widths) or 1
+    R, a_strides, layers = a[0][-2 if transposed else -1], _turned(a[1], transposed), len(widths) or 1
     block_r = rank_block(R, TILE_RANK if adapters.ranked else 128)
     ends, _, even = cut(widths, K, c.block_k)
     blocks, splits = split_axis(max(widths) if widths else K, c.block_k, c.split)
@@ -107,7 +107,7 @@ def shrink(
     )  # fmt: skip
     tiles = adapters.tiles if adapters.tokens else cdiv(M, c.block_m)
     return ShrinkLayout(
-        None if whole else (splits, rows, R * layers),
+        None if whole else (M, R * layers) if splits == 1 else (splits, rows, R * layers),
         torch.float32 if splits > 1 else dtype,
         M,
         splits,
@@ -145,8 +145,8 @@ def wgrad(
 ) -> WgradLayout:  # fmt: skip
     """Of `launch.prepare_wgrad`."""
     c, E = config.wgrad, adapters.number
-    (rows_of_x, J), x_strides, _ = x
-    (M, columns_of_g), g_strides, _ = g
+    (rows_of_x, J), x_strides, _ = flat(x)
+    (M, columns_of_g), g_strides, _ = flat(g)
     widths = () if out_transposed else adapters.widths  # of dY's columns
     R = columns_of_g // (len(widths) or 1)
     ends, columns, even = cut(widths, J, c.block_j)
@@ -184,7 +184,7 @@ class ExpandLayout(NamedTuple):
     boxes: of the descriptors of x and w, and whether each is of the transposed matrix; None for pointers. The rest: the kernel's arguments.
     """
 
-    y: tuple[int, int] | None
+    y: tuple[int, ...] | None
     u: tuple[int, int] | None
     flags: int
     splits: int
@@ -212,7 +212,7 @@ def expand(
 ) -> ExpandLayout:  # fmt: skip
     """Of `launch.run_expand`."""
     c = config.expand
-    (M, K), x_strides, x_dtype = x
+    (M, K), x_strides, x_dtype = flat(x)
     w_strides, v_strides = None if w is None else _turned(w[1], transposed), _turned(v[1], transposed)
     R, N = v[0][-2:][::-1] if transposed else v[0][-2:]
     narrow = exact or (w is None and x_dtype.itemsize == 4)  # float32 products are unrolled as deep as this
@@ -221,7 +221,7 @@ def expand(
     # Neither is read before what it waits for: beside a shrink that runs yet (pdl), which began after the launch that wrote it had ended.
     # The first term costs fewer registers; with dropout, whose mask comes before the first product, the last does.
     add = None if not onto else "last" if drop_uv else "first"
-    y_strides = (N, 1) if out is None else out[1]
+    y_strides = (N, 1) if out is None else flat(out)[1]
     widths = adapters.widths if transposed else ()  # of w's columns
     ends, columns, even = cut(widths, N, c.block_n)
     num_m, tiles = cdiv(M, c.block_m), cdiv(M, c.block_m) * columns
@@ -236,8 +236,10 @@ def expand(
         blocks_per_part, splits = split_axis(K, c.block_k, c.split)
         items = tiles * (splits + 1)
     boxes, load_x, load_w = None, None, None
-    if base is not None:
-        load_x, x_strides = load_dense, base[1]
+    base_strides = None if base is None else flat(base)[1]
+    reached = (x_strides, w_strides, base_strides, v_strides, y_strides)
+    if base_strides is not None:
+        load_x, x_strides = load_dense, base_strides
     elif w_strides is not None:
         load_x = load_w = load_dense
         if c.tma:
@@ -253,7 +255,6 @@ def expand(
     if config.wgrad.beside == "pdl":
         late = sms * max(1, RESIDENT // (c.num_stages * (c.block_m + c.block_n) * c.block_k * x_dtype.itemsize))
     blocks = max(c.block_m, c.block_n, c.block_k)
-    reached = (x[1], w_strides, None if base is None else base[1], v_strides, y_strides)
     options = Options(
         LOAD_X=load_x, LOAD_W=load_w, LOAD_U=load_u, U=c.u, SEGMENTS=adapters.tokens > 0, MASKED=c.masked, WALK=c.walk or None,
         SPLIT=splits > 0, EXACT=exact, ADD=add, SAVE_U=c.u == "loop" and u is not None, DROP_X=drop_x and c.u != "given",
@@ -268,7 +269,7 @@ def expand(
         options.update(_overlapped(interpreted, WAIT=wait_for_previous if late is None else wait_then_let_next_begin))
     a_strides = () if a is None else _turned(a[1], transposed)
     return ExpandLayout(
-        (M, N) if out is None else None,
+        (*x[0][:-1], N) if out is None else None,
         u_shape,
         flags,
         splits,

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from .autograd import lora_linear
 from .merging import Mergeable
-from .nn import adopt, check_linear, check_rank, init_adapter, scaling_of
+from .nn import adopt, check_linear, check_rank, held, init_adapter, scaling_of
 from .problem import UnsupportedError, check_tensor
 from .segments import Segments, check_int
 from .slots import SlotParameter
@@ -140,15 +140,16 @@ class MultiLoRALinear(Mergeable, nn.Module):
             raise TypeError(f"segments: wanted {wanted}, got {type(segments).__name__}")
         if segments.num_adapters != self.num_adapters:
             raise ValueError(f"segments: wanted a plan of this layer's {self.num_adapters} adapters, got one of {segments.num_adapters}")
+        A, B, scaling = held(self, "lora_A", "lora_B", "scaling")
         x, weight, bias, base = self._operands(x)
         return lora_linear(
             x,
             weight,
-            self.lora_A,
-            self.lora_B,
+            A,
+            B,
             bias,
             base=base,
-            scale=self.scaling,
+            scale=scaling,
             dropout_p=self.lora_dropout,
             training=self.training,
             segments=segments,
@@ -162,7 +163,7 @@ class MultiLoRALinear(Mergeable, nn.Module):
 
     def _operands(self, x: torch.Tensor) -> tuple:
         """x, weight, bias and base product of a call."""
-        return x, self.weight, self.bias, None
+        return x, *held(self, "weight", "bias"), None
 
     def adapter(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
         """A ``[r_i, K]`` and B ``[N, r_i]`` of adapter i as detached views: writing to them changes the adapter, in place."""

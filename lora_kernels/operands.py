@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,36 @@ Matrix = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]  # shape, strides,
 
 def matrix(t: torch.Tensor | None) -> Matrix | None:
     return None if t is None else (t.shape, t.stride(), t.dtype)
+
+
+def flat(m: Matrix) -> Matrix:
+    """Of tokens ``[..., K]`` that are contiguous, or a matrix: as ``[M, K]``."""
+    shape, _, dtype = m
+    return m if len(shape) == 2 else ((math.prod(shape[:-1]), shape[-1]), (shape[-1], 1), dtype)
+
+
+def as_matrix(t: torch.Tensor) -> torch.Tensor:
+    """``[..., K]`` as ``[M, K]``: a view wherever the leading dimensions have a common stride, otherwise a copy, as in F.linear."""
+    return t if t.dim() == 2 else t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
+
+
+def even(t: torch.Tensor) -> torch.Tensor:
+    """``[..., K]`` as an arm takes it: as it is if contiguous, else its `as_matrix`."""
+    return t if t.dim() == 2 or t.is_contiguous() else as_matrix(t)
+
+
+def like_tokens(y: torch.Tensor, x: torch.Tensor, top_k: int = 1) -> torch.Tensor:
+    """``y [M, N]`` as ``[..., N]`` for ``x [..., K]``, with an axis for top_k rows of each token; M need not be known."""
+    if x.dim() == 2 and top_k == 1:
+        return y
+    # no view for autograd, which refuses in-place operations (ReLU's, a residual's) on views that a Function returns
+    each = [top_k] if top_k > 1 else []
+    return torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], *each, y.shape[-1]])
+
+
+def tokens(x: torch.Tensor) -> int:
+    """How many ``x [..., K]`` has; K is not 0."""
+    return x.numel() // x.shape[-1]
 
 
 def aligned(*tensors: torch.Tensor | None) -> tuple[bool | None, ...]:

@@ -14,7 +14,8 @@ from torch.compiler import is_compiling
 from torch.utils.flop_counter import register_flop_formula
 
 from . import chain, dispatch
-from .problem import PLAIN, autocasts, forward_flops, rows
+from .operands import as_matrix, even, like_tokens
+from .problem import PLAIN, autocasts, forward_flops
 from .segments import CPU, Adapters, by_library
 
 _library = torch.library.Library("lora_kernels", "DEF")
@@ -35,8 +36,11 @@ forward_op = torch.ops.lora_kernels.forward.default
 backward_op = torch.ops.lora_kernels.backward.default
 
 
-def forward(x, weight, lora_A, lora_B, bias, seed, adapters: Adapters, scale, dropout_p, save_u, impl, config, base=None):
-    """``y [M, N]`` and ``u [M, r]``: the forward operator, or the arm itself where nobody is to see an operator."""
+def forward(x, weight, lora_A, lora_B, bias, seed, adapters: Adapters, scale, dropout_p, save_u, impl, config, base=None, arm=None):
+    """``y [..., N]`` and ``u [M, r]``: the forward operator, or the arm itself where nobody is to see an operator; ``arm`` if known."""
+    if arm is not None:
+        run, chosen = arm
+        return run(x, weight, lora_A, lora_B, bias, seed, adapters, scale, dropout_p, save_u, chosen, base)
     arm = _unseen((chain.forward, None), impl, config, x, weight, lora_A, lora_B, bias, base)
     if arm is not None:
         return _forward(x, weight, lora_A, lora_B, bias, seed, adapters, scale, dropout_p, save_u, impl, config, base, *arm)
@@ -71,27 +75,27 @@ def watched() -> bool:
 
 
 def plain(x: torch.Tensor, *others: torch.Tensor | None) -> bool:
-    """Whether these are tensors of torch's own classes, where an arm runs: not meta tensors, nor devices that the operators do not know."""
+    """Whether these are tensors of torch's own classes, where an arm runs: not meta tensors, nor devices that the operators do not know.
+
+    And none that torch negates as it is read (``is_neg``), which no kernel would see: before an operator torch writes it out.
+    """
     if not (x.is_cuda or x.device == CPU):
         return False
     for t in (x, *others):
-        if t is not None and type(t) not in PLAIN:
+        if t is not None and (type(t) not in PLAIN or t.is_neg()):
             return False
     return True
 
 
 def _forward(x, weight, lora_A, lora_B, bias, seed, adapters, scale, dropout_p, save_u, impl, config, base, arm=None):
-    x2, N = rows(x), lora_B.shape[-2]
-    base2 = None if base is None else rows(base)
-    if x2.numel() == 0 or N == 0:
-        y, u = _empty_forward(x2, N, lora_A, bias, base2, adapters)
-    else:
-        run, chosen = arm or dispatch.forward_arm(x2, weight, lora_A, lora_B, adapters, dropout_p, impl, config)
-        y, u = run(x2, weight, lora_A, lora_B, bias, seed, adapters, scale, dropout_p, save_u, chosen, base2)
-    if x is x2 and adapters.top_k == 1:
-        return y, u
-    # no view for autograd, which refuses in-place operations (ReLU's, a residual's) on views that a Function returns
-    return torch.ops.aten._unsafe_view.default(y, [*_lead(x, adapters.top_k), N]), u
+    N = lora_B.shape[-2]
+    if x.numel() == 0 or N == 0:
+        y, u = _empty_forward(as_matrix(x), N, lora_A, bias, None if base is None else as_matrix(base), adapters)
+        return like_tokens(y, x, adapters.top_k), u
+    its, its_base = even(x), None if base is None else even(base)
+    run, chosen = arm or dispatch.forward_arm(its, weight, lora_A, lora_B, adapters, dropout_p, impl, config)
+    y, u = run(its, weight, lora_A, lora_B, bias, seed, adapters, scale, dropout_p, save_u, chosen, its_base)
+    return y if its is x else like_tokens(y, x, adapters.top_k), u
 
 
 def _lead(x: torch.Tensor, top_k: int) -> list[int]:
@@ -113,22 +117,20 @@ def _empty_forward(x, N, lora_A, bias, base, adapters):
 
 def _backward(dy, x, weight, lora_A, lora_B, u, seed, adapters, scale, dropout_p, needs, adapter_dtype, impl, config, arm=None):
     need_dx, need_da, need_db, need_dbias = needs
-    dy2, x2 = rows(dy), None if x is None else rows(x)
     dx = da = db = None
-    if dy2.numel() == 0 or (x2 is not None and x2.numel() == 0):
-        K = lora_A.shape[-1] if need_dx else 0
+    if dy.numel() == 0 or (x is not None and x.numel() == 0):
         stack = [] if adapters.segments is None else [adapters.number]
-        dx = dy.new_zeros(dy2.shape[0], K)
-        da = dy.new_zeros(*stack, lora_B.shape[-1] * adapters.layers, x2.shape[1], dtype=adapter_dtype) if need_da else None
-        db = dy.new_zeros(*stack, dy2.shape[1], u.shape[1] // adapters.layers, dtype=adapter_dtype) if need_db else None
+        dx = dy.new_zeros(*dy.shape[:-1], lora_A.shape[-1]) if need_dx else None
+        da = dy.new_zeros(*stack, lora_B.shape[-1] * adapters.layers, x.shape[-1], dtype=adapter_dtype) if need_da else None
+        db = dy.new_zeros(*stack, dy.shape[-1], u.shape[1] // adapters.layers, dtype=adapter_dtype) if need_db else None
     elif need_dx or need_da or need_db:
-        run, chosen = arm or dispatch.backward_arm(dy2, x2, weight, lora_A, lora_B, u, adapters, dropout_p, impl, config)
-        dx, da, db = run(dy2, x2, weight, lora_A, lora_B, u, seed, adapters, scale, dropout_p, needs[:3], adapter_dtype, chosen)
+        its, its_x = even(dy), None if x is None else even(x)
+        run, chosen = arm or dispatch.backward_arm(its, its_x, weight, lora_A, lora_B, u, adapters, dropout_p, impl, config)
+        dx, da, db = run(its, its_x, weight, lora_A, lora_B, u, seed, adapters, scale, dropout_p, needs[:3], adapter_dtype, chosen)
+        dx = dx if its is dy or dx is None else like_tokens(dx, dy)
     if need_dx and adapters.top_k > 1:  # a token's experts, in their order, in float32
-        dx = dx.view(*dy.shape[:-1], dx.shape[1]).sum(-2)
-    elif need_dx and dy is not dy2:
-        dx = dx.view(*dy.shape[:-1], dx.shape[1])
-    return dx if need_dx else None, da, db, dy2.sum(0) if need_dbias else None
+        dx = dx.sum(-2)
+    return dx if need_dx else None, da, db, as_matrix(dy).sum(0) if need_dbias else None
 
 
 def _forward_kernel(

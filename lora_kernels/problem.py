@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from .operands import as_matrix
 from .packed import check_widths
 from .segments import CPU, ONE, Adapters, Segments, readable
 
@@ -92,11 +93,6 @@ def autocasts(device: torch.device) -> bool:
     return torch.is_autocast_enabled("cpu" if device == CPU else device.type)
 
 
-def rows(t: torch.Tensor) -> torch.Tensor:
-    """``[..., K]`` as ``[M, K]``: a view wherever the leading dimensions have a common stride, otherwise a copy, as in F.linear."""
-    return t if t.dim() == 2 else t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
-
-
 def offsets_pass_int32(*tensors: torch.Tensor | None) -> bool:
     """Whether an element of any tensor lies 2^31 or more elements from its first."""
     for t in tensors:
@@ -142,7 +138,8 @@ def segment_fields(adapters: Adapters) -> dict:
 
 
 def describe(x, weight, lora_A, lora_B, *, dropout: bool, adapters: Adapters = ONE) -> Problem:
-    """The forward `Problem` of a checked call; x is ``[M, K]``, weight None where the base product is given."""
+    """The forward `Problem` of a checked call; weight is None where the base product is given."""
+    x = as_matrix(x)
     w = x if weight is None else one_of(weight)
     return Problem(
         M=x.shape[0] * adapters.top_k,

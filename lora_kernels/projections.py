@@ -17,7 +17,8 @@ import torch
 
 from . import dispatch, ops, reference
 from .autograd import carried, lora_linear, prepare, refused_twice
-from .problem import MAX_RANK, UnsupportedError, rows
+from .operands import as_matrix, even, like_tokens, tokens
+from .problem import MAX_RANK, UnsupportedError
 from .segments import Adapters
 
 
@@ -79,31 +80,29 @@ class LoRALinearsFunction(torch.autograd.Function):
         grads: list = [[None] * 5 for _ in layers]
         dx = all_ds = None
         if columns is not None and len(live) == len(layers) and all(need[1] for need in needs):
-            all_ds = dys[0].new_empty(rows(dys[0]).shape[0], columns[-1].stop)
-        x2 = None if x is None else rows(x)
+            all_ds = dys[0].new_empty(tokens(dys[0]), columns[-1].stop)
+        its_x = None if x is None else even(x)
         for i in live:
             (weight, A, B, u, seed), (_, need_A, need_B, need_bias, _), layer = tensors[i], needs[i], layers[i]
-            dy = rows(dys[i])
+            dy = even(dys[i].resolve_neg())  # as an operator would have it
             shared: dict[str, Any] = dict(onto=dx)
             if all_ds is not None:
                 need_A = i == live[-1]  # dS is whole then, and dX's last launch has company
                 shared |= dict(ds=all_ds[:, columns[i]], all_ds=all_ds)
             if need_x or need_A or need_B or all_ds is not None:
-                run, chosen = dispatch.backward_arm(dy, x2, weight, A, B, u, layer.adapters, layer.p, impl, config)
+                run, chosen = dispatch.backward_arm(dy, its_x, weight, A, B, u, layer.adapters, layer.p, impl, config)
                 need = (need_x, need_A, need_B)
                 its_dx, da, db = run(
-                    dy, x2, weight, A, B, u, seed, layer.adapters, layer.scale, layer.p, need, dtypes[i], chosen, **shared
+                    dy, its_x, weight, A, B, u, seed, layer.adapters, layer.scale, layer.p, need, dtypes[i], chosen, **shared
                 )  # fmt: skip
-                dx = its_dx if need_x else None
+                dx = like_tokens(its_dx, dys[i]) if need_x and its_dx.dim() != dys[i].dim() else its_dx
                 grads[i][1:3] = da, db
-            grads[i][3] = dy.sum(0) if need_bias else None
+            grads[i][3] = as_matrix(dy).sum(0) if need_bias else None
         if all_ds is not None:
             # Not views, to which some optimizers' ways with a gradient do not apply.
             each = torch.unsafe_split_with_sizes(grads[-1][1], [own.stop - own.start for own in columns])
             for its_grads, da in zip(grads, each, strict=True):
                 its_grads[1] = da
-        if dx is not None and dys[live[0]].dim() != 2:
-            dx = dx.view(*dys[live[0]].shape[:-1], dx.shape[1])
         return dx, None, None, None, *(grad for five in grads for grad in five)
 
 
@@ -114,24 +113,24 @@ def _fives(flat: Sequence) -> list[Sequence]:
 
 def _forward(x, tensors, layers: Sequence[_Layer], impl: str, config: str, save: Sequence[bool]):
     """Each layer's ``y [..., N]`` and ``u [M, r]``, and which columns of the shared u are whose, None where each has its own."""
-    x2 = rows(x)
+    its = even(x)
     arms = [
-        dispatch.forward_arm(x2, weight, A, B, layer.adapters, layer.p, impl, config)
+        dispatch.forward_arm(its, weight, A, B, layer.adapters, layer.p, impl, config)
         for (weight, A, B, *_), layer in zip(tensors, layers, strict=True)
     ]
     columns = _columns([A for _, A, *_ in tensors], layers)
     us: list = [None] * len(layers)
     # To put the As together is to read and write them once; it saves reading x for all layers but one.
-    if columns is not None and (len(layers) - 1) * x2.shape[0] > 2 * columns[-1].stop and all(_takes_u(chosen) for _, chosen in arms):
+    if columns is not None and (len(layers) - 1) * tokens(x) > 2 * columns[-1].stop and all(_takes_u(chosen) for _, chosen in arms):
         A = torch.cat([A for _, A, *_ in tensors])
         run, chosen = dispatch.down_arm(arms[0])
         keep = any(save) or any(chosen is None for _, chosen in arms)
-        u = run(x2, A, layers[0].adapters, layers[0].scale, keep, chosen)
+        u = run(its, A, layers[0].adapters, layers[0].scale, keep, chosen)
         us = [u[..., own] for own in columns]
     ys = []
     for i, ((run, chosen), (weight, A, B, bias, seed), layer) in enumerate(zip(arms, tensors, layers, strict=True)):
-        y, us[i] = run(x2, weight, A, B, bias, seed, layer.adapters, layer.scale, layer.p, save[i], chosen, u=us[i])
-        ys.append(y if x is x2 else torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[1]]))
+        y, us[i] = run(its, weight, A, B, bias, seed, layer.adapters, layer.scale, layer.p, save[i], chosen, u=us[i])
+        ys.append(y if its is x else like_tokens(y, x))
     return ys, us, columns
 
 

@@ -9,8 +9,11 @@ import torch
 
 
 def on_device(t: torch.Tensor):
-    """Makes t's GPU the current one for the launches inside."""
-    return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
+    """Makes t's GPU the current one for the launches inside, where it is not."""
+    return torch.cuda.device(t.device) if t.is_cuda and t.get_device() != torch.cuda.current_device() else _HERE
+
+
+_HERE = contextlib.nullcontext()
 
 
 def kept_for(device: torch.device) -> tuple[int, bool]:

@@ -27,7 +27,7 @@ SHRINK, EXPAND, WGRAD, LAUNCH, LAYOUT = "kernels/shrink.py", "kernels/expand.py"
 CHAIN, PLAN, MERGING, PLANNER, STREAMS = "chain.py", "segments.py", "merging.py", "kernels/plan.py", "streams.py"
 OPS, AUTOGRAD = "ops.py", "autograd.py"
 EXPERTS, ROUTED = "kernels/experts.py", "launch_experts.py"
-READ_BASE = "if base is not None:\n        load_x"
+READ_BASE = "if base_strides is not None:\n        load_x"
 MERGED_FROM = "write_merged(self.weight.detach(), base,"
 SPEED = "equivalent: the same result, more slowly"
 OWN_BARRIER = "equivalent: Triton puts a barrier there of its own"
@@ -123,7 +123,7 @@ ONE_ADAPTER = [
     Mutant("launch: 16-bit partial sums", LAYOUT, "torch.float32 if splits > 1 else dtype", "dtype", 2),
     Mutant("launch: v not transposed", LAYOUT, "_turned(v[1], transposed)", "v[1]"),
     Mutant("launch: w not transposed", LAYOUT, "_turned(w[1], transposed)", "w[1]"),
-    Mutant("launch: a not transposed", LAYOUT, "_turned(a[1], transposed)", "a[1]"),
+    Mutant("launch: a not transposed", LAYOUT, "_turned(a[1], transposed)", "a[1]", count=2),
     Mutant("launch: EVEN_K always", LAYOUT, "EVEN_K=K % c.block_k == 0", "EVEN_K=True"),
     Mutant("launch: EVEN_N always", LAYOUT, "EVEN_N=even", "EVEN_N=True", tests="machine"),
     Mutant("launch: EVEN_R always", LAYOUT, "EVEN_R=R % block_r == 0", "EVEN_R=True", 3),
@@ -160,7 +160,7 @@ SPLIT = [
     Mutant("split: no barrier behind the arrival", EXPAND, 'scope="gpu")\n        tl.debug_barrier()', 'scope="gpu")',
            note=OWN_BARRIER, tests="machine"),
     Mutant("split: tile and part mixed up", EXPAND, "tile = turn // parts[3]", "tile = turn % parts[3]"),
-    Mutant("launch: counters not zeroed", LAUNCH, "torch.zeros(cdiv(M", "torch.empty(cdiv(M"),
+    Mutant("launch: counters not zeroed", LAUNCH, "torch.zeros(cdiv(tokens", "torch.empty(cdiv(tokens"),
     Mutant("launch: no program for the last part", LAYOUT, "items = tiles * (splits + 1)", "items = tiles * splits"),
     Mutant("launch: 16-bit parts of a tile", LAUNCH, "splits + 1, M, N, dtype=torch.float32", "splits + 1, M, N, dtype=x.dtype"),
     Mutant("launch: one part of u", LAYOUT, "u[1][0], u[0][0])", "u[1][0], 1)"),
@@ -269,7 +269,7 @@ MERGE = [
     Mutant("merge: the scale after a rounding", LAUNCH, "u = lora_B.float() * scale", "u = (lora_B * scale).float()"),
     Mutant("merge: onto the weight, not the base", LAUNCH, "u=u, base=base, out=weight", "u=u, base=weight, out=weight"),
     Mutant("merge: into a copy", LAUNCH, "y = x.new_empty(e.y) if out is None else out", "y = x.new_empty(e.sizes[:2])"),
-    Mutant("merge: a weight contiguous by rows", LAYOUT, "y_strides = (N, 1) if out is None else out[1]", "y_strides = (N, 1)"),
+    Mutant("merge: a weight contiguous by rows", LAYOUT, "y_strides = (N, 1) if out is None else flat(out)[1]", "y_strides = (N, 1)"),
     Mutant("merge: library, without the scale", MERGING, "torch.addmm(base, lora_B, lora_A, alpha=scale, out=weight)",
            "torch.addmm(base, lora_B, lora_A, out=weight)"),
     Mutant("merge: library in 16 bits for float32 adapters", MERGING, "A, B = lora_A.to(wide), lora_B.to(wide)",
@@ -322,7 +322,7 @@ OVERLAPPED = [
 
 BASE = [
     Mutant("base: written to", LAUNCH, "u=u, base=base, **", "u=u, base=base, out=base, **"),
-    Mutant("base: by its rows alone", LAYOUT, "load_dense, base[1]", "load_dense, (N, 1)"),
+    Mutant("base: by its rows alone", LAYOUT, "load_dense, base_strides", "load_dense, (N, 1)"),
     Mutant("base: not read", LAYOUT, READ_BASE, READ_BASE.replace("None:", "None and w is not None:")),
     Mutant("base: dX with dY for a base", LAUNCH, "and weight is not None:\n", "and weight is not None or not weight:\n"),
     Mutant("base: torch arm writes to it", CHAIN, "torch.addmm(base, u, B.t())", "base.addmm_(u, B.t())"),
@@ -330,7 +330,7 @@ BASE = [
     Mutant("base: torch arm drops nothing of dX", CHAIN, "dx = dx if bits is None else drop(dx, bits)", "dx = dx"),
     Mutant("base: torch arm, dX without 1 / (1 - p)", CHAIN, "dx = scaled_mm(ds, A, keep)", "dx = scaled_mm(ds, A, 1.0)"),
     Mutant("base: forgotten where x is empty", OPS, "for term in (bias, base):", "for term in (bias,):"),
-    Mutant("base: of one row", OPS, "else rows(base)", "else rows(base)[:1].expand(x2.shape[0], -1)"),
+    Mutant("base: of one row", OPS, "else even(base)", "else as_matrix(base)[:1].expand(x.numel() // x.shape[-1], -1)"),
     Mutant("base: without a gradient", AUTOGRAD, "dy if ctx.need_base else None", "None"),
     Mutant("base: trained alone, and no Function", AUTOGRAD, "added = bias if base is None else base", "added = bias"),
     Mutant("base: kept for backward", AUTOGRAD, "weight if need_x else None", "base if need_x else None"),
@@ -352,14 +352,14 @@ ROUTING = [
     Mutant("experts: no end of the columns", EXPERTS, "row_mask[:, None] & (n0 + n < N)[None, :]", "row_mask[:, None]"),
     Mutant("experts: one block of ranks", EXPERTS, "R_BLOCKS * BLOCK_R, BLOCK_R", "BLOCK_R, BLOCK_R"),
     Mutant("experts: tiles past the last", EXPERTS, "if slot >= 0:", "if slot >= -1:", note="equivalent: it has no rows"),
-    Mutant("experts: rank blocks of 128", ROUTED, "32 if x[2].itemsize == 4 else TILE_RANK", "128", note="equivalent: the same sums"),
+    Mutant("experts: rank blocks of 128", ROUTED, "32 if x_dtype.itemsize == 4 else TILE_RANK", "128", note="equivalent: the same sums"),
     Mutant("experts: shrink's rows of y, not of x", SHRINK, "tokens // FAN", "tokens"),
     Mutant("experts: wgrad's rows of y, not of x", WGRAD, "tokens // FAN", "tokens"),
     Mutant("experts: dX without dropout", ROUTED, "adapters=adapters, drop_uv=drop, config", "adapters=adapters, config"),
     Mutant("experts: dA without dropout", ROUTED, "run_wgrad(x, ds, dropout=drop", "run_wgrad(x, ds, dropout=None"),
     Mutant("experts: u without dropout", ROUTED, "adapters=adapters, dropout=drop, config", "adapters=adapters, dropout=None, config"),
     Mutant("experts: dS without the scale", ROUTED, "run_shrink(dy, lora_B, scale=scale", "run_shrink(dy, lora_B, scale=1.0"),
-    Mutant("experts: dX of one expert alone", OPS, "dx.shape[1]).sum(-2)", "dx.shape[1])[..., 0, :]"),
+    Mutant("experts: dX of one expert alone", OPS, "dx.sum(-2)", "dx[..., 0, :]"),
     Mutant("experts: no bias where x is empty", OPS, "torch.where(ids < 0, 0, bias[ids[:, 0].clamp(min=0)])", "None"),
     Mutant("experts: torch arm's rows of y, not of x", CHAIN, "rows = rows // top_k", "rows = rows % x.shape[0]"),
     Mutant("experts: torch arm's first weight", CHAIN, "base_linear(its_x, weight[e]", "base_linear(its_x, weight[0]"),

@@ -13,7 +13,7 @@ FLOORS = (
     ("kernels",),
     ("tuning",),
     ("launch", "launcher", "layouts", "launch_experts", "launch_plan", "compile_only", "chain", "streams"),
-    ("ops", "autograd", "dispatch", "projections", "merging"),
+    ("ops", "autograd", "calls", "dispatch", "projections", "merging"),
     ("nn", "multi", "over", "experts", "experts_layer", "parity", "dora", "lora_config", "shared_input", "packed_layer", "slots"),
     ("cli", "__main__", "demo", "demo_data", "demo_peft", "integrations", "apply", "files", "adapter_store", "analysis", "inspect_adapter")
     + ("serving", "pool"),

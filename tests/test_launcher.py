@@ -9,9 +9,10 @@ import pickle
 
 import pytest
 import torch
+import triton
 from triton.runtime import JITFunction
 
-from lora_kernels import Segments, dispatch, launch, layouts, lora_linear, problem
+from lora_kernels import Segments, calls, dispatch, launch, layouts, lora_linear, problem
 from lora_kernels.operands import many
 from lora_kernels.parity import budget_used
 from lora_kernels.segments import ONE, Adapters
@@ -71,6 +72,24 @@ def test_equal_calls_are_launched_without_a_search(config):
         for seed, p, scale in ((1, 0.5, 2.0), (7, 0.25, 0.5), (2, 0.75, 3)):  # values that no kernel is compiled for
             step(drawn(M, K), seed=seed, dropout_p=p, scale=scale, **operands)
     assert not calls
+
+
+def test_whoever_is_to_be_told_of_launches_is_told():
+    """A profiler, by Triton's hooks, also of calls that were made before it came."""
+    operands = dict(weight=drawn(N, K), A=drawn(R, K), B=drawn(N, R), dy=drawn(M, N), config=TILES)
+    step(drawn(M, K), **operands)
+    told, hooks, before = {"enter": [], "exit": []}, triton.knobs.runtime, launch.launches
+    with triton.knobs.runtime.scope():
+        for name in told:
+            chain = type(hooks.launch_enter_hook)()
+            chain.add(told[name].append)
+            setattr(hooks, f"launch_{name}_hook", chain)
+        step(drawn(M, K), **operands)
+    number = 0 if hooks.interpret else launch.launches - before
+    assert len(told["enter"]) == len(told["exit"]) == number
+    assert all(metadata.get()["name"] in ("shrink", "expand", "wgrad") for metadata in told["enter"])
+    step(drawn(M, K), **operands)
+    assert len(told["enter"]) == number
 
 
 @pytest.mark.parametrize("which", ["x", "weight", "A", "B", "dy", "bias"])
@@ -147,9 +166,9 @@ def on_hopper(monkeypatch):
     """Choices as on an H100, which depend on alignment and order."""
     monkeypatch.setattr(dispatch, "interpreting", lambda: True)
     monkeypatch.setattr(Arch, "interpreter", classmethod(lambda cls: Arch.parse("sm_90")))
-    dispatch.forget()
+    calls.forget()
     yield
-    dispatch.forget()
+    calls.forget()
 
 
 def test_choices_are_those_of_the_call_itself(on_hopper):
@@ -211,7 +230,7 @@ def test_layouts_see_all_of_a_batch():
 
 def test_float32_products_follow_torchs_switch():
     x, a = ((4, 8), (8, 1), torch.float32), ((8, 2), (2, 1), torch.float32)
-    how = (None, torch.float32, (), many(ONE), False)
+    how = (False, None, torch.float32, (), many(ONE), False)
     layout = layouts.shrink(TILES, x, a, *how, launch.precision(torch.float32), False)
     before = torch.get_float32_matmul_precision()
     try:

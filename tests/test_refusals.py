@@ -162,6 +162,18 @@ def test_ids_out_of_range_unvalidated_are_the_base_alone():
     assert s.ids.tolist() == [0, -1, -1] and s.starts.tolist() == [0, 1, 1, 3]
 
 
+@pytest.fixture(scope="module")
+def remembered():
+    """Good calls, of which every case below differs in an argument or two."""
+    for _ in range(2):
+        for impl in ("auto", "triton", "torch"):
+            for changed in ({}, stacked(), given(), stacked(scale=torch.ones(2)), stacked(ranks=torch.ones(2, dtype=torch.int32))):
+                lora_linear(**arguments(**changed), impl=impl)
+                lora_linear(**arguments(**changed), impl=impl, dropout_p=0.5, training=True)
+    lora_linear(**arguments(), config=Config(), impl="triton")
+
+
+@pytest.mark.usefixtures("remembered")
 @pytest.mark.parametrize("function", [lora_linear, explain], ids=["lora_linear", "explain"])
 @pytest.mark.parametrize("changed, error, match", CASES, ids=[f"{'-'.join(c[0])}-{i}" for i, c in enumerate(CASES)])
 def test_refused(function, changed, error, match):

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lora_kernels import dispatch
+from lora_kernels import calls, dispatch
 from lora_kernels.problem import Problem
 from lora_kernels.tuning import Arch, Config, Expand, Shrink, Wgrad, heuristic, lookup, rank_block, resolve, tables, why_not
 
@@ -173,9 +173,9 @@ def test_a_row_that_a_call_cannot_take_yields_to_the_heuristic(monkeypatch):
     monkeypatch.setattr(tables, "ROWS", (replace(row, config=early),))
     for version, config in (("3.5.0", early), ("3.4.0", heuristic(PROBLEM, sm_90))):
         monkeypatch.setattr(dispatch, "triton_version", lambda version=version: version)
-        dispatch.forget()
+        calls.forget()
         assert dispatch.choose(PROBLEM, device, "triton").config == config
-    dispatch.forget()
+    calls.forget()
 
 
 def test_an_interpreter_that_numpy_has_left_behind(monkeypatch):

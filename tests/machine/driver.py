@@ -149,7 +149,11 @@ class Launcher:
         self.kernel = _kernel(get_cache_manager(metadata.hash).get_file(f"{metadata.name}.ptx"))
 
     def __call__(self, x, y, z, stream, function, packed_metadata, launch_metadata, enter_hook, exit_hook, *args) -> None:
+        if enter_hook is not None:
+            enter_hook(launch_metadata)
         self.machine.launch(self, (x, y, z), args)
+        if exit_hook is not None:
+            exit_hook(launch_metadata)
 
     def arguments(self, args: tuple) -> tuple[list[int], dict[int, Descriptor], list]:
         """(bits of the parameters, descriptors by parameter, all tensors among them), as Triton's own launcher passes them."""
