@@ -8,11 +8,17 @@ import mutants_serving
 from mutants import SPEED, Mutant
 
 LAUNCHER, OPERANDS, DISPATCH, CONFIG = "launcher.py", "operands.py", "dispatch.py", "tuning/config.py"
+CALLS, OPS, LAUNCH, AUTOGRAD, NN = "calls.py", "ops.py", "launch.py", "autograd.py", "nn.py"
+LOOK, ARGUMENTS = "(t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % 16 == 0)", "widths, bool(training and dropout_p), config, impl,"
+SCALE, RANKS = "scale.shape, scale.dtype, scale.device, scale.is_contiguous(), scale.requires_grad", "ranks.device, ranks.is_contiguous()"
 CALL = "aligned(*operands), many(adapters), dropout, device, impl, key, interpreting())"
 
 LAUNCHED = [
     Mutant("launcher: any address", OPERANDS, "t.data_ptr() % 16 == 0", "True"),
     Mutant("launcher: whatever is there", LAUNCHER, "if arg is None or isinstance(", "if isinstance("),
+    Mutant("launcher: any grid", LAUNCHER, "(device, grid, *", "(device, *", note="equivalent: but for experts a layout has one grid"),
+    Mutant("launcher: whoever is to be told", LAUNCHER, "return hook is None or not", "return True or not"),
+    Mutant("launcher: by Triton's own call", LAUNCHER, "if STEADY and", "if False and", note=SPEED),
     Mutant("launcher: nothing is found", LAUNCHER, "if found is None:", "if True:"),
     Mutant("launcher: tensors in tuples unseen", LAUNCHER, "elif type(arg) is tuple:", "elif False:"),
     Mutant("operands: any strides", OPERANDS, "(t.shape, t.stride(), t.dtype)", "(t.shape, (), t.dtype)"),
@@ -34,4 +40,48 @@ LAUNCHED = [
     Mutant("config: another process's hash", CONFIG, 'if name != "_hash"}', "if True}"),
 ]  # fmt: skip
 
-EVERY = [*mutants_serving.EVERY, *(replace(m, tests="launcher") for m in LAUNCHED)]
+REMEMBERED = [
+    Mutant("calls: any shape", CALLS, LOOK, LOOK.replace("t.shape, ", "")),
+    Mutant("calls: any strides", CALLS, LOOK, LOOK.replace("t.stride(), ", "")),
+    Mutant("calls: any dtype", CALLS, LOOK, LOOK.replace("t.dtype, ", "")),
+    Mutant("calls: any device", CALLS, LOOK, LOOK.replace("t.device, ", "")),
+    Mutant("calls: any address", CALLS, LOOK, LOOK.replace(", t.data_ptr() % 16 == 0", "")),
+    Mutant("calls: sparse, too", CALLS, " and t.layout is torch.strided", ""),
+    Mutant("calls: negated as it is read, too", CALLS, " and not t.is_neg():", ":"),
+    Mutant("calls: any class", CALLS, "elif type(t) in PLAIN and", "elif hasattr(t, 'layout') and"),
+    Mutant("calls: a trained weight", CALLS, "weight.requires_grad or weight.dim() != 2", "weight.dim() != 2"),
+    Mutant("calls: stacks of weights", CALLS, "weight.requires_grad or weight.dim() != 2", "weight.requires_grad",
+           note="equivalent: but for a trained bias beside them"),
+    Mutant("calls: any seed", CALLS, "seed is not None or ops.watched()", "ops.watched()"),
+    Mutant("calls: under a compiler", CALLS, "seed is not None or ops.watched()", "seed is not None"),
+    Mutant("calls: any dropout", CALLS, " or not 0.0 <= dropout_p < 1.0", ""),
+    Mutant("calls: any plan", CALLS, "many(Adapters(segments)), segments.device", "segments.device,"),
+    Mutant("calls: several rows of a token", CALLS, " or segments.top_k > 1", ""),
+    Mutant("calls: scales of any shape", CALLS, SCALE, SCALE.replace("scale.shape, ", "")),
+    Mutant("calls: scales of any dtype", CALLS, SCALE, SCALE.replace("scale.dtype, ", "")),
+    Mutant("calls: trained scales", CALLS, SCALE, SCALE.replace(", scale.requires_grad", "")),
+    Mutant("calls: scales with gaps", CALLS, SCALE, SCALE.replace("scale.is_contiguous(), ", "")),
+    Mutant("calls: ranks that can be read", CALLS, " or ranks.device == CPU", ""),
+    Mutant("calls: any widths", CALLS, ARGUMENTS, ARGUMENTS.replace("widths, ", "")),
+    Mutant("calls: dropout or not", CALLS, ARGUMENTS, ARGUMENTS.replace("bool(training and dropout_p), ", "")),
+    Mutant("calls: any config", CALLS, ARGUMENTS, ARGUMENTS.replace("config, ", "")),
+    Mutant("calls: any impl", CALLS, ARGUMENTS, ARGUMENTS.replace(" impl,", "")),
+    Mutant("calls: of no tokens", CALLS, "x.numel() == 0 or ", ""),
+    Mutant("calls: of no outputs", CALLS, "lora_B.numel() == 0 or ", "", note="equivalent: a grid of no programs"),
+    Mutant("calls: x with gaps", CALLS, " or any(t is not None and even(t) is not t for t in (x, base))", ""),
+    Mutant("calls: nothing is remembered", CALLS, "return None if call is None else _arms.get(call)", "return None", note=SPEED),
+    Mutant("calls: u kept or not", LAUNCH, "(save_u, precision(x.dtype))", "precision(x.dtype)"),
+    Mutant("calls: any precision", LAUNCH, "(save_u, precision(x.dtype))", "save_u"),
+    Mutant("calls: the backward pass of any config", AUTOGRAD, 'config.key() if isinstance(config, Config) else ""', '""'),
+    Mutant("ops: negated as it is read", OPS, " or t.is_neg()", ""),
+    Mutant("operands: x with gaps as it is", OPERANDS, "t if t.dim() == 2 or t.is_contiguous() else as_matrix(t)", "t"),
+    Mutant("operands: a view for autograd", OPERANDS, "torch.ops.aten._unsafe_view.default(y, ", "y.view("),
+    Mutant("operands: one row", OPERANDS, "math.prod(shape[:-1]), shape[-1])", "shape[0], shape[-1])"),
+    Mutant("layers: parameters alone", NN, "buffers[n] if n in buffers else getattr(layer, n)", "buffers.get(n)"),
+]  # fmt: skip
+
+EVERY = [
+    *mutants_serving.EVERY,
+    *(replace(m, tests="launcher") for m in LAUNCHED),
+    *(replace(m, tests="calls") for m in REMEMBERED),
+]

@@ -46,6 +46,7 @@ SELECTIONS = {  # a mutant's tests: their files, and which of them run first
         "not (opcheck or compiled or test_refusals or 170 or repeats or flops)",
     ),
     "launcher": (["test_launcher.py"], "test"),
+    "calls": (["test_calls.py"], "test"),
     "serving": (["test_serving.py", "test_pool.py"], "test"),
     "merge": (["test_merging.py"], "one_rounding or in_place or blocks or not_finite or merged"),
     "overlap": (["test_overlap.py"], "test"),

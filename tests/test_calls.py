@@ -1,12 +1,16 @@
 """What is remembered of a call serves calls that look like it, and no other: results, refusals and launches are those of a first call."""
 
+import dataclasses
+
 import pytest
 import torch
+from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from lora_kernels import MultiLoRALinear, Segments, calls, launch, lora_linear, problem
 from lora_kernels.nn import FusedLoRALinear, held
 from lora_kernels.parity import budget_used
-from lora_kernels.tuning import Config, Expand, Shrink, Wgrad
+from lora_kernels.tuning import Arch, Config, Expand, Shrink, Wgrad
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TILES = Config(Shrink(16, 16, num_stages=2), Expand(16, 16, 16, num_warps=4, num_stages=2), Wgrad(16, 16, split=2, num_stages=2))
@@ -110,6 +114,74 @@ def test_a_call_that_is_refused_is_refused_after_a_good_one(different, bias):
     with pytest.raises(refused) as after:
         lora_linear(**{**good, **changed})
     assert (first.type, str(first.value)) == (after.type, str(after.value))
+
+
+def test_a_batch_that_is_refused_is_refused_after_a_good_one():
+    x, weight, *_ = operands(12)
+    plan = Segments.from_ids(torch.arange(12, device=DEVICE) % E, E)
+    good = dict(x=x, weight=weight, lora_A=drawn(E, R, K), lora_B=drawn(E, N, R), segments=plan, impl="triton")
+    good |= dict(scale=torch.ones(E, device=DEVICE), ranks=torch.tensor([1, 2, R], dtype=torch.int32))
+    good |= dict(ranks=good["ranks"].to(DEVICE)) if DEVICE.type == "cuda" else {}
+    bad = {
+        "segments: wanted 2 ids for each": dict(segments=dataclasses.replace(plan, top_k=2)),
+        "segments: wanted one id for each": dict(segments=Segments.from_ids(torch.zeros(13, dtype=torch.int32, device=DEVICE), E)),
+        "scale: wanted a contiguous tensor": dict(scale=torch.ones(E, 2, device=DEVICE)[:, 0]),
+        "ranks: wanted ranks from 0 to lora_A's 4": dict(ranks=torch.tensor([1, 2, R + 1], dtype=torch.int32)),
+        "lora_A: wanted shape": dict(segments=Segments.from_ids(torch.zeros(12, dtype=torch.int32, device=DEVICE), E + 1)),
+    }
+    if DEVICE.type == "cuda":  # whose ranks nobody reads
+        del bad["ranks: wanted ranks from 0 to lora_A's 4"]
+    for ranks in (good["ranks"], None):
+        for match, changed in bad.items():
+            for _ in range(2):
+                lora_linear(**{**good, "ranks": ranks})
+            with pytest.raises(ValueError, match=match):
+                lora_linear(**{**good, "ranks": ranks, **changed})
+
+
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+@pytest.mark.parametrize("tokens, features, outputs", [(0, K, N), (4, 0, N), (4, K, 0), (0, 0, 0)])
+def test_nothing_to_compute(tokens, features, outputs, impl):
+    x, weight, A, B = drawn(tokens, features), drawn(outputs, features), drawn(R, features), drawn(outputs, R)
+    bias = drawn(outputs)
+    for _ in range(2):
+        torch.testing.assert_close(lora_linear(x, weight, A, B, bias, impl=impl), bias.expand(tokens, outputs))
+
+
+def test_who_looks_on_sees_an_operator():
+    """A mode, and a class of tensors with a say of its own, after calls that nobody saw."""
+    x, weight, A, B = operands(4)
+    lora_linear(x, weight, A, B, impl="torch")
+    with FlopCounterMode(display=False) as counter:
+        lora_linear(x, weight, A, B, impl="torch")
+    assert counter.get_total_flops() == 2 * 4 * (N * K + R * K + N * R)
+    for impl in ("torch", "triton"):
+        plain = lora_linear(x, weight, A, B, impl=impl)
+        two = lora_linear(TwoTensor(x, 2 * x), weight, A, B, impl=impl)
+        assert type(two) is TwoTensor and torch.equal(two.a, plain) and not torch.equal(two.b, plain)
+
+
+def test_an_address_that_no_descriptor_takes(monkeypatch):
+    """On an H100 it changes the configuration, and nothing else of a call does."""
+    monkeypatch.setattr(Arch, "interpreter", classmethod(lambda cls: Arch.parse("sm_90")))
+    size, loads = 1024, []
+    weight, A, B = (drawn(*shape).half() for shape in ((size, size), (16, size), (size, 16)))
+    for offset in (0, 1, 0, 1):
+        x = drawn(size * size + offset).half()[offset:].view(size, size)
+        with launch.intercept(lambda kernel, grid, args, options: loads.append(options.get("LOAD_W"))):
+            lora_linear(x, weight, A, B, impl="triton")
+    loads = [load.fn.__name__ for load in loads if load is not None]
+    assert loads == [loads[0], "load_dense"] * 2
+    assert loads[0] == "load_descriptor_transposed" or DEVICE.type == "cuda"  # which may have no descriptors
+
+
+def test_a_configuration_holds_for_both_passes():
+    x, weight, A, B = operands(20)
+    blocks: list = []
+    with launch.intercept(lambda kernel, grid, args, options: blocks.append(options.get("BLOCK_J", options["BLOCK_M"]))):
+        for _ in range(2):
+            lora_linear(x.requires_grad_(), weight, A.requires_grad_(), B.requires_grad_(), config=TILES).sum().backward()
+    assert blocks == [16] * 12
 
 
 def variants() -> list[dict]:
