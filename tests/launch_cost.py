@@ -1,27 +1,34 @@
-"""The host's part of a call by compiled kernels, launching nothing: ``python tests/launch_cost.py [--arch sm_90]``
+"""The host's part of a call by compiled kernels, launching nothing: ``python tests/launch_cost.py [--arch sm_90] [--launcher]``
 
-Triton compiles for a GPU that need not be there and looks up what it compiled as it would on one; then nothing is launched (the C launcher
-and the driver are not in these numbers). Best of 15 rounds, one thread, bfloat16, 8 tokens, 64 -> 64, r = 16; run by hand.
+Triton compiles for a GPU that need not be there and looks up what it compiled as it would on one; then nothing is launched. With
+``--launcher`` Triton's own C launcher is in the numbers, as gcc builds it, in front of a driver that does nothing (machine/cuda_stub.c);
+without it, a Python function in its place. Best of 15 rounds, one thread, bfloat16, 8 tokens, 64 -> 64, r = 16; run by hand.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
 os.environ["TRITON_INTERPRET"] = "0"
 
 import torch  # noqa: E402
 import triton  # noqa: E402
 from machine import driver, stand_in  # noqa: E402
+from triton.backends.nvidia.driver import CudaLauncher, CudaUtils  # noqa: E402
 from triton.compiler import CompiledKernel  # noqa: E402
+from triton.runtime import driver as runtime  # noqa: E402
 
-from lora_kernels import Segments, launch, lora_linear  # noqa: E402
+from lora_kernels import FusedLoRALinear, Segments, launch, lora_linear  # noqa: E402
 
 K, N, R, M, E = 64, 64, 16, 8, 8
 
@@ -40,6 +47,28 @@ def launch_nothing(arch: str) -> None:
     driver.Launcher.__call__ = lambda self, *args: None
 
 
+def launch_into_a_stub(arch: str, folder: str) -> ctypes.CDLL:
+    """Triton's launcher, built as on a GPU; the library counts its launches (``stub_launches``)."""
+    headers = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
+    library = f"{folder}/libcuda.so.1"
+    how = ["-O2", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-I", str(headers)]
+    subprocess.run(["gcc", *how, str(HERE / "machine" / "cuda_stub.c"), "-o", library], check=True)
+    os.symlink(library, f"{folder}/libcuda.so")  # the name that Triton 3.4 links
+    os.environ["TRITON_LIBCUDA_PATH"] = folder
+    stub = ctypes.CDLL(library, ctypes.RTLD_GLOBAL)  # what is loaded under this name is what is linked
+    stand_in.install(arch)
+
+    class Driver(driver.Driver):
+        def __init__(self, capability: int):
+            self.capability, self.utils, self.launcher_cls = capability, CudaUtils(), CudaLauncher
+
+        def get_current_device(self):
+            return 0
+
+    runtime.set_active(Driver(runtime.active.capability))
+    return stub
+
+
 def best(call: Callable[[], object], calls: int = 200, rounds: int = 15) -> float:
     """Microseconds."""
     found = []
@@ -54,22 +83,33 @@ def best(call: Callable[[], object], calls: int = 200, rounds: int = 15) -> floa
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", default="sm_90", help="whose kernels (default sm_90)")
-    launch_nothing(parser.parse_args().arch)
+    parser.add_argument("--launcher", action="store_true", help="with Triton's own launcher; needs gcc")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        stub = launch_into_a_stub(args.arch, folder) if args.launcher else launch_nothing(args.arch)
+        report(stub)
+
+
+def report(stub: ctypes.CDLL | None) -> None:
     torch.set_num_threads(1)
     drawn = [torch.randn(shape, dtype=torch.bfloat16) for shape in ((M, 1, K), (N, K), (R, K), (N, R), (E, R, K), (E, N, R))]
     x, weight, A, B, As, Bs = drawn
     segments, scales = Segments.from_ids(torch.arange(M) % E, E), torch.ones(E)
+    layer = FusedLoRALinear(K, N, bias=False, r=R, dtype=torch.bfloat16)
     arms = {
         "one adapter": lambda: lora_linear(x, weight, A, B, impl="triton"),
+        "FusedLoRALinear": lambda: layer(x),
         "eight adapters": lambda: lora_linear(x, weight, As, Bs, scale=scales, segments=segments, impl="triton"),
     }
     print(f"Triton {triton.__version__}, torch {torch.__version__}: us a forward call, and without Triton's part")
     for name, call in arms.items():
         with torch.no_grad():
             call()
-            before = launch.launches
+            before = launch.launches, 0 if stub is None else stub.stub_launches()
             call()
-            number, whole = launch.launches - before, best(call)
+            number = launch.launches - before[0]
+            assert stub is None or stub.stub_launches() - before[1] == number
+            whole = best(call)
             with launch.intercept(lambda *launched: None):
                 own = best(call)
         print(f"{name:16} {number} launches  {whole:6.1f}  {own:6.1f}")

@@ -1,6 +1,7 @@
 """Kernels as they are compiled for sm_80 and sm_90, run from their PTX (tests/machine), in processes of their own."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -56,6 +57,14 @@ def test_kernels_as_compiled(arch, seed, files, select):
     out = run(*command, PTX_MACHINE=arch, PTX_MACHINE_SEED=seed)
     assert out.returncode == 0, out.stdout[-3000:]
     assert " passed" in out.stdout.splitlines()[-1] and "failed" not in out.stdout.splitlines()[-1]
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="Triton builds its launcher with a C compiler")
+def test_tritons_own_launcher_takes_what_it_is_given():
+    """Built in front of a driver that does nothing, but count: as many launches as the package made, at every call."""
+    out = run(str(TESTS / "launch_cost.py"), "--launcher")
+    assert out.returncode == 0, out.stderr[-2000:]
+    assert [line.split("launches")[0].split()[-1] for line in out.stdout.splitlines()[1:]] == ["1", "1", "2"]
 
 
 def test_a_gpu_that_it_cannot_be_is_refused():
