@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import importlib.util
 import os
 import subprocess
 import sys
@@ -90,6 +91,18 @@ def main() -> None:
         report(stub)
 
 
+def fused_peft_layer() -> torch.nn.Module:
+    import peft
+
+    from lora_kernels.integrations.peft import fuse
+
+    config = peft.LoraConfig(target_modules=["0"], r=R, lora_alpha=R)
+    base = torch.nn.Sequential(torch.nn.Linear(K, N, bias=False, dtype=torch.bfloat16))
+    model = peft.get_peft_model(base, config, autocast_adapter_dtype=False).eval()
+    fuse(model)
+    return model.base_model.model[0]
+
+
 def report(stub: ctypes.CDLL | None) -> None:
     torch.set_num_threads(1)
     drawn = [torch.randn(shape, dtype=torch.bfloat16) for shape in ((M, 1, K), (N, K), (R, K), (N, R), (E, R, K), (E, N, R))]
@@ -101,6 +114,9 @@ def report(stub: ctypes.CDLL | None) -> None:
         "FusedLoRALinear": lambda: layer(x),
         "eight adapters": lambda: lora_linear(x, weight, As, Bs, scale=scales, segments=segments, impl="triton"),
     }
+    if importlib.util.find_spec("peft"):
+        fused = fused_peft_layer()
+        arms["PEFT's, fused"] = lambda: fused(x)
     print(f"Triton {triton.__version__}, torch {torch.__version__}: us a forward call, and without Triton's part")
     for name, call in arms.items():
         with torch.no_grad():

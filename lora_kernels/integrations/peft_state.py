@@ -14,7 +14,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..experts import Factors
-from ..nn import hooked
+from ..nn import held, hooked
 from ..problem import FLOATS, MAX_RANK, UnsupportedError
 from ..projections import Projection
 
@@ -49,7 +49,8 @@ def active(layer: lora.Linear) -> list[str]:
 def base_of(layer: lora.LoraLayer, x: torch.Tensor | None) -> Base | Beside | str:
     """The base whose product a fused call makes, or why it takes the product from it, or why PEFT computes the layer."""
     module = layer._modules["base_layer"]
-    weight: Any = getattr(module, "weight", None)
+    parameters = module._parameters
+    weight: Any = parameters["weight"] if "weight" in parameters else getattr(module, "weight", None)
     if hasattr(weight, "placements"):
         return f"its base layer's weight is a {type(weight).__name__}"
     if x is not None:
@@ -67,7 +68,7 @@ def base_of(layer: lora.LoraLayer, x: torch.Tensor | None) -> Base | Beside | st
         return Beside("its base weight is trained")
     if hooked(module):
         return Beside("its base layer has hooks")
-    bias, dtype = module.bias, weight.dtype
+    (bias,), dtype = held(module, "bias"), weight.dtype
     if x is not None:
         if x.device != weight.device:
             return "x is on another device"
@@ -145,9 +146,9 @@ def adapter_of(layer: lora.LoraLayer, name: str, device: torch.device | None, ex
     scale = layer.scaling[name]
     if type(down) is not nn.Linear or type(up) is not nn.Linear:
         return f"its lora_A is a {type(down).__name__} and its lora_B a {type(up).__name__}, not exactly nn.Linear"
-    if down.bias is not None or up.bias is not None:
+    (A, own_bias), (B, other_bias) = held(down, "weight", "bias"), held(up, "weight", "bias")
+    if own_bias is not None or other_bias is not None:
         return f"adapter {name!r} has a bias of its own"
-    A, B = down.weight, up.weight
     if type(A) not in PLAIN or type(B) not in PLAIN:
         return f"its lora_A's weight is a {type(A).__name__}, its lora_B's a {type(B).__name__}"
     if hooked(down) or hooked(up) or hooked(dropout):
