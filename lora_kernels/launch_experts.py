@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from .kernels.experts import experts
 from .launch import _dropout, _run, precision, run_shrink, run_wgrad
 from .layouts import KEPT, Options, cdiv, wide
-from .operands import Matrix, flat, matrix
+from .operands import Matrix, flat, lead, matrix
 from .segments import Adapters
 from .streams import on_device
 from .tuning import Config, Expand, rank_block
@@ -69,8 +69,7 @@ def _layout(c: Expand, x: Matrix, w: Matrix, u: Matrix, v: Matrix, ranked: bool,
         WIDE=wide((x_strides, c.block_k), (w[1], max(c.block_n, c.block_k)), (v[1], max(c.block_n, block_r)), ((N, 1), c.block_n)),
         FAN=fan, num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip
-    y = (*x[0][:-1], fan, N) if fan > 1 else (*x[0][:-1], N)
-    return _Layout(y, x_strides, w[1], u[1], v[1], cdiv(N, c.block_n), (N, K, R), options)
+    return _Layout((*lead(x[0], fan), N), x_strides, w[1], u[1], v[1], cdiv(N, c.block_n), (N, K, R), options)
 
 
 def forward(

@@ -16,6 +16,7 @@ from triton import knobs
 from triton.runtime import JITFunction, driver
 
 from .layouts import Options
+from .operands import aligned
 
 Slot = tuple[int, int | None]
 STEADY = tuple(int(number) for number in triton.__version__.split(".")[:2]) <= (3, 9)  # how Triton itself runs what it compiled, so far
@@ -31,7 +32,7 @@ def launch(kernel: Any, grid: tuple[int, ...], args: tuple, options: Options) ->
     active, hooks = driver.active, knobs.runtime
     device = active.get_current_device()
     tensors = [args[i] if j is None else args[i][j] for i, j in options.slots]
-    key = (device, grid, *[None if t is None else t.data_ptr() % 16 == 0 for t in tensors])
+    key = (device, grid, *aligned(*tensors))
     found = options.compiled.get(key)
     if found is None:
         compiled = kernel[grid](*args, **options)

@@ -32,13 +32,17 @@ def even(t: torch.Tensor) -> torch.Tensor:
     return t if t.dim() == 2 or t.is_contiguous() else as_matrix(t)
 
 
+def lead(shape: tuple[int, ...], top_k: int) -> list[int]:
+    """y's leading sizes for x of this shape: x's, and one for the rows of a token where it has several."""
+    return [*shape[:-1], top_k] if top_k > 1 else [*shape[:-1]]
+
+
 def like_tokens(y: torch.Tensor, x: torch.Tensor, top_k: int = 1) -> torch.Tensor:
-    """``y [M, N]`` as ``[..., N]`` for ``x [..., K]``, with an axis for top_k rows of each token; M need not be known."""
+    """``y [M, N]`` as ``[..., N]`` for ``x [..., K]``, or ``[..., k, N]``: see `lead`."""
     if x.dim() == 2 and top_k == 1:
         return y
     # no view for autograd, which refuses in-place operations (ReLU's, a residual's) on views that a Function returns
-    each = [top_k] if top_k > 1 else []
-    return torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], *each, y.shape[-1]])
+    return torch.ops.aten._unsafe_view.default(y, [*lead(x.shape, top_k), y.shape[-1]])
 
 
 def tokens(x: torch.Tensor) -> int:

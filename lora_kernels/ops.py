@@ -14,7 +14,7 @@ from torch.compiler import is_compiling
 from torch.utils.flop_counter import register_flop_formula
 
 from . import chain, dispatch
-from .operands import as_matrix, even, like_tokens
+from .operands import as_matrix, even, lead, like_tokens
 from .problem import PLAIN, autocasts, forward_flops
 from .segments import CPU, Adapters, by_library
 
@@ -98,11 +98,6 @@ def _forward(x, weight, lora_A, lora_B, bias, seed, adapters, scale, dropout_p, 
     return y if its is x else like_tokens(y, x, adapters.top_k), u
 
 
-def _lead(x: torch.Tensor, top_k: int) -> list[int]:
-    """y's leading sizes: x's, and one for the experts of a token where it has several."""
-    return [*x.shape[:-1], top_k] if top_k > 1 else [*x.shape[:-1]]
-
-
 def _empty_forward(x, N, lora_A, bias, base, adapters):
     """No tokens, no features in or none out: the bias alone, as F.linear has it, or the base."""
     y = x.new_zeros(x.shape[0] * adapters.top_k, N)
@@ -180,9 +175,9 @@ def _layers(geometry: list[int]) -> int:
 def _forward_fake(
     x, weight, lora_A, lora_B, bias, seed, scales, ranks, plan, geometry, scale, dropout_p, save_u, impl, config, base=None
 ):  # fmt: skip
-    lead = _lead(x, _top_k(geometry))
-    u = x.new_empty(math.prod(lead), lora_A.shape[-2]) if save_u else x.new_empty(0)
-    return x.new_empty(*lead, lora_B.shape[-2]), u
+    sizes = lead(x.shape, _top_k(geometry))
+    u = x.new_empty(math.prod(sizes), lora_A.shape[-2]) if save_u else x.new_empty(0)
+    return x.new_empty(*sizes, lora_B.shape[-2]), u
 
 
 @torch.library.register_fake("lora_kernels::backward")
@@ -190,9 +185,9 @@ def _backward_fake(
     dy, x, weight, lora_A, lora_B, u, seed, scales, ranks, plan, geometry, scale, dropout_p,
     need_dx, need_da, need_db, need_dbias, adapter_dtype, impl, config,
 ):  # fmt: skip
-    stack, lead, layers = geometry[:1] if plan else [], dy.shape[:-2] if _top_k(geometry) > 1 else dy.shape[:-1], _layers(geometry)
+    stack, sizes, layers = geometry[:1] if plan else [], dy.shape[:-2] if _top_k(geometry) > 1 else dy.shape[:-1], _layers(geometry)
     return (
-        dy.new_empty(*lead, lora_A.shape[-1]) if need_dx else dy.new_empty(0),
+        dy.new_empty(*sizes, lora_A.shape[-1]) if need_dx else dy.new_empty(0),
         dy.new_empty(*((*stack, lora_B.shape[-1] * layers, x.shape[-1]) if need_da else (0,)), dtype=adapter_dtype),
         dy.new_empty(*((*stack, dy.shape[-1], u.shape[1] // layers) if need_db else (0,)), dtype=adapter_dtype),
         dy.new_empty(dy.shape[-1] if need_dbias else 0),

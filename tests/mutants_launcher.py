@@ -10,7 +10,7 @@ from mutants import SPEED, Mutant
 LAUNCHER, OPERANDS, DISPATCH, CONFIG = "launcher.py", "operands.py", "dispatch.py", "tuning/config.py"
 CALLS, OPS, LAUNCH, AUTOGRAD, NN = "calls.py", "ops.py", "launch.py", "autograd.py", "nn.py"
 LOOK, ARGUMENTS = "(t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % 16 == 0)", "widths, bool(training and dropout_p), config, impl,"
-SCALE, RANKS = "scale.shape, scale.dtype, scale.device, scale.is_contiguous(), scale.requires_grad", "ranks.device, ranks.is_contiguous()"
+SCALE = "scale.shape, scale.dtype, scale.device, scale.is_contiguous(), scale.requires_grad"
 CALL = "aligned(*operands), many(adapters), dropout, device, impl, key, interpreting())"
 
 LAUNCHED = [
