@@ -7,8 +7,6 @@ with experts, under a compiler) has none.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 
 from . import dispatch, ops
@@ -69,8 +67,7 @@ def remember(call: tuple | None, x, weight, lora_A, lora_B, bias, base, adapters
         return None
     if len(_arms) >= KEPT:
         _arms.clear()
-    run, config = dispatch.forward_arm(x, weight, lora_A, lora_B, adapters, p, impl, key)
-    _arms[call] = (run if config is None else functools.partial(run, kept={})), config
+    _arms[call] = dispatch.forward_arm(x, weight, lora_A, lora_B, adapters, p, impl, key)
     return _arms[call]
 
 

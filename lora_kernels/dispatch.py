@@ -179,14 +179,20 @@ def backward_arm(dy, x, weight, lora_A, lora_B, u, adapters: Adapters, dropout_p
 
 
 def _remembered(which: str, weight, describe: Callable[..., Problem], operands: tuple, adapters: Adapters, dropout: bool, impl, key):
-    """(function, config) of a pass, chosen for the problem that ``describe`` makes of its operands, once for calls that look alike."""
+    """(function, config) of a pass, chosen for the problem that ``describe`` makes of its operands, once for calls that look alike.
+
+    The function keeps the layouts of its launches; what they depend on besides is for `launch` to tell apart.
+    """
     device = operands[0].device
     call = (which, *map(matrix, operands), aligned(*operands), many(adapters), dropout, device, impl, key, interpreting())
     found = _found.get(call)
     if found is None:
         choice = choose(describe(*operands, dropout=dropout, adapters=adapters), device, impl, key)
-        chained = CHAIN_FORWARD if which == "forward" else CHAIN_BACKWARD
-        found = chained if choice.arm == "torch" else (getattr(arm_of(weight), which), choice.config)
+        if choice.arm == "torch":
+            found = CHAIN_FORWARD if which == "forward" else CHAIN_BACKWARD
+        else:
+            run = getattr(arm_of(weight), which)
+            found = (run if problem.is_stack(weight) else functools.partial(run, kept={})), choice.config
         if len(_found) >= KEPT:
             _found.clear()
         _found[call] = found

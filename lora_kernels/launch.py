@@ -61,6 +61,16 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
 
 
+def _known(kept: dict | None, name: Any, work_out: Callable[[], Any]) -> Any:
+    """A layout by its name, worked out where none is kept."""
+    found = None if kept is None else kept.get(name)
+    if found is None:
+        found = work_out()
+        if kept is not None:
+            kept[name] = found
+    return found
+
+
 def run_shrink(
     x, a, *,
     transposed=False, scale: float, adapters: Adapters = ONE, dropout, config: Config, dtype: torch.dtype, parts: bool = False, out=None,
@@ -68,21 +78,17 @@ def run_shrink(
 ):  # fmt: skip
     """``scale * (D.x) a`` as ``[M, R]`` in ``dtype``. x: ``[M, K]``, a: ``[(E,) K, R]``, or the other way round if transposed, any strides.
 
-    dropout: None or (seed, p). kept: The layouts of a call that looks like this one, by their names (`calls`).
+    dropout: None or (seed, p). kept: The layouts of a pass that looks like this one, by their names (`dispatch`).
 
     Where the plan has k times as many tokens, each row of x stands for k.
 
     parts: Return float32 ``[splits, M, R]``, not yet added, where K was split. out: ``[M, R]`` to write to, by its strides. widths: Of L
     packed layers whose columns x's are: ``[M, L R]`` then, each layer's from its own.
     """
-    s = None if kept is None else kept.get("shrink")
-    if s is None:
-        s = layouts.shrink(
-            config, matrix(x), matrix(a), transposed, matrix(out), dtype, widths, many(adapters), dropout is not None, precision(x.dtype),
-            _alone(config),
-        )  # fmt: skip
-        if kept is not None:
-            kept["shrink"] = s
+    s = _known(kept, "shrink", lambda: layouts.shrink(
+        config, matrix(x), matrix(a), transposed, matrix(out), dtype, widths, many(adapters), dropout is not None, precision(x.dtype),
+        _alone(config),
+    ))  # fmt: skip
     z = out if s.shape is None else x.new_empty(s.shape, dtype=s.dtype)
     seed, threshold, inv_keep = _dropout(dropout)
     args = (
@@ -107,16 +113,23 @@ def run_wgrad(*args, **kwargs) -> torch.Tensor:
 
 
 def prepare_wgrad(
-    x, g, *, scale: float, adapters: Adapters = ONE, dropout, config: Config, out_transposed: bool, dtype: torch.dtype
-) -> tuple[Callable[[bool], None], Callable[[], torch.Tensor]]:
+    x, g, *, scale: float, adapters: Adapters = ONE, dropout, config: Config, out_transposed: bool, dtype: torch.dtype,
+    kept: dict | None = None,
+) -> tuple[Callable[[bool], None], Callable[[], torch.Tensor]]:  # fmt: skip
     """``start(beside)``, which launches, and ``total()``: ``scale * (D.x)^T g`` as ``[(E,) J, R]``, or ``[(E,) R, J]`` if transposed, in
     ``dtype``, from float32 sums in a fixed order.
 
     beside: The launch may run while expand still does. Memory for it is taken here, before expand is launched, for afterwards the
-    allocator might hand out what expand yet reads.
+    allocator might hand out what expand yet reads. kept: As in `run_shrink`.
     """
-    where = matrix(x), matrix(g), dtype, out_transposed, many(adapters), dropout is not None, precision(x.dtype)
-    w = layouts.wgrad(config, *where, False, False)
+
+    def layout(beside: bool) -> layouts.WgradLayout:
+        return _known(kept, ("wgrad", out_transposed, beside), lambda: layouts.wgrad(
+            config, matrix(x), matrix(g), dtype, out_transposed, many(adapters), dropout is not None, precision(x.dtype), beside,
+            beside and interpreted(),
+        ))  # fmt: skip
+
+    w = layout(False)
     out = x.new_empty(w.shape, dtype=w.dtype)
 
     def start(beside: bool) -> None:
@@ -126,11 +139,10 @@ def prepare_wgrad(
             (x, *w.x), (g, *w.g), (out, *w.out), w.stride_split, starts, order, w.stride_oe, adapters.ranks,
             seed, threshold, scale * inv_keep, *w.sizes,
         )  # fmt: skip
-        _run(wgrad, w.grid, args, layouts.wgrad(config, *where, True, interpreted()).options if beside else w.options)
+        _run(wgrad, w.grid, args, layout(True).options if beside else w.options)
 
     def total() -> torch.Tensor:
-        summed = out[0] if w.splits == 1 else out.sum(0).to(dtype)
-        return summed[0] if adapters.segments is None else summed
+        return out if w.splits == 1 else out.sum(0).to(dtype)
 
     return start, total
 
@@ -158,15 +170,11 @@ def run_expand(
     """
     c, seg = config.expand, adapters.segments
     out = out if onto is None else onto
-    e = None if kept is None else kept.get("expand")
-    if e is None:
-        sms = sm_count(x.device) if c.persistent or config.wgrad.beside == "pdl" else 0
-        e = layouts.expand(
-            config, matrix(x), matrix(w), matrix(v), matrix(a), matrix(u), matrix(base), matrix(out), onto is not None, transposed, exact,
-            drop_x is not None, drop_uv is not None, many(adapters), precision(x.dtype), sms, _alone(config),
-        )  # fmt: skip
-        if kept is not None:
-            kept["expand"] = e
+    e = _known(kept, "expand", lambda: layouts.expand(
+        config, matrix(x), matrix(w), matrix(v), matrix(a), matrix(u), matrix(base), matrix(out), onto is not None, transposed, exact,
+        drop_x is not None, drop_uv is not None, many(adapters), precision(x.dtype),
+        sm_count(x.device) if c.persistent or config.wgrad.beside == "pdl" else 0, _alone(config),
+    ))  # fmt: skip
     y = x.new_empty(e.y) if out is None else out
     u = x.new_empty(e.u) if e.u is not None else u
     flags, ticket, parts = None, None, None
@@ -227,10 +235,11 @@ def forward(
 ):  # fmt: skip
     """``y [..., N]`` and ``u [M, r]`` (None unless ``save_u``) for x ``[..., K]``; p = 0: no dropout. base: as in `lora_linear`.
 
-    u: What `down` gave, for a configuration that takes it (``expand.u="given"``). kept: The layouts of calls that look like this one.
+    u: What `down` gave, for a configuration that takes it (``expand.u="given"``). kept: Of calls whose other operands, adapters and
+    configuration look like these: their layouts.
     """
     drop = (seed, p) if p else None
-    its = None if kept is None else kept.setdefault((save_u, precision(x.dtype)), {})
+    its = None if kept is None else kept.setdefault((save_u, precision(x.dtype), matrix(base), matrix(u)), {})
     shared: dict[str, Any] = dict(transposed=True, adapters=adapters, config=config, kept=its)
     with on_device(x):
         if config.expand.u == "given":
@@ -249,16 +258,18 @@ def forward(
 
 def backward(
     dy, x, weight, lora_A, lora_B, u, seed, adapters: Adapters, scale: float, p: float, needs, adapter_dtype, config: Config,
-    onto=None, ds=None, all_ds=None,
+    onto=None, ds=None, all_ds=None, kept: dict | None = None,
 ):  # fmt: skip
     """``dX [..., K], dA [(E,) r, K], dB [(E,) N, r]``, each None where not in ``needs``; operands no needed gradient uses may be None.
 
     Without a weight dX is the adapter's part alone. onto: The dX of other layers of x, to which this one's is added. ds: ``[M, r]``,
-    where dS is wanted, by columns of ``all_ds [M, R]`` of all these layers: dA is then of all their ranks.
+    where dS is wanted, by columns of ``all_ds [M, R]`` of all these layers: dA is then of all their ranks. kept: As in `forward`.
     """
     need_dx, need_da, need_db = needs
     drop = (seed, p) if p else None
-    shared: dict[str, Any] = dict(adapters=adapters, config=config)
+    if kept is not None:
+        kept = kept.setdefault((needs, adapter_dtype, precision(dy.dtype), matrix(onto), matrix(all_ds)), {})
+    shared: dict[str, Any] = dict(adapters=adapters, config=config, kept=kept)
     dx = None
     keep_ds = need_da or ds is not None
     with on_device(dy):

@@ -125,7 +125,7 @@ def shrink(
 class WgradLayout(NamedTuple):
     """shape, dtype: of what is to be made, of each split; out, stride_split, stride_oe: as the kernel's; sizes: its last arguments."""
 
-    shape: tuple[int, int, int, int]
+    shape: tuple[int, ...]
     dtype: torch.dtype
     splits: int
     x: tuple[int, ...]
@@ -163,8 +163,9 @@ def wgrad(
     )  # fmt: skip
     if beside:
         options.update(_overlapped(interpreted, LET_GO=let_next_begin, WAIT=wait_for_previous))
+    split, stack = (splits,) if splits > 1 else (), (E,) if adapters.tokens else ()
     return WgradLayout(
-        (splits, E, R, J) if out_transposed else (splits, E, J, R),
+        (*split, *stack, R, J) if out_transposed else (*split, *stack, J, R),
         torch.float32 if splits > 1 else dtype,
         splits,
         x_strides,

@@ -2,7 +2,8 @@
 
 Triton compiles for a GPU that need not be there and looks up what it compiled as it would on one; then nothing is launched. With
 ``--launcher`` Triton's own C launcher is in the numbers, as gcc builds it, in front of a driver that does nothing (machine/cuda_stub.c);
-without it, a Python function in its place. Best of 15 rounds, one thread, bfloat16, 8 tokens, 64 -> 64, r = 16; run by hand.
+without it, a Python function in its place. Best of 15 rounds, one thread, bfloat16, 8 tokens, 64 -> 64, r = 16; run by hand. With
+backward it is a layer's part of eight in a row, for what autograd does once a step is not a layer's.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -32,6 +34,7 @@ from triton.runtime import driver as runtime  # noqa: E402
 from lora_kernels import FusedLoRALinear, Segments, launch, lora_linear  # noqa: E402
 
 K, N, R, M, E = 64, 64, 16, 8, 8
+LAYERS = 8
 
 
 def launch_nothing(arch: str) -> None:
@@ -91,16 +94,19 @@ def main() -> None:
         report(stub)
 
 
-def fused_peft_layer() -> torch.nn.Module:
+def peft_layers() -> dict[str, torch.nn.Module]:
+    """PEFT's layer, fused and as it is: the latter's time has the CPU's arithmetic in it, and no launch, which costs more."""
     import peft
 
     from lora_kernels.integrations.peft import fuse
 
     config = peft.LoraConfig(target_modules=["0"], r=R, lora_alpha=R)
-    base = torch.nn.Sequential(torch.nn.Linear(K, N, bias=False, dtype=torch.bfloat16))
-    model = peft.get_peft_model(base, config, autocast_adapter_dtype=False).eval()
-    fuse(model)
-    return model.base_model.model[0]
+    found = []
+    for _ in range(2):
+        base = torch.nn.Sequential(torch.nn.Linear(K, N, bias=False, dtype=torch.bfloat16))
+        found.append(peft.get_peft_model(base, config, autocast_adapter_dtype=False).eval())
+    fuse(found[0])
+    return {name: model.base_model.model[0] for name, model in zip(("PEFT's, fused", "PEFT's own"), found, strict=True)}
 
 
 def report(stub: ctypes.CDLL | None) -> None:
@@ -109,26 +115,39 @@ def report(stub: ctypes.CDLL | None) -> None:
     x, weight, A, B, As, Bs = drawn
     segments, scales = Segments.from_ids(torch.arange(M) % E, E), torch.ones(E)
     layer = FusedLoRALinear(K, N, bias=False, r=R, dtype=torch.bfloat16)
+    modules = {"FusedLoRALinear": layer} | (peft_layers() if importlib.util.find_spec("peft") else {})
     arms = {
-        "one adapter": lambda: lora_linear(x, weight, A, B, impl="triton"),
-        "FusedLoRALinear": lambda: layer(x),
-        "eight adapters": lambda: lora_linear(x, weight, As, Bs, scale=scales, segments=segments, impl="triton"),
+        "one adapter": lambda x: lora_linear(x, weight, A, B, impl="triton"),
+        "eight adapters": lambda x: lora_linear(x, weight, As, Bs, scale=scales, segments=segments, impl="triton"),
+        **modules,
     }
-    if importlib.util.find_spec("peft"):
-        fused = fused_peft_layer()
-        arms["PEFT's, fused"] = lambda: fused(x)
-    print(f"Triton {triton.__version__}, torch {torch.__version__}: us a forward call, and without Triton's part")
-    for name, call in arms.items():
+    print(f"Triton {triton.__version__}, torch {torch.__version__}: us a call, and without Triton's part")
+    for name, arm in arms.items():
         with torch.no_grad():
-            call()
-            before = launch.launches, 0 if stub is None else stub.stub_launches()
-            call()
-            number = launch.launches - before[0]
-            assert stub is None or stub.stub_launches() - before[1] == number
-            whole = best(call)
-            with launch.intercept(lambda *launched: None):
-                own = best(call)
-        print(f"{name:16} {number} launches  {whole:6.1f}  {own:6.1f}")
+            show(f"{name}, forward", partial(arm, x), stub)
+    trained = [x, A, B, As, Bs, *(p for module in modules.values() for p in module.parameters() if p.requires_grad)]
+    for t in trained:
+        t.requires_grad_()
+    for name, arm in arms.items():
+        show(f"{name}, and backward", lambda arm=arm: torch.autograd.grad(in_a_row(arm, x), trained, x, allow_unused=True), stub, LAYERS)
+
+
+def in_a_row(arm: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    for _ in range(LAYERS):
+        x = arm(x)
+    return x
+
+
+def show(what: str, call: Callable[[], object], stub: ctypes.CDLL | None, layers: int = 1) -> None:
+    call()
+    before = launch.launches, 0 if stub is None else stub.stub_launches()
+    call()
+    number = launch.launches - before[0]
+    assert stub is None or stub.stub_launches() - before[1] == number
+    whole = best(call, 200 // layers) / layers
+    with launch.intercept(lambda *launched: None):
+        own = best(call, 200 // layers) / layers
+    print(f"{what:29} {number // layers} launches  {whole:6.1f}  {own:6.1f}")
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ BIAS = "acc += tl.load(bias_ptr + n0 + tl.arange(0, BLOCK_N), mask=n0 + tl.arang
 ROW_OFFSET = "j0, tl.int64) * t[2]) + (rows.to(tl.int64) * t[1])"
 PER_SPLIT, ORDERED = "tl.cdiv(tl.cdiv(M - first, BLOCK_M), tl.num_programs(2))", "tl.load(order_ptr + tokens, mask=row_mask, other=0)"
 GATHERED_TILES = "tiles = adapters.tiles if adapters.tokens else cdiv(M, c.block_m)"
-SHARED = "dict(adapters=adapters, config=config)"
+SHARED = "dict(adapters=adapters, config=config, kept=kept)"
 SLOT = "tl.where((raw >= 0) & (raw < E), raw, E)"
 PHILOX = "tl.philox(seed, token + zero, zero, group + zero, zero, 7)"
 
@@ -312,6 +312,7 @@ PLANNED = [
 
 OVERLAPPED = [
     Mutant("overlap: beside what nobody launched", LAUNCH, 'need_dx and config.wgrad.beside == "pdl"', 'config.wgrad.beside == "pdl"'),
+    Mutant("overlap: as if it were alone", LAUNCH, '("wgrad", out_transposed, beside)', '("wgrad", out_transposed)'),
     Mutant("overlap: expand lets nothing begin", LAYOUT, "if late is None else wait_then_let_next_begin", "if True else None"),
     Mutant("overlap: every program is late", LAYOUT, "late = sms * max(", "late = 0 * max("),
     Mutant("overlap: wgrad ends before expand", LAYOUT, "LET_GO=let_next_begin, WAIT=wait_for_previous)", "LET_GO=let_next_begin)"),

@@ -40,6 +40,8 @@ LAUNCHED = [
     Mutant("config: another process's hash", CONFIG, 'if name != "_hash"}', "if True}"),
 ]  # fmt: skip
 
+KEPT_FORWARD = "(save_u, precision(x.dtype), matrix(base), matrix(u))"
+KEPT_BACKWARD = "(needs, adapter_dtype, precision(dy.dtype), matrix(onto), matrix(all_ds))"
 REMEMBERED = [
     Mutant("calls: any shape", CALLS, LOOK, LOOK.replace("t.shape, ", "")),
     Mutant("calls: any strides", CALLS, LOOK, LOOK.replace("t.stride(), ", "")),
@@ -70,8 +72,15 @@ REMEMBERED = [
     Mutant("calls: of no outputs", CALLS, "lora_B.numel() == 0 or ", "", note="equivalent: a grid of no programs"),
     Mutant("calls: x with gaps", CALLS, " or any(t is not None and even(t) is not t for t in (x, base))", ""),
     Mutant("calls: nothing is remembered", CALLS, "return None if call is None else _arms.get(call)", "return None", note=SPEED),
-    Mutant("calls: u kept or not", LAUNCH, "(save_u, precision(x.dtype))", "precision(x.dtype)"),
-    Mutant("calls: any precision", LAUNCH, "(save_u, precision(x.dtype))", "save_u"),
+    Mutant("calls: u kept or not", LAUNCH, KEPT_FORWARD, KEPT_FORWARD.replace("save_u, ", "")),
+    Mutant("calls: any precision", LAUNCH, KEPT_FORWARD, KEPT_FORWARD.replace("precision(x.dtype), ", "")),
+    Mutant("calls: any base", LAUNCH, KEPT_FORWARD, KEPT_FORWARD.replace("matrix(base), ", "")),
+    Mutant("calls: u given or not", LAUNCH, KEPT_FORWARD, KEPT_FORWARD.replace("matrix(u)", "")),
+    Mutant("calls: any gradients", LAUNCH, KEPT_BACKWARD, KEPT_BACKWARD.replace("needs, ", "")),
+    Mutant("calls: gradients of any dtype", LAUNCH, KEPT_BACKWARD, KEPT_BACKWARD.replace("adapter_dtype, ", "")),
+    Mutant("calls: backward in any precision", LAUNCH, KEPT_BACKWARD, KEPT_BACKWARD.replace("precision(dy.dtype), ", "")),
+    Mutant("calls: every dS or one", LAUNCH, KEPT_BACKWARD, KEPT_BACKWARD.replace("matrix(all_ds)", "")),
+    Mutant("calls: both wgrads alike", LAUNCH, '("wgrad", out_transposed, beside)', '("wgrad", beside)'),
     Mutant("calls: the backward pass of any config", AUTOGRAD, 'config.key() if isinstance(config, Config) else ""', '""'),
     Mutant("ops: negated as it is read", OPS, " or t.is_neg()", ""),
     Mutant("operands: x with gaps as it is", OPERANDS, "t if t.dim() == 2 or t.is_contiguous() else as_matrix(t)", "t"),

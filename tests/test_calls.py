@@ -7,13 +7,15 @@ import torch
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from lora_kernels import MultiLoRALinear, Segments, calls, launch, lora_linear, problem
+from lora_kernels import MultiLoRALinear, Projection, Segments, calls, launch, lora_linear, lora_linears, problem
 from lora_kernels.nn import FusedLoRALinear, held
 from lora_kernels.parity import budget_used
 from lora_kernels.tuning import Arch, Config, Expand, Shrink, Wgrad
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TILES = Config(Shrink(16, 16, num_stages=2), Expand(16, 16, 16, num_warps=4, num_stages=2), Wgrad(16, 16, split=2, num_stages=2))
+PARTS = dataclasses.replace(TILES, shrink=Shrink(16, 16, split=2, num_stages=2))
+LOOP = dataclasses.replace(TILES, expand=dataclasses.replace(TILES.expand, u="loop"))
 K, N, R, E = 48, 32, 4, 3
 LEADS = [(), (5,), (2, 3), (1, 1, 4), (2, 1, 3)]
 
@@ -185,27 +187,28 @@ def test_a_configuration_holds_for_both_passes():
 
 
 def variants() -> list[dict]:
-    """Calls of which each two differ in what a launch is made of."""
-    x, weight, A, B = operands(2, 6)
-    ids = torch.arange(12, device=DEVICE) % E
+    """Calls of which each two differ in what a launch is made of. together: two layers of one x, whose gradients are alike, or not."""
+    x, weight, A, B = operands(2, 12)
+    ids = torch.arange(24, device=DEVICE) % E
     plan = Segments.from_ids(ids, E, row_block=16, gather_block=16)
     one = dict(x=x, weight=weight, lora_A=A, lora_B=B)
     stack = dict(x=x, weight=weight, lora_A=drawn(E, R, K), lora_B=drawn(E, N, R), segments=plan)
-    off = drawn(12 * K + 1)[1:].view(2, 6, K)
+    off = drawn(24 * K + 1)[1:].view(2, 12, K)
+    half = {name: t.half() for name, t in one.items()}
     return [
         one,
         {**one, "bias": drawn(N)},
-        {**one, "x": x.view(12, K)},
+        {**one, "x": x.view(24, K)},
         {**one, "x": x[:, :1]},
         {**one, "x": off},
         {**one, "weight": drawn(K, N).t()},
         {**one, "lora_A": drawn(K, R).t()},
         {**one, "lora_A": drawn(2 * R, K), "lora_B": drawn(N, 2 * R)},
-        {**one, "weight": None, "base": drawn(2, 6, N)},
+        {**one, "weight": None, "base": drawn(2, 12, N)},
+        {**one, "weight": None, "base": drawn(24, 2 * N)[:, :N], "x": x.view(24, K)},
         {**one, "scale": torch.ones(1, device=DEVICE)},
         {**one, "dropout_p": 0.5, "training": True},
         {**one, "dropout_p": 0.5},
-        {**one, "config": TILES},
         {**one, "lora_A": drawn(2 * R, K), "widths": (16, 16)},
         {**one, "lora_A": drawn(2 * R, K), "widths": (8, 24)},
         stack,
@@ -213,37 +216,56 @@ def variants() -> list[dict]:
         {**stack, "ranks": torch.tensor([1, 2, 4], dtype=torch.int32, device=DEVICE)},
         {**stack, "segments": Segments.from_ids(ids, E, row_block=32, gather_block=16)},
         {**stack, "segments": Segments.from_ids(ids, E, row_block=16, gather_block=32)},
-        {name: v.half() if isinstance(v, torch.Tensor) else v for name, v in one.items()},
+        half,
+        {**half, "lora_A": A, "lora_B": B},
+        *({**one, "config": config, "dropout_p": p, "training": True} for config in (TILES, PARTS, LOOP) for p in (0.0, 0.5)),
+        *({**one, "config": config, "dropout_p": p, "together": "alike"} for config in (TILES, PARTS, LOOP) for p in (0.0, 0.5)),
+        *({**one, "config": config, "dropout_p": 0.0, "together": "but for A"} for config in (PARTS, LOOP)),
     ]
 
 
+TRAINED = [(), ("lora_B",), ("lora_A",), ("x",), ("x", "lora_A", "lora_B")]
+
+
+def called(kwargs: dict, trained: tuple[str, ...]) -> None:
+    """Both passes of a call, or of two layers of one x, with gradients for these."""
+    its = {name: t.detach().requires_grad_(name in trained) if name in ("x", "lora_A", "lora_B") else t for name, t in kwargs.items()}
+    together = its.pop("together", "")
+    if together:
+        layer = Projection(its["weight"], its["lora_A"], its["lora_B"], dropout_p=its["dropout_p"])
+        other = layer if together == "alike" else layer._replace(lora_A=its["lora_A"].detach())
+        y = sum(lora_linears(its["x"], [other, layer], training=True, config=its["config"], impl="triton"))
+    else:
+        y = lora_linear(**its, impl="triton")
+    if trained:
+        y.backward(torch.ones_like(y))
+
+
 def test_launches_are_those_of_a_call_made_first():
-    """Whatever was called before, with gradients wanted and not, and whatever torch's float32 products are."""
+    """Whatever was called before, with whichever gradients, and whatever torch's float32 products are."""
     before = torch.get_float32_matmul_precision()
 
-    def launched(kwargs: dict, trained: bool) -> list:
+    def launched(kwargs: dict, trained: tuple[str, ...]) -> list:
         found = []
 
         def record(kernel, grid, args, options):
             numbers = [tuple(v for v in (a if isinstance(a, tuple) else (a,)) if not isinstance(v, torch.Tensor)) for a in args]
-            there = [isinstance(a[0] if isinstance(a, tuple) else a, torch.Tensor) for a in args]
-            found.append((kernel, grid, str(numbers), there, dict(options)))
+            tensors = [a[0] if isinstance(a, tuple) else a for a in args]
+            made = [(t.shape, t.dtype) if isinstance(t, torch.Tensor) else None for t in tensors]
+            found.append((kernel, grid, str(numbers), made, dict(options)))
 
-        its = {**kwargs, "lora_B": kwargs["lora_B"].detach().requires_grad_(trained)}
         with launch.intercept(record):
-            y = lora_linear(**its, impl="triton")
-            if trained:
-                y.backward(torch.ones_like(y))
+            called(kwargs, trained)
         return found
 
-    every = [(kwargs, trained, precision) for kwargs in variants() for trained in (False, True) for precision in ("highest", "high")]
+    every = [(kwargs, trained, precision) for kwargs in variants() for trained in TRAINED for precision in ("highest", "high")]
     try:
         alone = []
         for kwargs, trained, precision in every:
             calls.forget()
             torch.set_float32_matmul_precision(precision)
             alone.append(launched(kwargs, trained))
-        assert len({str(each) for each in alone}) > 30, "variants that launch alike prove nothing"
+        assert len({str(each) for each in alone}) > 100, "variants that launch alike prove nothing"
         for order in (range(len(every)), reversed(range(len(every))), [i * 37 % len(every) for i in range(len(every))]):
             for i in order:
                 kwargs, trained, precision = every[i]

@@ -45,7 +45,8 @@ def backward(config: Config, needs=(True, True, True), log: Log | None = None) -
 
     u = torch.zeros(CASE.M, CASE.R)
     with launch.intercept(record), log:
-        launch.backward(t["dY"], t["x"], t["weight"], t["lora_A"], t["lora_B"], u, None, ONE, 1.0, 0.0, needs, torch.float32, config)
+        operands = t["dY"], t["x"], t["weight"], t["lora_A"], t["lora_B"], u
+        launch.backward(*operands, None, ONE, 1.0, 0.0, needs, torch.float32, config, kept={})
     return log.events, launches
 
 
@@ -94,7 +95,7 @@ def test_a_forward_pass_lets_nothing_begin_that_reads_y(compiled):
     """Its expand lets go as in the backward pass, but the next launch of a forward pass is an ordinary one."""
     t, launches = parity.inputs(CASE, torch.device("cpu")), []
     with launch.intercept(lambda kernel, grid, args, options: launches.append((kernel.__name__, options.get("launch_pdl", False)))):
-        launch.forward(t["x"], t["weight"], t["lora_A"], t["lora_B"], None, None, ONE, 1.0, 0.0, True, PDL)
+        launch.forward(t["x"], t["weight"], t["lora_A"], t["lora_B"], None, None, ONE, 1.0, 0.0, True, PDL, kept={})
     assert launches == [("shrink", False), ("expand", True)]
 
 
