@@ -63,12 +63,11 @@ def precision(dtype: torch.dtype) -> str:
 
 def _known(kept: dict | None, name: Any, work_out: Callable[[], Any]) -> Any:
     """A layout by its name, worked out where none is kept."""
-    found = None if kept is None else kept.get(name)
-    if found is None:
-        found = work_out()
-        if kept is not None:
-            kept[name] = found
-    return found
+    if kept is None:
+        return work_out()
+    if name not in kept:
+        kept[name] = work_out()
+    return kept[name]
 
 
 def run_shrink(
@@ -239,8 +238,9 @@ def forward(
     configuration look like these: their layouts.
     """
     drop = (seed, p) if p else None
-    its = None if kept is None else kept.setdefault((save_u, precision(x.dtype), matrix(base), matrix(u)), {})
-    shared: dict[str, Any] = dict(transposed=True, adapters=adapters, config=config, kept=its)
+    if kept is not None:
+        kept = kept.setdefault((save_u, precision(x.dtype), matrix(base), matrix(u)), {})
+    shared: dict[str, Any] = dict(transposed=True, adapters=adapters, config=config, kept=kept)
     with on_device(x):
         if config.expand.u == "given":
             counters = tile_counters(x, lora_B.shape[-2], config, adapters.widths)
