@@ -230,7 +230,7 @@ def run_case(case: Case, device: torch.device) -> Result:
             continue
         if like and (o.dtype != tensors[like].dtype or o.shape != tensors[like].shape):
             return Result(case.name, False, float("inf"), f"{name}: wanted the parameter's dtype and shape, got {o.dtype} {list(o.shape)}")
-        used[name] = budget_used(o, s, t, terms=case.terms(name))
+        used[name] = budget_used(o, s, t, case.dtype, case.terms(name))
     worst = max(used, key=lambda name: used[name])
     ran = launched > 0 or case.impl != "triton"
     detail = f"{worst} uses {used[worst]:.2f} of its budget" if ran else "no kernel was launched"

@@ -66,6 +66,17 @@ def test_adapters_in_float32_on_a_16_bit_base(u):
     check(replace(ODD, dtype=torch.float16, adapter_dtype=torch.float32, config=with_u(u)))
 
 
+@pytest.mark.parametrize(
+    "case",
+    [Case(3, 16, 16, 5, torch.float16, p=0.5, layout="expanded"), Case(1, 32, 2, 2, torch.float16, bias=False, scale=16.0, impl="torch")],
+    ids=lambda c: c.impl,
+)
+def test_float32_gradients_carry_the_roundings_of_16_bit_operands(case):
+    """dS is rounded to x's dtype, in the kernels as in the formula, which may be lucky where so few numbers are summed."""
+    result = run_case(replace(case, adapter_dtype=torch.float32), DEVICE)
+    assert result.ok, f"{result.detail} {result.errors}"
+
+
 @pytest.mark.parametrize("group_m", [1, 2, 3, 8])
 def test_grouping_covers_every_tile(group_m):
     check(replace(ODD, M=70, N=50, K=16, config=with_u("given", group_m=group_m)))
