@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -73,13 +73,17 @@ def calls(point: Point) -> tuple[Call, ...]:
 
 @dataclass
 class Inputs:
-    """A point's operands without gradients, and what earlier kernels leave: u and ds ``[M, r]``; seed: None without dropout."""
+    """A point's operands without gradients, and what earlier kernels leave: u and ds ``[M, r]``; seed: None without dropout.
+
+    kept: The layouts of each call, as an arm keeps them.
+    """
 
     point: Point
     o: Operands
     seed: torch.Tensor | None
     u: torch.Tensor
     ds: torch.Tensor
+    kept: dict = field(default_factory=dict)
 
     @property
     def drop(self):
@@ -111,7 +115,7 @@ def launched(call: Call, i: Inputs, config: Config) -> tuple[torch.Tensor, ...]:
     from lora_kernels import launch
 
     o = i.o
-    shared = dict(adapters=o.adapters, config=config)
+    shared = dict(adapters=o.adapters, config=config, kept=i.kept.setdefault((call, config), {}))
     if call.kernel == "wgrad":
         da = launch.run_wgrad(o.x, i.ds, scale=1.0, dropout=i.drop, out_transposed=True, dtype=o.lora_A.dtype, **shared)
         return da, launch.run_wgrad(o.dy, i.u, scale=1.0, dropout=None, out_transposed=False, dtype=o.lora_B.dtype, **shared)
@@ -134,13 +138,13 @@ def _pass(call: Call, i: Inputs, config: Config) -> torch.Tensor:
     """Y, or dX alone."""
     from lora_kernels import launch
 
-    o, p = i.o, i.point.p
+    o, p, kept = i.o, i.point.p, i.kept.setdefault((call, config), {})
     if call.what == "forward":
         keep = not i.point.forward_alone
-        return launch.forward(o.x, o.weight, o.lora_A, o.lora_B, None, i.seed, o.adapters, o.scale, p, keep, config)[0]
+        return launch.forward(o.x, o.weight, o.lora_A, o.lora_B, None, i.seed, o.adapters, o.scale, p, keep, config, kept=kept)[0]
     needs = (True, False, False)
     operands = (o.dy, o.x, o.weight, o.lora_A, o.lora_B, i.u, i.seed, o.adapters)
-    return launch.backward(*operands, o.scale, p, needs, o.lora_A.dtype, config)[0]
+    return launch.backward(*operands, o.scale, p, needs, o.lora_A.dtype, config, kept=kept)[0]
 
 
 def comparable(call: Call, results: tuple[torch.Tensor, ...], i: Inputs, rows: torch.Tensor | None) -> list[torch.Tensor]:

@@ -168,7 +168,8 @@ def forward_arm(x, weight, lora_A, lora_B, adapters: Adapters, dropout_p: float,
 
 def down_arm(arm: tuple):
     """(function, config) that computes u alone, of an arm that `forward_arm` chose."""
-    return CHAIN_DOWN if arm[1] is None else (arm_of(None).down, arm[1])
+    run, config = arm
+    return CHAIN_DOWN if config is None else (functools.partial(arm_of(None).down, **run.keywords), config)
 
 
 def backward_arm(dy, x, weight, lora_A, lora_B, u, adapters: Adapters, dropout_p: float, impl: str, key: str):
@@ -191,8 +192,7 @@ def _remembered(which: str, weight, describe: Callable[..., Problem], operands: 
         if choice.arm == "torch":
             found = CHAIN_FORWARD if which == "forward" else CHAIN_BACKWARD
         else:
-            run = getattr(arm_of(weight), which)
-            found = (run if problem.is_stack(weight) else functools.partial(run, kept={})), choice.config
+            found = functools.partial(getattr(arm_of(weight), which), kept={}), choice.config
         if len(_found) >= KEPT:
             _found.clear()
         _found[call] = found

@@ -31,6 +31,7 @@ from .streams import beside, fork, on_device, sm_count
 from .tuning import MERGE, Config
 
 _launch: Callable = launcher.launch
+_merges: dict = {}  # the layouts of `merge`, which no arm keeps: a few for a model
 launches: int = 0  # kernels launched by this process: what a test asserts to know that a kernel ran, not its fallback
 
 
@@ -68,6 +69,11 @@ def _known(kept: dict | None, name: Any, work_out: Callable[[], Any]) -> Any:
     if name not in kept:
         kept[name] = work_out()
     return kept[name]
+
+
+def _among(kept: dict | None, *alike) -> dict | None:
+    """Those of kept layouts that belong to calls which are alike in this, too."""
+    return None if kept is None else kept.setdefault(alike, {})
 
 
 def run_shrink(
@@ -220,11 +226,16 @@ def _dropout(dropout) -> tuple:
     return seed, philox.threshold_of(p), philox.inv_keep(p)
 
 
-def down(x, lora_A, adapters: Adapters, scale: float, save_u: bool, config: Config):
-    """``u = scale x A^T [M, R]``, in parts unless ``save_u``: of several layers of one x, for their `forward`, where none drops."""
+def down(x, lora_A, adapters: Adapters, scale: float, save_u: bool, config: Config, kept: dict | None = None):
+    """``u = scale x A^T [M, R]``, in parts unless ``save_u``: of several layers of one x, for their `forward`, where none drops.
+
+    kept: As in `forward`, of the arm of one of these layers.
+    """
+    kept = _among(kept, "down", precision(x.dtype), matrix(lora_A))
     with on_device(x):
         return run_shrink(
-            x, lora_A, transposed=True, scale=scale, adapters=adapters, dropout=None, config=config, dtype=x.dtype, parts=not save_u
+            x, lora_A, transposed=True, scale=scale, adapters=adapters, dropout=None, config=config, dtype=x.dtype, parts=not save_u,
+            kept=kept,
         )  # fmt: skip
 
 
@@ -238,8 +249,7 @@ def forward(
     configuration look like these: their layouts.
     """
     drop = (seed, p) if p else None
-    if kept is not None:
-        kept = kept.setdefault((save_u, precision(x.dtype), matrix(base), matrix(u)), {})
+    kept = _among(kept, save_u, precision(x.dtype), matrix(base), matrix(u))
     shared: dict[str, Any] = dict(transposed=True, adapters=adapters, config=config, kept=kept)
     with on_device(x):
         if config.expand.u == "given":
@@ -267,8 +277,7 @@ def backward(
     """
     need_dx, need_da, need_db = needs
     drop = (seed, p) if p else None
-    if kept is not None:
-        kept = kept.setdefault((needs, adapter_dtype, precision(dy.dtype), matrix(onto), matrix(all_ds)), {})
+    kept = _among(kept, needs, adapter_dtype, precision(dy.dtype), matrix(onto), matrix(all_ds))
     shared: dict[str, Any] = dict(adapters=adapters, config=config, kept=kept)
     dx = None
     keep_ds = need_da or ds is not None
@@ -314,4 +323,5 @@ def merge(weight, base, lora_A, lora_B, scale: float) -> None:
     """``weight := base + scale B A``, float32 sums rounded once. weight, base: ``[N, K]``, any strides, or one tensor."""
     with on_device(weight):
         u = lora_B.float() * scale
-        run_expand(base, lora_A, lora_A, transposed=False, u=u, base=base, out=weight, exact=True, config=MERGE)
+        kept = _among(_merges, matrix(weight), matrix(base), matrix(lora_A), matrix(u))
+        run_expand(base, lora_A, lora_A, transposed=False, u=u, base=base, out=weight, exact=True, config=MERGE, kept=kept)

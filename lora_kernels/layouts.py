@@ -1,24 +1,22 @@
-"""What a launch is, from shapes, strides and dtypes alone: its grid, its numbers and its constexprs, worked out once for equal calls.
+"""What a launch is, from shapes, strides and dtypes alone: its grid, its numbers and its constexprs.
 
 A call of a kernel has some thirty numbers and as many constexprs; to work them out takes longer than a small layer does on a GPU. These
-functions see no tensor, so that whatever they return holds for every call with equal arguments.
+functions see no tensor, so that whatever they return holds for every call with equal arguments, and an arm keeps it (`dispatch`).
 """
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
 
 from .kernels.load import load_dense, load_descriptor, load_descriptor_transposed, load_parts
 from .kernels.overlap import in_order, let_next_begin, wait_for_previous, wait_then_let_next_begin
-from .operands import Many, Matrix, flat
+from .operands import Many, Matrix, flat, lead
 from .packed import cut
 from .tuning import Config, rank_block
 from .tuning.validity import LOOP_RANK, MIXED_RANK, TILE_RANK
 
-KEPT = 8192  # layouts
 INT32 = 1 << 31
 RESIDENT = 228 << 10  # bytes of shared memory of a multiprocessor: an estimate of how many programs begin at once
 SPLIT_ADAPTERS = 64  # so few adapters that their tokens are split over programs, too: partial sums cost a stack of gradients each
@@ -82,7 +80,6 @@ class ShrinkLayout(NamedTuple):
     options: Options
 
 
-@functools.lru_cache(maxsize=KEPT)
 def shrink(
     config: Config, x: Matrix, a: Matrix, transposed: bool, out: Matrix | None, dtype, widths, adapters: Many, dropout: bool,
     precision: str, interpreted: bool,
@@ -138,7 +135,6 @@ class WgradLayout(NamedTuple):
     options: Options
 
 
-@functools.lru_cache(maxsize=KEPT)
 def wgrad(
     config: Config, x: Matrix, g: Matrix, dtype, out_transposed: bool, adapters: Many, dropout: bool, precision: str, beside: bool,
     interpreted: bool,
@@ -206,7 +202,6 @@ class ExpandLayout(NamedTuple):
     options: Options
 
 
-@functools.lru_cache(maxsize=KEPT)
 def expand(
     config: Config, x: Matrix, w: Matrix | None, v: Matrix, a: Matrix | None, u: Matrix | None, base: Matrix | None, out: Matrix | None,
     onto: bool, transposed: bool, exact: bool, drop_x: bool, drop_uv: bool, adapters: Many, precision: str, sms: int, interpreted: bool,
@@ -290,6 +285,37 @@ def expand(
         (min(items, sms) if c.persistent else items,),
         options,
     )
+
+
+class ExpertsLayout(NamedTuple):
+    """y: its shape; x, w, u, v: strides; sizes: the kernel's last arguments."""
+
+    y: tuple[int, ...]
+    x: tuple[int, ...]
+    w: tuple[int, ...]
+    u: tuple[int, ...]
+    v: tuple[int, ...]
+    sizes: tuple[int, int, int]
+    grid: tuple[int]
+    options: Options
+
+
+def experts(config: Config, x: Matrix, w: Matrix, u: Matrix, v: Matrix, adapters: Many, drop_uv: bool, precision: str) -> ExpertsLayout:
+    """Of `launch_experts.run_experts`."""
+    c = config.expand
+    (rows_of_x, K), x_strides, x_dtype = flat(x)
+    (M, R), N = u[0], v[0][-1]
+    fan = M // rows_of_x
+    block_r = rank_block(R, 32 if x_dtype.itemsize == 4 else TILE_RANK)
+    options = Options(
+        DROP_UV=drop_uv, PRECISION=precision,
+        BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, BLOCK_R=block_r, R_BLOCKS=cdiv(R, block_r), GROUP_M=c.group_m,
+        EVEN_N=N % c.block_n == 0, EVEN_K=K % c.block_k == 0, EVEN_R=R % block_r == 0 and not adapters.ranked,
+        WIDE=wide((x_strides, c.block_k), (w[1], max(c.block_n, c.block_k)), (v[1], max(c.block_n, block_r)), ((N, 1), c.block_n)),
+        FAN=fan, num_warps=c.num_warps, num_stages=c.num_stages,
+    )  # fmt: skip
+    grid = (adapters.tiles * cdiv(N, c.block_n),)
+    return ExpertsLayout((*lead(x[0], fan), N), x_strides, w[1], u[1], v[1], (N, K, R), grid, options)
 
 
 def _turned(strides: tuple[int, ...], transposed: bool) -> tuple[int, ...]:

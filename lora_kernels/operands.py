@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import torch
 
@@ -12,7 +12,11 @@ from .segments import ONE, Adapters
 Matrix = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]  # shape, strides, dtype
 
 
-def matrix(t: torch.Tensor | None) -> Matrix | None:
+@overload
+def matrix(t: None) -> None: ...
+@overload
+def matrix(t: torch.Tensor) -> Matrix: ...
+def matrix(t):
     return None if t is None else (t.shape, t.stride(), t.dtype)
 
 

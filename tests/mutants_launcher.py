@@ -8,7 +8,7 @@ import mutants_serving
 from mutants import SPEED, Mutant
 
 LAUNCHER, OPERANDS, DISPATCH, CONFIG = "launcher.py", "operands.py", "dispatch.py", "tuning/config.py"
-CALLS, OPS, LAUNCH, AUTOGRAD, NN = "calls.py", "ops.py", "launch.py", "autograd.py", "nn.py"
+CALLS, OPS, LAUNCH, EXPERTS, AUTOGRAD, NN = "calls.py", "ops.py", "launch.py", "launch_experts.py", "autograd.py", "nn.py"
 LOOK, ARGUMENTS = "(t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % 16 == 0)", "widths, bool(training and dropout_p), config, impl,"
 SCALE = "scale.shape, scale.dtype, scale.device, scale.is_contiguous(), scale.requires_grad"
 CALL = "aligned(*operands), many(adapters), dropout, device, impl, key, interpreting())"
@@ -16,7 +16,7 @@ CALL = "aligned(*operands), many(adapters), dropout, device, impl, key, interpre
 LAUNCHED = [
     Mutant("launcher: any address", OPERANDS, "t.data_ptr() % 16 == 0", "True"),
     Mutant("launcher: whatever is there", LAUNCHER, "if arg is None or isinstance(", "if isinstance("),
-    Mutant("launcher: any grid", LAUNCHER, "(device, grid, *", "(device, *", note="equivalent: but for experts a layout has one grid"),
+    Mutant("launcher: any grid", LAUNCHER, "(device, grid, *", "(device, *", note="equivalent: a layout has one grid"),
     Mutant("launcher: whoever is to be told", LAUNCHER, "return hook is None or not", "return True or not"),
     Mutant("launcher: by Triton's own call", LAUNCHER, "if STEADY and", "if False and", note=SPEED),
     Mutant("launcher: nothing is found", LAUNCHER, "if found is None:", "if True:"),
@@ -40,8 +40,9 @@ LAUNCHED = [
     Mutant("config: another process's hash", CONFIG, 'if name != "_hash"}', "if True}"),
 ]  # fmt: skip
 
-KEPT_FORWARD = "(save_u, precision(x.dtype), matrix(base), matrix(u))"
-KEPT_BACKWARD = "(needs, adapter_dtype, precision(dy.dtype), matrix(onto), matrix(all_ds))"
+KEPT_FORWARD = "_among(kept, save_u, precision(x.dtype), matrix(base), matrix(u))"
+KEPT_BACKWARD = "_among(kept, needs, adapter_dtype, precision(dy.dtype), matrix(onto), matrix(all_ds))"
+KEPT_DOWN = '_among(kept, "down", precision(x.dtype), matrix(lora_A))'
 REMEMBERED = [
     Mutant("calls: any shape", CALLS, LOOK, LOOK.replace("t.shape, ", "")),
     Mutant("calls: any strides", CALLS, LOOK, LOOK.replace("t.stride(), ", "")),
@@ -75,11 +76,17 @@ REMEMBERED = [
     Mutant("calls: u kept or not", LAUNCH, KEPT_FORWARD, KEPT_FORWARD.replace("save_u, ", "")),
     Mutant("calls: any precision", LAUNCH, KEPT_FORWARD, KEPT_FORWARD.replace("precision(x.dtype), ", "")),
     Mutant("calls: any base", LAUNCH, KEPT_FORWARD, KEPT_FORWARD.replace("matrix(base), ", "")),
-    Mutant("calls: u given or not", LAUNCH, KEPT_FORWARD, KEPT_FORWARD.replace("matrix(u)", "")),
+    Mutant("calls: u given or not", LAUNCH, KEPT_FORWARD, KEPT_FORWARD.replace(", matrix(u)", "")),
     Mutant("calls: any gradients", LAUNCH, KEPT_BACKWARD, KEPT_BACKWARD.replace("needs, ", "")),
     Mutant("calls: gradients of any dtype", LAUNCH, KEPT_BACKWARD, KEPT_BACKWARD.replace("adapter_dtype, ", "")),
     Mutant("calls: backward in any precision", LAUNCH, KEPT_BACKWARD, KEPT_BACKWARD.replace("precision(dy.dtype), ", "")),
-    Mutant("calls: every dS or one", LAUNCH, KEPT_BACKWARD, KEPT_BACKWARD.replace("matrix(all_ds)", "")),
+    Mutant("calls: every dS or one", LAUNCH, KEPT_BACKWARD, KEPT_BACKWARD.replace(", matrix(all_ds)", "")),
+    Mutant("calls: down in any precision", LAUNCH, KEPT_DOWN, KEPT_DOWN.replace("precision(x.dtype), ", "")),
+    Mutant("calls: down of any ranks", LAUNCH, KEPT_DOWN, KEPT_DOWN.replace(", matrix(lora_A)", "")),
+    Mutant("calls: experts in any precision", EXPERTS, "_among(kept, precision(x.dtype))", "_among(kept)"),
+    Mutant("calls: experts backward in any precision", EXPERTS, "adapter_dtype, precision(dy.dtype))", "adapter_dtype)"),
+    Mutant("calls: experts' gradients of any dtype", EXPERTS, "_among(kept, adapter_dtype, ", "_among(kept, ",
+           note="equivalent: where dX is not wanted they are `launch`'s, and else A itself is looked at"),
     Mutant("calls: both wgrads alike", LAUNCH, '("wgrad", out_transposed, beside)', '("wgrad", beside)'),
     Mutant("calls: the backward pass of any config", AUTOGRAD, 'config.key() if isinstance(config, Config) else ""', '""'),
     Mutant("ops: negated as it is read", OPS, " or t.is_neg()", ""),

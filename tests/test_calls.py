@@ -195,6 +195,9 @@ def variants() -> list[dict]:
     stack = dict(x=x, weight=weight, lora_A=drawn(E, R, K), lora_B=drawn(E, N, R), segments=plan)
     off = drawn(24 * K + 1)[1:].view(2, 12, K)
     half = {name: t.half() for name, t in one.items()}
+    experts = {**stack, "weight": drawn(E, N, K)}
+    routed = {**experts, "x": x.view(24, K)[:12], "segments": dataclasses.replace(plan, top_k=2)}
+    mixed = {"x": x.half(), "weight": experts["weight"].half()}
     return [
         one,
         {**one, "bias": drawn(N)},
@@ -218,9 +221,18 @@ def variants() -> list[dict]:
         {**stack, "segments": Segments.from_ids(ids, E, row_block=16, gather_block=32)},
         half,
         {**half, "lora_A": A, "lora_B": B},
+        experts,
+        {**experts, **mixed},
+        {**experts, **mixed, "lora_A": experts["lora_A"].half(), "lora_B": experts["lora_B"].half()},
+        {**experts, "bias": drawn(E, N)},
+        {**experts, "dropout_p": 0.5, "training": True},
+        {**experts, "ranks": torch.tensor([1, 2, 4], dtype=torch.int32, device=DEVICE)},
+        {**experts, "weight": drawn(E, K, N).mT},
+        routed,
         *({**one, "config": config, "dropout_p": p, "training": True} for config in (TILES, PARTS, LOOP) for p in (0.0, 0.5)),
         *({**one, "config": config, "dropout_p": p, "together": "alike"} for config in (TILES, PARTS, LOOP) for p in (0.0, 0.5)),
         *({**one, "config": config, "dropout_p": 0.0, "together": "but for A"} for config in (PARTS, LOOP)),
+        *({**one, "config": config, "dropout_p": 0.0, "together": "but for ranks"} for config in (TILES, PARTS)),
     ]
 
 
@@ -233,8 +245,12 @@ def called(kwargs: dict, trained: tuple[str, ...]) -> None:
     together = its.pop("together", "")
     if together:
         layer = Projection(its["weight"], its["lora_A"], its["lora_B"], dropout_p=its["dropout_p"])
-        other = layer if together == "alike" else layer._replace(lora_A=its["lora_A"].detach())
-        y = sum(lora_linears(its["x"], [other, layer], training=True, config=its["config"], impl="triton"))
+        both = {
+            "alike": (layer, layer),
+            "but for A": (layer._replace(lora_A=its["lora_A"].detach()), layer),
+            "but for ranks": (layer, layer._replace(lora_A=its["lora_A"][:2], lora_B=its["lora_B"][:, :2])),
+        }[together]
+        y = sum(lora_linears(its["x"], both, training=True, config=its["config"], impl="triton"))
     else:
         y = lora_linear(**its, impl="triton")
     if trained:
