@@ -41,6 +41,7 @@ NEEDS = {
     "test_trainer.py": "peft",
     "test_bench_peft.py": "peft",
     "test_bench_model.py": "peft",
+    "test_rehearsal.py": "peft",
     "test_plot.py": "matplotlib",
 }
 collect_ignore = [file for file, package in NEEDS.items() if importlib.util.find_spec(package) is None]

@@ -95,7 +95,7 @@ def main() -> None:
 
 
 def peft_layers() -> dict[str, torch.nn.Module]:
-    """PEFT's layer, fused and as it is: the latter's time has the CPU's arithmetic in it, and no launch, which costs more."""
+    """PEFT's layer with E adapters, fused and as it is: its own time has the CPU's arithmetic in it, and no launch, which costs more."""
     import peft
 
     from lora_kernels.integrations.peft import fuse
@@ -104,7 +104,9 @@ def peft_layers() -> dict[str, torch.nn.Module]:
     found = []
     for _ in range(2):
         base = torch.nn.Sequential(torch.nn.Linear(K, N, bias=False, dtype=torch.bfloat16))
-        found.append(peft.get_peft_model(base, config, autocast_adapter_dtype=False).eval())
+        found.append(peft.get_peft_model(base, config, "0", autocast_adapter_dtype=False).eval())
+        for e in range(1, E):
+            found[-1].add_adapter(str(e), config, autocast_adapter_dtype=False)
     fuse(found[0])
     return {name: model.base_model.model[0] for name, model in zip(("PEFT's, fused", "PEFT's own"), found, strict=True)}
 
@@ -115,14 +117,17 @@ def report(stub: ctypes.CDLL | None) -> None:
     x, weight, A, B, As, Bs = drawn
     segments, scales = Segments.from_ids(torch.arange(M) % E, E), torch.ones(E)
     layer = FusedLoRALinear(K, N, bias=False, r=R, dtype=torch.bfloat16)
-    modules = {"FusedLoRALinear": layer} | (peft_layers() if importlib.util.find_spec("peft") else {})
+    of_peft = peft_layers() if importlib.util.find_spec("peft") else {}
+    modules = {"FusedLoRALinear": layer} | of_peft
+    named = [str(m % E) for m in range(M)]
+    batches = {f"{name}, {E} in a batch": partial(layer, adapter_names=named) for name, layer in of_peft.items()}
     arms = {
         "one adapter": lambda x: lora_linear(x, weight, A, B, impl="triton"),
         "eight adapters": lambda x: lora_linear(x, weight, As, Bs, scale=scales, segments=segments, impl="triton"),
         **modules,
     }
     print(f"Triton {triton.__version__}, torch {torch.__version__}: us a call, and without Triton's part")
-    for name, arm in arms.items():
+    for name, arm in (arms | batches).items():
         with torch.no_grad():
             show(f"{name}, forward", partial(arm, x), stub)
     trained = [x, A, B, As, Bs, *(p for module in modules.values() for p in module.parameters() if p.requires_grad)]
@@ -147,7 +152,7 @@ def show(what: str, call: Callable[[], object], stub: ctypes.CDLL | None, layers
     whole = best(call, 200 // layers) / layers
     with launch.intercept(lambda *launched: None):
         own = best(call, 200 // layers) / layers
-    print(f"{what:29} {number // layers} launches  {whole:6.1f}  {own:6.1f}")
+    print(f"{what:36} {number // layers} launches  {whole:6.1f}  {own:6.1f}")
 
 
 if __name__ == "__main__":

@@ -66,10 +66,12 @@ def test_tritons_own_launcher_takes_what_it_is_given():
     assert out.returncode == 0, out.stderr[-2000:]
     made = dict(line.split(" launches")[0].rsplit(maxsplit=1) for line in out.stdout.splitlines()[1:])
     wanted = {"one adapter": ("1", "4"), "eight adapters": ("2", "6"), "FusedLoRALinear": ("1", "4")}
-    wanted |= {"PEFT's, fused": ("1", "4"), "PEFT's own": ("0", "0")} if "PEFT's own, forward" in made else {}
-    assert made == {
-        f"{name}, {which}": n for name, both in wanted.items() for which, n in zip(("forward", "and backward"), both, strict=True)
-    }
+    batches = {}
+    if "PEFT's own, forward" in made:
+        wanted |= {"PEFT's, fused": ("1", "4"), "PEFT's own": ("0", "0")}
+        batches = {"PEFT's, fused, 8 in a batch, forward": "2", "PEFT's own, 8 in a batch, forward": "0"}
+    both = {f"{name}, {which}": n for name, ns in wanted.items() for which, n in zip(("forward", "and backward"), ns, strict=True)}
+    assert made == both | batches
 
 
 def test_a_gpu_that_it_cannot_be_is_refused():

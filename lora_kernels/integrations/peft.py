@@ -138,7 +138,8 @@ def _settled(layer: Any, x: torch.Tensor, base: Base | Beside) -> tuple[torch.Te
 def _mixed(layer: Any, x: torch.Tensor, names: list[str]) -> torch.Tensor | None:
     """Each sample through the adapter it names; one that this layer does not have is the base alone. None: as in `_single`."""
     layer._check_forward_args(x, adapter_names=names)
-    places = {name: e for e, name in enumerate(name for name in dict.fromkeys(names) if name in layer.lora_A)}
+    here = layer._modules["lora_A"]._modules
+    places = {name: e for e, name in enumerate(name for name in dict.fromkeys(names) if name in here)}
     base = base_of(layer, x) if places else ""
     if isinstance(base, str):
         return None
