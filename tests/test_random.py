@@ -18,7 +18,7 @@ from lora_kernels.tuning import Config, Expand, Shrink, Wgrad
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ARCH, _ = parity.arch_of(DEVICE)
-DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE.type == "cuda")
+DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (ARCH is not None and ARCH.kind != "interpreter")
 SIZES = (1, 2, 3, 7, 8, 15, 16, 17, 31, 32, 33, 48, 63, 64, 65, 90)
 RANKS = (1, 2, 3, 5, 8, 12, 16, 17, 24, 33, 64, 65, 100, 130)
 COUNT = int(os.environ.get("RANDOM_CASES", "60"))
