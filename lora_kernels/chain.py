@@ -245,7 +245,9 @@ def backward(
     if adapters.segments is None:
         if need_dx or need_da or ds is not None:
             own = grad_u(dy, B, adapters, scale)
-            ds = own if ds is None else ds.copy_(own)
+            if ds is not None:
+                ds.copy_(own)
+            ds = own  # not ds's columns of all_ds: oneDNN's products read past odd rows (docs/numerics.md), what is not written yet there
         if dx is not None:
             add_product(dx, None, ds, A, bits, keep)
         elif need_dx:

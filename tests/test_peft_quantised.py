@@ -55,6 +55,8 @@ class Packed(nn.Module):
 def four_bits(linear, **kwargs):
     made = bnb.nn.Linear4bit(linear.in_features, linear.out_features, linear.bias is not None, **{"quant_type": "nf4", **kwargs})
     made.load_state_dict(linear.state_dict())
+    # With AVX512-BF16 bitsandbytes packs a weight anew at its first call without gradients, and cannot where K is no multiple of 64.
+    made.support_avx512bf16_for_cpu = False
     return made.to("cpu")
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from test_kernels import TILES, with_u
 from test_memory import SEED, Kept
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from lora_kernels import Projection, UnsupportedError, lora_linear, lora_linears
@@ -315,3 +316,25 @@ def test_a_named_arm_does_not_fall_back():
     own = layers()
     with pytest.raises(UnsupportedError, match=r"block_m|split|power|stage|u"):
         lora_linears(tokens(), own, config=with_u("given", block_n=24), impl="triton")
+
+
+def test_products_see_nothing_that_is_not_written_yet():
+    """oneDNN's products (#5717) read past the first matrix's rows on CPUs with AMX: dS beside columns to be written later made dX NaN."""
+
+    class Products(TorchDispatchMode):
+        parts, seen = 0, 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            name = function._schema.name
+            if name.startswith(("aten::mm", "aten::addmm")):
+                first = args["addmm" in name]
+                self.seen += 1
+                self.parts += first.stride(1) == 1 and first.stride(0) > first.shape[1]
+            return function(*args, **(kwargs or {}))
+
+    x, own = tokens(dtype=torch.bfloat16), layers(dtype=torch.bfloat16, ranks=(5, 5, 5))
+    ys = lora_linears(x, own, impl="torch")
+    with Products() as products, torch.autograd.set_multithreading_enabled(False):
+        grads = gradients(ys, x, own)
+    assert products.seen > 9 and products.parts == 0
+    assert all(grad.isfinite().all() for grad in grads.values())
