@@ -118,14 +118,14 @@ class Segments:
             device: Of the plan; None: of ``lengths``.
             validate: As in `from_ids`.
         """
-        lengths = _as_ints("lengths", lengths)
+        lengths = as_ints("lengths", lengths)
         on_host = lengths.device.type == "cpu"
         device = lengths.device if device is None else torch.device(device)
         if adapters is None:
             num_adapters = max(lengths.shape[0], 1) if num_adapters is None else num_adapters
             chosen = torch.arange(lengths.shape[0], dtype=torch.int32, device=lengths.device)
         else:
-            chosen = _as_ints("adapters", adapters)
+            chosen = as_ints("adapters", adapters)
             if chosen.shape != lengths.shape:
                 raise ValueError(f"adapters: wanted one for each of {lengths.shape[0]} lengths, got {chosen.shape[0]}")
             if num_adapters is None:
@@ -344,7 +344,7 @@ def _block(name: str, value: int | None, default: int) -> int:
     return value
 
 
-def _as_ints(name: str, values) -> torch.Tensor:
+def as_ints(name: str, values) -> torch.Tensor:
     if isinstance(values, torch.Tensor):
         if values.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"{name}: wanted int32 or int64, got {values.dtype}")

@@ -16,7 +16,7 @@ from torch import nn
 
 from .multi import MultiLoRALinear
 from .problem import UnsupportedError
-from .segments import Segments, plan_of
+from .segments import CPU, Segments, as_ints, plan_of
 from .streams import kept_for
 
 Layers = dict[str, MultiLoRALinear]
@@ -93,7 +93,7 @@ def by_sequence(layers: Layers, adapters: Sequence[int] | torch.Tensor) -> _BySe
         wrong = [i for i in ids.tolist() if not -1 <= i < layer.num_adapters]
         if wrong:
             raise ValueError(f"adapters: wanted numbers from -1 to {layer.num_adapters - 1} for {name}, got {wrong[0]}")
-    return _BySequence(ids, {(layer.lora_A.device, layer.num_adapters) for layer in layers.values()})
+    return _BySequence(ids.to(torch.int32, copy=True), {(layer.lora_A.device, layer.num_adapters) for layer in layers.values()})
 
 
 class _Given:
@@ -141,13 +141,7 @@ class _BySequence:
 
 
 def _checked(adapters) -> torch.Tensor:
-    if isinstance(adapters, torch.Tensor):
-        if adapters.dim() != 1 or adapters.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"adapters: wanted an int32 or int64 tensor [sequences], got {adapters.dtype} {list(adapters.shape)}")
-        if adapters.device.type != "cpu":
-            raise ValueError(f"adapters: wanted them on the CPU, where they can be checked, got {adapters.device}; or take use_segments")
-        return adapters.to(torch.int32, copy=True)
-    wrong = [i for i in adapters if isinstance(i, bool) or not isinstance(i, int)]
-    if wrong:
-        raise TypeError(f"adapters: wanted ints, one for each sequence, got {wrong[0]!r}")
-    return torch.tensor(list(adapters), dtype=torch.int32)
+    ids = as_ints("adapters", adapters)
+    if ids.device != CPU:
+        raise ValueError(f"adapters: wanted them on the CPU, where they can be checked, got {ids.device}; or take use_segments")
+    return ids
