@@ -334,10 +334,30 @@ def _grouped(ptx: str) -> bool:
 
 
 def reloads_in_loops(sass: str) -> int:
-    """How many LDL instructions lie between a branch backwards and where it goes."""
-    code = [(int(address, 16), text) for address, text in re.findall(r"/\*([0-9a-f]+)\*/ +([^;/]+);", sass)]
-    loops = [(int(to[1], 16), address) for address, text in code if (to := re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text))]
-    return sum(any(start <= address < end for start, end in loops) for address, text in code if re.search(r"\bLDL\b", text))
+    """How many LDL instructions may run again: those that a path leads back to.
+
+    What lies between a branch backwards and its target does not tell, for the assembler moves the waits of a loop behind all else.
+    """
+    code = re.findall(r"/\*([0-9a-f]+)\*/ +([^;/]+);", sass)
+    place = {int(address, 16): i for i, (address, _) in enumerate(code)}
+    following: list[list[int]] = []
+    for i, (_, text) in enumerate(code):
+        to = re.search(r"\b(?:BRA|BSSY|CALL)\b.*?0x([0-9a-f]+)", text)
+        ends = re.match(r"BRA 0x|EXIT|RET", text)  # without a condition; a call comes back
+        following.append(([] if ends or i + 1 == len(code) else [i + 1]) + ([place[int(to[1], 16)]] if to else []))
+    return sum(_again(i, following) for i, (_, text) in enumerate(code) if re.search(r"\bLDL\b", text))
+
+
+def _again(start: int, following: list[list[int]]) -> bool:
+    """Whether a path leads from ``start`` back to it."""
+    seen: set[int] = set()
+    ahead = list(following[start])
+    while ahead:
+        at = ahead.pop()
+        if at not in seen:
+            seen.add(at)
+            ahead += following[at]
+    return start in seen
 
 
 def _cuobjdump(flag: str, path: str) -> str:

@@ -290,3 +290,17 @@ def test_a_reload_counts_where_it_repeats():
     lines = ["LDL R1, [R1]", "MOV R2, R3", "LDL.LU R10, [R1+0x4]", "@!P1 BRA 0x10", "LDL R4, [R1]", "BRA 0x50"]
     sass = "".join(f"        /*{16 * i:04x}*/    {line} ;   /* 0x000000 */\n" for i, line in enumerate(lines))
     assert reloads_in_loops(sass) == 1 and reloads_in_loops(sass.replace("BRA 0x10", "BRA 0x40")) == 0
+
+
+def test_a_wait_moved_behind_the_code_is_no_loop_around_it():
+    """As ptxas lays a K loop's wait for a barrier: out of line, spinning on itself, and back into the loop."""
+    from lora_kernels.compile_only import reloads_in_loops
+
+    loop = ["@!P1 BRA 0x60", "HGMMA R8, R8", "@P0 BRA 0x0", "LDL.LU R1, [R1]", "STG R1", "EXIT", "@!P1 BRA 0x60", "BRA 0x10"]
+    inside = [*loop[:1], "LDL R1, [R1]", *loop[2:]]
+    moved = [*loop[:6], "LDL R1, [R1]", *loop[7:]]
+    sass = [
+        "".join(f"        /*{16 * i:04x}*/    {line} ;   /* 0x000000 */\n" for i, line in enumerate(lines))
+        for lines in (loop, inside, moved)
+    ]
+    assert [reloads_in_loops(each) for each in sass] == [0, 1, 1]

@@ -145,6 +145,7 @@ def test_dropout_and_checkpointing_compiled(put):
 def test_dropout_under_inductor_is_one_mask_for_both_passes():
     """Inductor draws seeds of its own, so truth is the loss itself: its slope along a random direction of an adapter."""
     ours = fused(stock(llama(dtype=torch.float64), lora_dropout=0.2, init_lora_weights=False)).train()
+    ours.set_attn_implementation("eager")  # torch 2.11's inductor gives the flash kernel of a CPU float32 sums beside float64
     compiled = torch.compile(ours, fullgraph=True, dynamic=True)
     A = ours.base_model.model.model.layers[0].mlp.up_proj.lora_A["default"].weight
     direction, h, ends = torch.randn_like(A), 1e-3, []
@@ -165,9 +166,8 @@ def test_export(put, strict):
     In non-strict export a PEFT model's weights are fake tensors, a type that may be left to PEFT's forward.
     """
     theirs = stock(llama(), init_lora_weights=False).eval()
-    models = [Logits(model) for model in (theirs, put(theirs))]
     models = [Logits(theirs), Logits(put(theirs))]
-    sizes = {"ids": {0: torch.export.Dim("batch", min=2, max=64), 1: torch.export.Dim("length", min=2, max=256)}}
+    sizes = {"ids": (torch.export.Dim.DYNAMIC, torch.export.Dim.DYNAMIC)}  # a range is more than torch 2.11 can prove of any Llama
     exported = [torch.export.export(model, (tokens(2, 24),), dynamic_shapes=sizes, strict=strict) for model in models]
     theirs_has, ours_has = (operators(each.graph_module) for each in exported)
     assert theirs_has == 0 and (ours_has == LINEARS or (put is fused and not strict and ours_has == 0))
