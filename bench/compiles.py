@@ -7,7 +7,6 @@ executed: the launches for an H100 are counted by what tells kernels apart (`pre
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import random
@@ -15,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 
 import torch
 
@@ -104,29 +102,10 @@ def points(p: float, number: int) -> list[Point]:
     return [Point("compiles", LAYER, M, K, N, 16, p) for M in lengths(number)]
 
 
-@contextlib.contextmanager
-def counting() -> Iterator[list[str]]:
-    """The names of the kernels that are compiled inside; those that a cache held are not among them."""
-    from triton import knobs
-
-    compiled: list[str] = []
-
-    def listen(*, src, cache_hit: bool, **rest) -> None:
-        if not cache_hit:
-            compiled.append(src.name)
-
-    # Not the hook of a launch, knobs.runtime.jit_post_compile_hook: Triton 3.6 cannot tell it of a kernel that takes a function.
-    before, knobs.compilation.listener = knobs.compilation.listener, listen
-    try:
-        yield compiled
-    finally:
-        knobs.compilation.listener = before
-
-
 def executed(p: float, number: int) -> dict:
     """Runs both passes at every length on this process's GPU: kernels compiled, and seconds of the first forward and backward."""
     device, first = torch.device("cuda"), 0.0
-    with counting() as compiled:
+    with precompile.counting() as compiled:
         for point in points(p, number):
             step = training(ours("triton"), point.operands(device))
             torch.cuda.synchronize(device)

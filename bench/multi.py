@@ -16,7 +16,7 @@ from .baselines import inference, ours, training
 from .conditions import Recorder
 from .multi_check import Arm, Checker
 from .multi_workloads import MultiOperands, MultiPoint
-from .session import Budget, Session, say
+from .session import Budget, Session, say, share
 from .single import captured, failures, medians
 from .table import rounded
 from .timing import Step, clock_for, interleave
@@ -37,7 +37,7 @@ def train(session: Session) -> int:
 
 
 class Section:
-    """``launches``: how they reach a GPU; ``seconds``: of measuring a point, for each.
+    """``launches``: how they reach a GPU; ``seconds``: of measuring a point, for each, or less in a short section.
 
     A section of other points overrides what knows its arms: `_begin`, `_arms`, `_tiny`, `_described`, `_launches`, `_time`, `_summary`.
     """
@@ -47,7 +47,7 @@ class Section:
     def __init__(self, session: Session, name: str, launches: tuple[str, ...], seconds: float):
         self.session, self.name, self.device = session, name, session.device
         self.launches = launches if self.device.type == "cuda" else ("host",)
-        self.seconds = 0.1 if session.quick else seconds
+        self.seconds = seconds
         self.ceilings = roof.load(session)
         self.recorder: Recorder = session.recorder(name)
         self.checker = Checker(self.device)
@@ -59,6 +59,8 @@ class Section:
     def run(self, points: list[MultiPoint]) -> int:
         """Writes a row for each point, arm and pass, and for what is left out, why; returns the number of arms that failed."""
         budget = Budget(self.session.seconds)
+        measurements = sum(len(self._launches(point)) for point in points)
+        self.seconds = 0.1 if self.session.quick else share(self.session.seconds, measurements, most=self.seconds)
         self._begin(points)
         for point in budget.walk(points):
             (self._plan if point.grid == plan_cost.GRID else self._point)(point)

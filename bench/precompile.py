@@ -7,11 +7,14 @@ every launch becomes a compilation that Triton's cache on disk keeps.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
+import functools
+import itertools
 import multiprocessing
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -22,7 +25,7 @@ from . import variants
 from .session import say
 from .workloads import Operands, Point
 
-MOST_PROCESSES = 12
+MOST_PROCESSES = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,42 +85,70 @@ def of_cases(cases: list) -> list[CaseJob]:
 
 
 def run(jobs: list, arch: Arch, seconds: float) -> int:
-    """Compiles what the jobs launch, the same kernel once, for at most ``seconds``; returns how many kernels it compiled.
+    """Compiles what the jobs launch, the same kernel once, for at most ``seconds``; returns how many kernels are ready.
 
-    What is left over, or fails, is compiled or raised where it is launched.
+    What is left over, or fails, is compiled or raised where it is launched. Where Triton's cache has all of it, this costs a second.
     """
     if arch.kind == "interpreter":
         return 0
     start = time.perf_counter()
-    workers = max(1, min(MOST_PROCESSES, (os.cpu_count() or 2) - 1))
-    # Not forked: a fork would share this process's GPU context.
-    pool = concurrent.futures.ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    pool = _pool()
     try:
-        try:
-            kernels = pool.submit(distinct, jobs, arch).result()
-        except Exception as error:  # a convenience: what is wrong with a kernel shows where it is launched
-            say(f"compiling ahead: {type(error).__name__}: {str(error)[:300]}")
-            return 0
-        futures = [pool.submit(compile_one, jobs[job], index, arch) for job, index in kernels]
-        left = max(seconds - (time.perf_counter() - start), 0.0)
-        done, _ = concurrent.futures.wait(futures, timeout=left)
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        kernels = distinct(jobs, arch, pool)
+    except Exception as error:  # a convenience: what is wrong with a kernel shows where it is launched
+        say(f"compiling ahead: {type(error).__name__}: {str(error)[:300]}")
+        close()
+        return 0
+    by_job: dict[int, list[int]] = {}
+    for job, index in kernels:
+        by_job.setdefault(job, []).append(index)
+    futures = {pool.submit(compile_some, jobs[job], indices, arch): len(indices) for job, indices in by_job.items()}
+    left = max(seconds - (time.perf_counter() - start), 0.0)
+    done, late = concurrent.futures.wait(futures, timeout=left)
+    for future in late:
+        future.cancel()
     errors = [str(future.exception()) for future in done if future.exception()]
     for text in dict.fromkeys(errors):
         say(f"compiling ahead: {text[:300]}")
-    compiled = len(done) - len(errors)
-    say(f"compiled {compiled} of {len(kernels)} kernels ahead in {time.perf_counter() - start:.0f} s, {workers} processes")
-    return compiled
+    right = [future for future in done if not future.exception()]
+    ready, new = sum(futures[future] for future in right), sum(future.result() for future in right)
+    took = f"{time.perf_counter() - start:.0f} s, {processes()} processes"
+    say(f"{ready} of {len(kernels)} kernels ready, {new} of them compiled now, in {took}")
+    return ready
 
 
-def distinct(jobs: list, arch: Arch) -> list[tuple[int, int]]:
+@functools.cache
+def _pool() -> concurrent.futures.ProcessPoolExecutor:
+    """One for all sections, since its processes take seconds to begin. Not forked: a fork would share this process's GPU context."""
+    return concurrent.futures.ProcessPoolExecutor(processes(), mp_context=multiprocessing.get_context("spawn"))
+
+
+def close() -> None:
+    """End the processes, where there are any; the interpreter's end does so, too."""
+    if _pool.cache_info().currsize:
+        _pool().shutdown(cancel_futures=True)
+        _pool.cache_clear()
+
+
+def processes() -> int:
+    return min(MOST_PROCESSES, os.cpu_count() or 2)
+
+
+def distinct(jobs: list, arch: Arch, pool: concurrent.futures.Executor | None = None) -> list[tuple[int, int]]:
     """(job, launch of it) of every kernel that differs from those before it."""
+    step = max(1, len(jobs) // (4 * processes()))
+    chunks = [jobs[i : i + step] for i in range(0, len(jobs), step)]
+    told = (pool.map if pool else map)(_all_told_apart, chunks, [arch] * len(chunks))
     found: dict[tuple, tuple[int, int]] = {}
-    for j, job in enumerate(jobs):
-        for i, (kernel, args, options) in enumerate(_launches(job, arch)):
-            found.setdefault(told_apart(kernel, args, options), (j, i))
+    for j, launches in enumerate(itertools.chain.from_iterable(told)):
+        for i, kernel in enumerate(launches):
+            found.setdefault(kernel, (j, i))
     return list(found.values())
+
+
+def _all_told_apart(jobs: list, arch: Arch) -> list[list[tuple]]:
+    """Of each job, what tells each of its launches apart."""
+    return [[told_apart(*launched) for launched in _launches(job, arch)] for job in jobs]
 
 
 def told_apart(kernel, args, options) -> tuple:
@@ -126,15 +157,42 @@ def told_apart(kernel, args, options) -> tuple:
     return kernel.__name__, constants, *map(_signature, args, kernel.params)
 
 
-def compile_one(job, index: int, arch: Arch) -> None:
-    """Compiles the job's launch number ``index``, and what launches it."""
+@contextlib.contextmanager
+def counting() -> Iterator[list[str]]:
+    """The names of the kernels that are compiled inside; those that a cache held are not among them."""
+    from triton import knobs
+
+    compiled: list[str] = []
+
+    # Not the hook of a launch, knobs.runtime.jit_post_compile_hook: Triton 3.6 cannot tell it of a kernel that takes a function.
+    before = knobs.compilation.listener
+
+    def listen(*, src, cache_hit: bool, **rest) -> None:
+        if not cache_hit:
+            compiled.append(src.name)
+        if before is not None:
+            before(src=src, cache_hit=cache_hit, **rest)
+
+    knobs.compilation.listener = listen
+    try:
+        yield compiled
+    finally:
+        knobs.compilation.listener = before
+
+
+def compile_some(job, indices: list[int], arch: Arch) -> int:
+    """Compiles the job's launches of these numbers, and what launches them; returns how many of them Triton's cache did not have."""
     from lora_kernels import compile_only
 
-    kernel, args, options = _launches(job, arch)[index]
-    with compile_only.target(arch):
-        compiled = kernel.run(*args, grid=(1,), warmup=True, **options)
-    if arch.kind == "cuda":
-        build_launcher(compiled)
+    launches = _launches(job, arch)
+    with counting() as new:
+        for index in indices:
+            kernel, args, options = launches[index]
+            with compile_only.target(arch):
+                compiled = kernel.run(*args, grid=(1,), warmup=True, **options)
+            if arch.kind == "cuda":
+                build_launcher(compiled)
+    return len(new)
 
 
 def build_launcher(compiled) -> None:

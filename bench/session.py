@@ -12,6 +12,8 @@ import torch
 
 from .conditions import Recorder, conditions
 
+LEAST_SHARE = 0.2
+
 
 @dataclass
 class Session:
@@ -60,6 +62,11 @@ class Budget:
         """A row for each point left out."""
         for point in self.left_out:
             recorder.add(**point.fields(), what="left out", detail=f"no time for it in {self.seconds:g} s")
+
+
+def share(seconds: float, measurements: int, most: float) -> float:
+    """Seconds for each of so many measurements in a section of ``seconds``, half of which goes into what stands around them."""
+    return min(most, max(LEAST_SHARE, seconds / 2 / max(measurements, 1)))
 
 
 def say(text: str) -> None:

@@ -8,7 +8,7 @@ from . import precompile, roof, variants, workloads
 from .baselines import FORMULAS, compiled, inference, training
 from .conditions import Recorder
 from .report_tables import reasons
-from .session import Budget, Session, say
+from .session import Budget, Session, say, share
 from .single_peers import Peers
 from .table import geomean, ratio, rounded, significant, text_table
 from .timing import Step, clock_for, graphed, interleave, message
@@ -32,7 +32,8 @@ def run(session: Session) -> int:
     points = workloads.gpu_single(session.quick) if cuda else workloads.cpu_single(session.quick)
     launches = {"decode": ("eager", "graph")} if cuda else {}
     clocks = {launch: clock_for(session.device, launch) for launch in (("queued", "eager", "graph") if cuda else ("host",))}
-    seconds = 0.1 if session.quick else 1.0
+    ways = {point: launches.get(point.grid, ("queued" if cuda else "host",)) for point in points}
+    seconds = 0.1 if session.quick else share(session.seconds, sum(map(len, ways.values())), most=1.0)
     said: set[str] = set()
     budget = Budget(session.seconds)
     arch = variants.kernels_run(session.device)
@@ -42,7 +43,7 @@ def run(session: Session) -> int:
     for point in budget.walk(points):
         o = point.operands(session.device)
         timed = arms(session, point, o, peers, said)
-        for launch in launches.get(point.grid, ("queued" if cuda else "host",)):
+        for launch in ways[point]:
             _measure(recorder, session, point, o, timed, clocks[launch], ceilings, seconds)
         say(f"single {point}: {medians(recorder.rows, point)}")
     budget.record(recorder)

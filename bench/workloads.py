@@ -102,10 +102,13 @@ def gpu_single(quick: bool) -> list[Point]:
         return [*train(layer, (512,), (16,)), *train(layer, (1, 16), (16,), "decode", (0.0,))]
     square = {f"{n}": (n, n) for n in (4096, 5120, 8192)}
     q_o = {"8B q,o": LLAMA_8B["8B q,o"]}
-    return [
+    found = [
+        *train(LLAMA_8B, TOKENS[:1], (16,)),
+        *train(q_o, FEW_TOKENS, (16,), "decode", (0.0,)),
+        *train(LLAMA_70B, TOKENS[:1], (16,)),
+        *train(square, (2048, 4096, 6144, 8192), (16,), "lorafusion", (0.1,)),
         *train(LLAMA_8B, TOKENS, (16,)),
         *train(LLAMA_8B, FEW_TOKENS, (16,), "decode", (0.0,)),
-        *train(square, (2048, 4096, 6144, 8192), (16,), "lorafusion", (0.1,)),
         *train(LLAMA_70B, TOKENS, (16,)),
         *train(LLAMA_8B, TOKENS, (64,)),
         *train(q_o, (8192, 2048), (8, 256)),
@@ -113,6 +116,7 @@ def gpu_single(quick: bool) -> list[Point]:
         *train(LLAMA_70B, TOKENS, (64,)),
         *train(LLAMA_8B, FEW_TOKENS, (64,), "decode", (0.0,)),
     ]
+    return list(dict.fromkeys(found))
 
 
 def cpu_single(quick: bool) -> list[Point]:

@@ -12,7 +12,6 @@ import argparse
 import ctypes
 import importlib.util
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,7 +25,7 @@ os.environ["TRITON_INTERPRET"] = "0"
 
 import torch  # noqa: E402
 import triton  # noqa: E402
-from machine import driver, stand_in  # noqa: E402
+from machine import cuda_stub, driver, stand_in  # noqa: E402
 from triton.backends.nvidia.driver import CudaLauncher, CudaUtils  # noqa: E402
 from triton.compiler import CompiledKernel  # noqa: E402
 from triton.runtime import driver as runtime  # noqa: E402
@@ -53,12 +52,7 @@ def launch_nothing(arch: str) -> None:
 
 def launch_into_a_stub(arch: str, folder: str) -> ctypes.CDLL:
     """Triton's launcher, built as on a GPU; the library counts its launches (``stub_launches``)."""
-    headers = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
-    library = f"{folder}/libcuda.so.1"
-    how = ["-O2", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-I", str(headers)]
-    subprocess.run(["gcc", *how, str(HERE / "machine" / "cuda_stub.c"), "-o", library], check=True)
-    os.symlink(library, f"{folder}/libcuda.so")  # the name that Triton 3.4 links
-    os.environ["TRITON_LIBCUDA_PATH"] = folder
+    library = cuda_stub.build(folder)
     stub = ctypes.CDLL(library, ctypes.RTLD_GLOBAL)  # what is loaded under this name is what is linked
     stand_in.install(arch)
 

@@ -1,9 +1,14 @@
-"""A GPU's session without one: ``python tests/rehearsal.py SECTION[:FLAG,...] ... --out DIR [--seconds S]``
+"""A GPU's session without one: ``python tests/rehearsal.py SECTION[:FLAG,...] ... --out DIR [--seconds S] [--ahead]``
 
 Runs sections of `bench.device` on a pretended GPU, so that no line which only a GPU reaches is run there for the first time: torch.cuda
 is a pretender with an H100's properties, the device "cuda" the CPU, and Triton compiles for sm_90 but launches nothing. Nothing is
 right then: results are memory as it was, times are of the host, and whatever compares results finds them wrong. Sections that look
-at no value run at full size on tensors without storage; the others on small layers. Exit status: 1 if a section raised.
+at no value run at full size on tensors without storage; the others on small layers. A file of tests is a section, too: those marked
+cuda run, without storage, to the first assertion that looks at a value. Exit status: 1 if a section raised.
+
+``--ahead``: compile for an H100 what the sections compile ahead on one, and what launches it, into the folder that TRITON_CACHE_DIR names,
+and go no further where they launch by values. Triton finds all of it on a machine where that folder has the same path, and Triton and
+Python the same versions; a first run there is spared minutes.
 """
 
 from __future__ import annotations
@@ -12,6 +17,7 @@ import argparse
 import contextlib
 import os
 import sys
+import tempfile
 import time
 import traceback
 from dataclasses import replace
@@ -22,10 +28,14 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 os.environ["TRITON_INTERPRET"] = "0"
 
+import pytest  # noqa: E402
 import torch  # noqa: E402
+from machine import cuda_stub  # noqa: E402
 from torch._subclasses import fake_impls  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.overrides import TorchFunctionMode  # noqa: E402
+
+from lora_kernels import ops  # noqa: E402
 
 NAME = "no GPU: a rehearsal"
 UNSEEN = ("roof", "single", "memory", "host", "merge", "shared", "compiles")  # sections that look at no tensor's values
@@ -127,6 +137,9 @@ def without_storage() -> contextlib.ExitStack:
     scalar = torch.ops.aten._local_scalar_dense.default
     fake_impls.op_implementations_dict[scalar] = lambda mode, function, t: t.dtype == torch.bool or (1.0 if t.is_floating_point() else 1)
     torch.Tensor.tolist = lambda self: torch.zeros(tuple(self.shape)).numpy().tolist()  # type: ignore[method-assign]
+    # Else the operators' fakes would answer, and no kernel be launched.
+    ops.watched = lambda: False
+    ops.plain = lambda *tensors: True
     stack = contextlib.ExitStack()
     stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
     return stack
@@ -163,7 +176,11 @@ def narrow() -> None:
     timing.DeviceClock = Clock  # type: ignore[misc]
 
 
-def rehearse(section: str, flags: list[str], out: Path, seconds: float) -> int:
+class Compiled(BaseException):
+    """Everything that a section compiles ahead is; no error of an arm, which would be a row."""
+
+
+def rehearse(section: str, flags: list[str], out: Path, seconds: float, ahead: bool) -> int:
     """`bench.device`'s exit status for a section."""
     import peft  # noqa: F401  before there is a device that it would ask
     import transformers  # noqa: F401
@@ -175,22 +192,49 @@ def rehearse(section: str, flags: list[str], out: Path, seconds: float) -> int:
     driver.Launcher.__call__ = lambda self, *args: None
     from bench import check, compiles, device, precompile
 
-    precompile.run = lambda *args, **kwargs: None
+    compile_ahead = precompile.run
+
+    def compile_all(jobs, arch, seconds) -> None:
+        if ahead:
+            compile_ahead(jobs, arch, seconds)
+            raise Compiled
+
+    precompile.run = compile_all
+    if section.endswith(".py"):
+        with without_storage(), OnTheCPU():
+            return int(pytest.main(["-q", "-m", "cuda", "-p", "no:cacheprovider", "--tb=line", section]))
     compiles.in_process = lambda p, number, counting, seconds: compiles.executed(p, number)  # a process of its own would find no GPU
     check.recorded = lambda session: True
     unseen = section in UNSEEN
-    if not unseen:
+    if not unseen and not ahead:
         narrow()
-    with without_storage() if unseen else contextlib.nullcontext(), OnTheCPU():
-        return device.main([section, "--device", "cuda", "--out", str(out), "--seconds", str(seconds), *(f"--{flag}" for flag in flags)])
+    options = ["--device", "cuda", "--out", str(out), "--seconds", str(seconds), *(f"--{flag}" for flag in flags)]
+    try:
+        with without_storage() if unseen else contextlib.nullcontext(), OnTheCPU():
+            return device.main([section, *options])
+    finally:
+        precompile.close()
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("sections", nargs="+", metavar="SECTION")
+    parser.add_argument("sections", nargs="+", metavar="SECTION", help="of bench.device, with its flags: decode:quick; or a file of tests")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, default=20.0)
+    parser.add_argument("--seconds", type=float, default=20.0, help="of each section; --ahead takes as long as it takes")
+    parser.add_argument("--ahead", action="store_true", help="compile what the sections compile ahead; needs TRITON_CACHE_DIR and gcc")
     args = parser.parse_args()
+    if args.ahead and not os.environ.get("TRITON_CACHE_DIR"):
+        parser.error("--ahead: wanted a folder in TRITON_CACHE_DIR, got none")
+    if args.ahead and "model" in args.sections:
+        parser.error("--ahead: model launches by values alone; most of its kernels are among those of single and decode")
+    with tempfile.TemporaryDirectory() as folder:
+        if args.ahead:
+            args.seconds = 1e5
+            cuda_stub.build(folder)  # what launches a kernel is linked with the driver's library
+        return rehearse_all(args)
+
+
+def rehearse_all(args: argparse.Namespace) -> int:
     failed = []
     for each in args.sections:
         section, _, flags = each.partition(":")
@@ -199,8 +243,11 @@ def main() -> int:
             status = 1
             with contextlib.suppress(SystemExit):
                 try:
-                    says = rehearse(section, flags.split(",") if flags else [], args.out, args.seconds)
+                    says = rehearse(section, flags.split(",") if flags else [], args.out, args.seconds, args.ahead)
                     print(f"rehearsed: {each}, whose status is {says}")
+                    status = 0
+                except Compiled:
+                    print(f"compiled ahead: {each}")
                     status = 0
                 except BaseException:
                     traceback.print_exc()

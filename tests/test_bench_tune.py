@@ -278,10 +278,10 @@ for p in compiles.DROPOUTS:
     bound = len({part for job in jobs for part in parts(job)})
     print(json.dumps([p, len(found), len(set(launches(jobs, found))), bound, compiles.counted(p, 200)["kernels"]]))
 
-with compiles.counting() as compiled:
+with precompile.counting() as compiled:
     jobs = precompile.of_points([Point("decode", "small", 16, 128, 64, 16)], compiles.COUNTED, False)[:1]
     for _ in range(2):
-        precompile.compile_one(jobs[0], 0, compiles.COUNTED)
+        precompile.compile_some(jobs[0], [0], compiles.COUNTED)
 print(json.dumps(compiled))
 """
 
