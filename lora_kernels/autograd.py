@@ -102,7 +102,7 @@ def lora_linear(
         lora_A: ``[r, K]``, or with segments a stack ``[E, r, K]``, r from 1 to 512, any strides, x's dtype or float32 (rounded to
             x's dtype tile by tile, as autocast would).
         lora_B: ``[N, r]`` or ``[E, N, r]``, lora_A's dtype.
-        bias: ``[N]``, x's dtype, or None; beside a stack of weights ``[E, N]``, frozen; added before the result is rounded.
+        bias: ``[N]``, x's dtype, any stride, or None; beside a stack of weights ``[E, N]``, frozen; added before the result is rounded.
         base: ``[..., N]``, x's dtype: what another layer, a quantised one, say, makes of x. It takes the place of ``x W^T + bias``,
             whose weight and bias are then None, and is not written to. None: the product is made here.
         scale: ``lora_alpha / r`` (or ``/ sqrt(r)`` for rsLoRA); applied in float32, never folded into a 16-bit tensor. Or a float32

@@ -40,6 +40,8 @@ def base_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ``torch.backends.mkldnn.flags(enabled=False)``: oneDNN's float32 sums round more than MKL's (docs/numerics.md).
     """
     if _by_onednn(x, weight):
+        # oneDNN reads a bias with any stride as if it had stride 1
+        bias = None if bias is None else bias.contiguous()
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 

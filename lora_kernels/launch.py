@@ -180,6 +180,7 @@ def run_expand(
         drop_x is not None, drop_uv is not None, many(adapters), precision(x.dtype),
         sm_count(x.device) if c.persistent or config.wgrad.beside == "pdl" else 0, _alone(config),
     ))  # fmt: skip
+    bias = None if bias is None else bias.contiguous()  # N numbers, of which the kernel reads neighbours
     y = x.new_empty(e.y) if out is None else out
     u = x.new_empty(e.u) if e.u is not None else u
     flags, ticket, parts = None, None, None

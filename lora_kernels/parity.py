@@ -30,7 +30,7 @@ SEED = 0x1234_5678_9ABC
 
 @dataclass(frozen=True)
 class Case:
-    """One call, forward and backward. ``layout``: how x, weight and dY lie in memory."""
+    """One call, forward and backward. ``layout``: how x, weight, bias and dY lie in memory."""
 
     M: int
     N: int
@@ -124,7 +124,10 @@ def inputs(case: Case, device: torch.device) -> dict:
             t = tensors[name]
             wide = torch.full((*t.shape[:-2], t.shape[-2] + 2, t.shape[-1] + 3), float("nan"), dtype=t.dtype, device=device)
             tensors[name] = wide[..., 1:-1, 2:-1].copy_(t)
-    elif case.layout == "expanded":
+    if case.layout in ("transposed", "sliced") and tensors["bias"] is not None:
+        t = tensors["bias"]
+        tensors["bias"] = torch.full((*t.shape, 2), float("nan"), dtype=t.dtype, device=device)[..., 1].copy_(t)
+    if case.layout == "expanded":
         tensors["dY"] = tensors["dY"][:1, :1].expand(case.M, N)
     return tensors
 

@@ -132,6 +132,7 @@ ONE_ADAPTER = [
     Mutant("launch: 1 / (1 - p) twice in shrink", LAUNCH, "scale * inv_keep, *s.sizes", "scale * inv_keep * inv_keep, *s.sizes"),
     Mutant("launch: loop without 1 / (1 - p)", LAUNCH, "scale * (inv_keep if drop_x else 1.0)", "scale"),
     Mutant("launch: bias twice on library base", LAUNCH, "u=u, base=y, out=y", "u=u, bias=bias, base=y, out=y"),
+    Mutant("launch: bias by its own stride", LAUNCH, "None if bias is None else bias.contiguous()", "bias"),
     Mutant("launch: dropout on dY", LAUNCH, "lora_B, scale=scale, dropout=None", "lora_B, scale=scale, dropout=drop"),
     Mutant("launch: dA without dropout", LAUNCH, "all_ds, dropout=drop", "all_ds, dropout=None"),
     Mutant("launch: flags not zeroed", LAUNCH, "flags = torch.zeros(", "flags = torch.empty("),

@@ -42,6 +42,18 @@ def test_reference_is_the_textbook_formula():
 
 
 @pytest.mark.parametrize("impl", ARMS)
+@pytest.mark.parametrize("more", [{}, {"adapters": 3}, {"adapters": 3, "experts": True}, {"layers": 2}, {"widths": (20, 28)}], ids=str)
+def test_a_bias_of_any_stride(impl, more, device):
+    """Neither oneDNN's linear, for float32 of 16 and more, nor the kernels read a bias by its stride."""
+    result = parity.run_case(Case(80, 48, 64, 5, torch.float32, layout="transposed", impl=impl, **more), device)
+    assert result.ok, result.detail
+    x, weight, A, B, _ = operands(device)
+    one = torch.tensor([2.0], device=device)
+    y = lora_linear(x, weight, A, B, one.expand(N), impl=impl)
+    torch.testing.assert_close(y, lora_linear(x, weight, A, B, impl=impl) + 2.0)
+
+
+@pytest.mark.parametrize("impl", ARMS)
 @pytest.mark.parametrize("needed", [(0,), (2,), (3,), (4,), (0, 2), (2, 3), (0, 3), (0, 2, 3, 4)])
 def test_needs_input_grad_decides_what_is_computed_and_saved(impl, needed, device):
     args = operands(device)
