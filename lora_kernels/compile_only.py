@@ -217,8 +217,9 @@ def segment_problems() -> Iterator[tuple[str, Problem, bool]]:
             label = f"segments M={M} r{'<' if mixed else ''}={R}{' dropout' if dropout else ''}"
             yield f"forward {label}", problem, False
             yield f"backward {label}", problem.backward(), True
-    narrow = Problem(16, 1024, 4096, 16, torch.bfloat16, adapters=64, row_block=16, gather_block=16)
-    yield "forward segments M=16 N=1024", narrow, False
+    for M in (16, 64):  # few tiles, so that K is split
+        narrow = Problem(M, 1024, 4096, 16, torch.bfloat16, adapters=64, row_block=M, gather_block=16)
+        yield f"forward segments M={M} N=1024", narrow, False
 
 
 def base_problems() -> Iterator[tuple[str, Problem, bool]]:

@@ -250,6 +250,9 @@ def expand(
     late = None
     if config.wgrad.beside == "pdl":
         late = sms * max(1, RESIDENT // (c.num_stages * (c.block_m + c.block_n) * c.block_k * x_dtype.itemsize))
+    # With segments, or a mask, or a tile that leaves the registers no room, it is made first.
+    uv_last = c.u == "given" and not c.pdl and load_w is not None and r_blocks == 1 and min(c.block_m, c.block_n) >= 64
+    uv_last = uv_last and not (adapters.tokens or splits or drop_uv)
     blocks = max(c.block_m, c.block_n, c.block_k)
     options = Options(
         LOAD_X=load_x, LOAD_W=load_w, LOAD_U=load_u, U=c.u, SEGMENTS=adapters.tokens > 0, MASKED=c.masked, WALK=c.walk or None,
@@ -258,7 +261,7 @@ def expand(
         BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, BLOCK_R=block_r,
         R_BLOCKS=r_blocks, GROUP_M=c.group_m, GATHER_M=adapters.gather_block if adapters.tokens else c.block_m,
         EVEN_N=even, EVEN_K=K % c.block_k == 0, EVEN_R=R % block_r == 0 and not adapters.ranked,
-        WIDE=wide(*((strides, blocks) for strides in reached)), PERSISTENT=c.persistent, WAIT=None,
+        WIDE=wide(*((strides, blocks) for strides in reached)), PERSISTENT=c.persistent, UV_LAST=uv_last, WAIT=None,
         num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip
     if c.pdl:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import mutants_shared
-from mutants import CHAIN, EXPAND, LAUNCH, LAYOUT, LOAD, SHRINK, SPEED, TILES, WGRAD, Mutant
+from mutants import CHAIN, EXPAND, LAUNCH, LAYOUT, LOAD, LOW_RANK, SHRINK, SPEED, TILES, WGRAD, Mutant
 
 PACKING, DISPATCH, HEURISTIC, AUTOGRAD, LAYER = "packed.py", "dispatch.py", "tuning/heuristic.py", "autograd.py", "packed_layer.py"
 
@@ -25,7 +25,7 @@ PACKED = [
     Mutant("packed: u saved by the first layer alone", EXPAND, "n0 == begin", "n0 == 0"),
     Mutant("packed: u saved in the first layer's place", EXPAND, "u_ptrs = tile_ptrs(u, m0, first,", "u_ptrs = tile_ptrs(u, m0, 0,"),
     Mutant("packed: A of the first layer in the loop", EXPAND, "a, k0, first, K, first + R", "a, k0, 0, K, R"),
-    Mutant("packed: blocks of ranks up to one layer's", EXPAND, "(0, rank if period is None else R, BLOCK_R", "(0, rank, BLOCK_R"),
+    Mutant("packed: blocks of ranks up to one layer's", LOW_RANK, "(0, rank if period is None else R, BLOCK_R", "(0, rank, BLOCK_R"),
     Mutant("packed: counters of one layer's tiles", EXPAND, "column_blocks(N, ends, BLOCK_N) + pid_n", "tl.cdiv(N, BLOCK_N) + pid_n"),
     Mutant("packed: skipped beyond a first rank", LOAD, "(r0 % period < rank) | (r0 % period + BLOCK_R > period)", "r0 < rank"),
     Mutant("packed: skipped where a block is two layers'", LOAD, " | (r0 % period + BLOCK_R > period)", ""),

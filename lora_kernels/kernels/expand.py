@@ -6,10 +6,6 @@ Where u comes from is a plug, ``U``:
   "awaited"  one launch whose work list holds the shrink items ahead of the tiles: a tile computes its base product, then
              waits for its row block's flag. Items are handed out by a ticket, in order, to running programs only, and
              a producer never waits, so the wait always ends.
-With segments (given and awaited) the low-rank product is made once for each adapter present in the row block, and one adapter must never
-reach another's tokens. Either a token selects its own product, which takes a second accumulator, or (MASKED) the rows of u that belong to
-others are zero in each product, and what is not finite in v, for 0 * inf is NaN, is taken out of it and added to its own tokens as NaN.
-
 Without a loader of w, x is the base product itself, made by the library or by another layer, or a weight into which ``u v`` is merged
 (EXACT: u v in float32). Without one of x either, y is ``u v`` alone. ADD: what y holds already, dX of other layers of x, is the
 sum's "first" term, or its "last".
@@ -22,109 +18,10 @@ import triton
 import triton.language as tl
 
 from .dropout import drop, keep_tile
-from .load import load_dense, load_v, tile_mask, tile_ptrs
+from .load import load_dense, tile_mask, tile_ptrs
+from .low_rank import low_rank
 from .shrink import shrink_tile
 from .tiles import column_block, column_blocks, grouped_tile
-
-
-@triton.jit
-def own_product(
-    uv, own, u, v, m0, n0, r0, first, M, N, R, rank, period,
-    TYPE: tl.constexpr, LOAD_U: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-    EVEN_N: tl.constexpr, EVEN_R: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """``uv + u v`` in the rows ``own`` [BLOCK_M, 1], and uv, unchanged, in the others."""
-    u_tile = LOAD_U(u, m0, first + r0, M, first + R, BLOCK_M, BLOCK_R, False, EVEN_R, WIDE, own).to(TYPE)
-    v_tile = load_v(v, r0, n0, R, N, rank, period, BLOCK_R, BLOCK_N, EVEN_R, EVEN_N, WIDE).to(TYPE)
-    finite = tl.abs(v_tile.to(tl.float32)) < float("inf")
-    poison = tl.sum(tl.where(finite, 0.0, float("nan")), 0)
-    uv = tl.dot(u_tile, tl.where(finite, v_tile, 0.0), uv, input_precision=PRECISION)
-    return tl.where(own, uv + poison[None, :], uv)
-
-
-@triton.jit
-def low_rank(
-    acc,
-    u,
-    v,
-    rows,
-    stride_ve,
-    ranks_ptr,
-    seed,
-    threshold,
-    inv_keep,
-    m0,
-    n0,
-    first,
-    M,
-    N,
-    R,
-    period,
-    TYPE: tl.constexpr,
-    LOAD_U: tl.constexpr,
-    SEGMENTS: tl.constexpr,
-    MASKED: tl.constexpr,
-    WALK: tl.constexpr,
-    DROP_UV: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    R_BLOCKS: tl.constexpr,
-    EVEN_N: tl.constexpr,
-    EVEN_R: tl.constexpr,
-    WIDE: tl.constexpr,
-    FIRST: tl.constexpr,
-):
-    """``acc + D.(u v)``, u from column ``first`` on; FIRST: acc is still zero, so that the product needs no registers of its own."""
-    uv = acc
-    tokens = m0 + tl.arange(0, BLOCK_M)
-    if (DROP_UV or (SEGMENTS and not MASKED)) and not FIRST:
-        uv = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    if SEGMENTS:
-        ids = tl.load(rows[0] + tokens, mask=tokens < M, other=-1)
-        if R_BLOCKS == 1 and not MASKED:
-            u_tile = LOAD_U(u, m0, first, M, first + R, BLOCK_M, BLOCK_R, False, EVEN_R, WIDE).to(TYPE)
-        # One step an adapter; where products are selected, one for each block of its rank, so that no inner loop ends the pipeline.
-        STEPS: tl.constexpr = 1 if MASKED else R_BLOCKS
-        for i in tl.range(0, tl.load(rows[2] + m0 // BLOCK_M) * STEPS, num_stages=WALK):
-            adapter = tl.load(rows[1] + m0 + i // STEPS)
-            rank = R
-            if ranks_ptr is not None:
-                rank = tl.minimum(tl.load(ranks_ptr + adapter), R)
-            its_v = (v[0] + adapter.to(tl.int64) * stride_ve, v[1], v[2])
-            own = (ids == adapter)[:, None]
-            if MASKED and R_BLOCKS == 1:
-                uv = own_product(
-                    uv, own, u, its_v, m0, n0, 0, first, M, N, R, rank, period,
-                    TYPE, LOAD_U, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R, EVEN_N, EVEN_R, WIDE,
-                )  # fmt: skip
-            elif MASKED:
-                for r0 in tl.range(0, rank if period is None else R, BLOCK_R, num_stages=1):
-                    uv = own_product(
-                        uv, own, u, its_v, m0, n0, r0, first, M, N, R, rank, period,
-                        TYPE, LOAD_U, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R, EVEN_N, EVEN_R, WIDE,
-                    )  # fmt: skip
-            else:
-                # u: [BLOCK_M, BLOCK_R], v: [BLOCK_R, BLOCK_N]
-                r0 = i % STEPS * BLOCK_R
-                if R_BLOCKS > 1:
-                    u_tile = LOAD_U(u, m0, first + r0, M, first + R, BLOCK_M, BLOCK_R, False, EVEN_R, WIDE).to(TYPE)
-                v_tile = load_v(its_v, r0, n0, R, N, rank, period, BLOCK_R, BLOCK_N, EVEN_R, EVEN_N, WIDE).to(TYPE)
-                product = tl.dot(u_tile, v_tile, input_precision=PRECISION)
-                uv += tl.where(own, product, 0.0)
-    else:
-        # A loop, not unrolled: Triton 3.6 compiles consecutive dots before a pipelined loop to an empty kernel on sm_100.
-        for r0 in tl.range(0, R_BLOCKS * BLOCK_R, BLOCK_R, num_stages=1):
-            # u: [BLOCK_M, BLOCK_R], v: [BLOCK_R, BLOCK_N]
-            u_tile = LOAD_U(u, m0, first + r0, M, first + R, BLOCK_M, BLOCK_R, False, EVEN_R, WIDE).to(TYPE)
-            v_tile = load_dense(v, r0, n0, R, N, BLOCK_R, BLOCK_N, EVEN_R, EVEN_N, WIDE).to(TYPE)
-            uv = tl.dot(u_tile, v_tile, uv, input_precision=PRECISION)
-    if DROP_UV:
-        uv = tl.where(keep_tile(seed, threshold, tokens, n0, BLOCK_M, BLOCK_N), uv * inv_keep, 0.0)
-    elif MASKED or not SEGMENTS:
-        return uv
-    return uv if FIRST else acc + uv
 
 
 @triton.jit
@@ -179,6 +76,7 @@ def expand_tile(
     EVEN_K: tl.constexpr,
     EVEN_R: tl.constexpr,
     WIDE: tl.constexpr,
+    UV_LAST: tl.constexpr,
     WAIT: tl.constexpr,
 ):
     """One tile of y, or with SPLIT one part of it. parts: (partial sums, their stride, counters of the tiles, number of parts)."""
@@ -193,7 +91,11 @@ def expand_tile(
         k_begin = (part - 1) * blocks_per_part * BLOCK_K
         k_end = tl.where(part == 0, k_begin, tl.minimum(k_begin + blocks_per_part * BLOCK_K, K))
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    if U == "given" and (WAIT is None or SPLIT):
+    if UV_LAST:
+        # u: [BLOCK_M, BLOCK_R], v: [BLOCK_R, BLOCK_N]
+        u_tile = LOAD_U(u, m0, first, M, first + R, BLOCK_M, BLOCK_R, False, EVEN_R, WIDE).to(TYPE)
+        v_tile = load_dense(v, 0, n0, R, N, BLOCK_R, BLOCK_N, EVEN_R, EVEN_N, WIDE).to(TYPE)
+    elif U == "given" and (WAIT is None or SPLIT):
         if part == 0:
             if WAIT is not None:
                 WAIT()
@@ -210,20 +112,30 @@ def expand_tile(
         # x: [BLOCK_M, BLOCK_N]
         acc += LOAD_X(x, m0, n0, M, N, BLOCK_M, BLOCK_N, False, EVEN_N, WIDE)
     else:
-        if not SPLIT:
-            tl.assume(K > 0)  # a loop that may be skipped after the selects of segments has its wgmma serialized by ptxas 12.8 (C7515)
         u_acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
-        for k0 in tl.range(k_begin, k_end, BLOCK_K):
-            # x: [BLOCK_M, BLOCK_K], w: [BLOCK_K, BLOCK_N]
-            x_tile = LOAD_X(x, m0, k0, M, K, BLOCK_M, BLOCK_K, False, EVEN_K, WIDE)
-            w_tile = LOAD_W(w, k0, n0, K, N, BLOCK_K, BLOCK_N, EVEN_K, EVEN_N, WIDE).to(x_tile.dtype)
-            acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)
-            if U == "loop":
-                if DROP_X:
-                    x_tile = drop(x_tile, seed, threshold, m0 + tl.arange(0, BLOCK_M), k0, BLOCK_M, BLOCK_K)
-                # a: [BLOCK_K, BLOCK_R]
-                a_tile = load_dense(a, k0, first, K, first + R, BLOCK_K, BLOCK_R, EVEN_K, EVEN_R, WIDE).to(x_tile.dtype)
-                u_acc = tl.dot(x_tile, a_tile, u_acc, input_precision=PRECISION)
+        turns = 0
+        some = part > 0 if SPLIT else True
+        if some:
+            tl.assume(k_end > k_begin)  # behind a loop that may be skipped ptxas 12.8 serializes wgmma (C7515)
+            for k0 in tl.range(k_begin, k_end, BLOCK_K):
+                # x: [BLOCK_M, BLOCK_K], w: [BLOCK_K, BLOCK_N]
+                x_tile = LOAD_X(x, m0, k0, M, K, BLOCK_M, BLOCK_K, False, EVEN_K, WIDE)
+                w_tile = LOAD_W(w, k0, n0, K, N, BLOCK_K, BLOCK_N, EVEN_K, EVEN_N, WIDE).to(x_tile.dtype)
+                if U == "loop":  # first, for by the first product Triton lays a tile of 16 rows over the warps: by columns
+                    kept = x_tile
+                    if DROP_X:
+                        kept = drop(x_tile, seed, threshold, m0 + tl.arange(0, BLOCK_M), k0, BLOCK_M, BLOCK_K)
+                    # a: [BLOCK_K, BLOCK_R]
+                    a_tile = load_dense(a, k0, first, K, first + R, BLOCK_K, BLOCK_R, EVEN_K, EVEN_R, WIDE).to(x_tile.dtype)
+                    u_acc = tl.dot(kept, a_tile, u_acc, input_precision=PRECISION)
+                acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)
+                if UV_LAST:
+                    turns += 1
+        if UV_LAST:
+            # What rests on the loop's end is not put into shared memory, so not waited for, ahead of the loop's first copies.
+            u_tile = tl.where(turns > 0, u_tile, tl.zeros_like(u_tile))
+            v_tile = tl.where(turns > 0, v_tile, tl.zeros_like(v_tile))
+            acc = tl.dot(u_tile, v_tile, acc, input_precision=PRECISION)
         if U == "loop":
             # v: [BLOCK_R, BLOCK_N]
             v_tile = load_dense(v, 0, n0, R, N, BLOCK_R, BLOCK_N, EVEN_R, EVEN_N, WIDE)
@@ -340,6 +252,7 @@ def expand(
     EVEN_R: tl.constexpr,
     WIDE: tl.constexpr,
     PERSISTENT: tl.constexpr,
+    UV_LAST: tl.constexpr,
     WAIT: tl.constexpr,
 ):
     """Grid [programs]: as many as there are work items, or fewer (PERSISTENT), each taking every grid-th item or ticket.
@@ -347,6 +260,9 @@ def expand(
     WALK: stages of the loop over a row block's adapters, or None. SPLIT: parts: as in `expand_tile`, blocks_per_part: of K. WAIT: None, or
     a function that waits for the launch that writes u, for which the base product does not wait. late: None, or the first program that
     calls it at once, having its room from one that has waited.
+
+    UV_LAST: u and v, one block of ranks, are on their way while the K loop runs, and their product closes the sum; ahead of the loop the
+    first copies of x and w would wait for it.
 
     ends: None, or where the columns of each layer that w packs end; u then has R for each. period: as in `within_rank`, of v's rows.
 
@@ -363,36 +279,45 @@ def expand(
     if late is not None:
         if first >= late:
             WAIT()
-    last = producers + num_m * num_n if PERSISTENT else first + 1
-    step = tl.num_programs(0) if PERSISTENT else 1
-    for turn in tl.range(first, last, step):
-        item = turn
-        tile = turn
-        part = 0
-        if SPLIT:
-            tile = turn // parts[3]
-            part = turn % parts[3]
-        if U == "awaited":
-            item = tl.atomic_add(ticket_ptr, 1, sem="relaxed", scope="gpu")
-            tile = item - producers
-            if item < producers:
-                source = item // R_BLOCKS
-                tokens, row_mask = shrink_tile(
-                    gather_x if SEGMENTS else x, a, u, gather, adapters, stride_ae, scales_ptr, ranks_ptr, seed, threshold, scale,
-                    source, (item % R_BLOCKS) * BLOCK_R, 0, K, M, K, R,
-                    LOAD_X, SEGMENTS, DROP_X, PRECISION, GATHER_M, BLOCK_K, BLOCK_R, EVEN_K, EVEN_R, WIDE,
+    if UV_LAST and not PERSISTENT:  # no loop of one turn, whose next turn's copies would be fenced off from this one's stores
+        pid_m, pid_n = grouped_tile(first, num_m, num_n, GROUP_M)
+        expand_tile(
+            x, w, a, u, v, bias_ptr, y, rows, stride_ve, scales_ptr, ranks_ptr, flag_ptr,
+            parts, 0, blocks_per_part, seed, threshold, inv_keep, scale, pid_m, pid_n, M, N, K, R, ends, period,
+            LOAD_X, LOAD_W, LOAD_U, U, SEGMENTS, MASKED, WALK, SPLIT, EXACT, ADD, SAVE_U, DROP_X, DROP_UV, PRECISION,
+            BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, R_BLOCKS, EVEN_N, EVEN_K, EVEN_R, WIDE, UV_LAST, WAIT,
+        )  # fmt: skip
+    else:
+        last = producers + num_m * num_n if PERSISTENT else first + 1
+        step = tl.num_programs(0) if PERSISTENT else 1
+        for turn in tl.range(first, last, step):
+            item = turn
+            tile = turn
+            part = 0
+            if SPLIT:
+                tile = turn // parts[3]
+                part = turn % parts[3]
+            if U == "awaited":
+                item = tl.atomic_add(ticket_ptr, 1, sem="relaxed", scope="gpu")
+                tile = item - producers
+                if item < producers:
+                    source = item // R_BLOCKS
+                    tokens, row_mask = shrink_tile(
+                        gather_x if SEGMENTS else x, a, u, gather, adapters, stride_ae, scales_ptr, ranks_ptr, seed, threshold, scale,
+                        source, (item % R_BLOCKS) * BLOCK_R, 0, K, M, K, R,
+                        LOAD_X, SEGMENTS, DROP_X, PRECISION, GATHER_M, BLOCK_K, BLOCK_R, EVEN_K, EVEN_R, WIDE,
+                    )  # fmt: skip
+                    tl.debug_barrier()
+                    if SEGMENTS:  # a row block is ready when each of its tokens is
+                        tl.atomic_add(flag_ptr + tokens // BLOCK_M, 1, mask=row_mask, sem="release", scope="gpu")
+                    else:
+                        tl.atomic_add(flag_ptr + source, 1, sem="release", scope="gpu")
+            # The condition is true for u in the loop, too, but Triton 3.6 compiles its dots in a straight line to nothing on sm_100.
+            if U == "given" or (tile >= 0) & (tile < num_m * num_n):
+                pid_m, pid_n = grouped_tile(tile, num_m, num_n, GROUP_M)
+                expand_tile(
+                    x, w, a, u, v, bias_ptr, y, rows, stride_ve, scales_ptr, ranks_ptr, flag_ptr,
+                    parts, part, blocks_per_part, seed, threshold, inv_keep, scale, pid_m, pid_n, M, N, K, R, ends, period,
+                    LOAD_X, LOAD_W, LOAD_U, U, SEGMENTS, MASKED, WALK, SPLIT, EXACT, ADD, SAVE_U, DROP_X, DROP_UV, PRECISION,
+                    BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, R_BLOCKS, EVEN_N, EVEN_K, EVEN_R, WIDE, UV_LAST, WAIT,
                 )  # fmt: skip
-                tl.debug_barrier()
-                if SEGMENTS:  # a row block is ready when each of its tokens is
-                    tl.atomic_add(flag_ptr + tokens // BLOCK_M, 1, mask=row_mask, sem="release", scope="gpu")
-                else:
-                    tl.atomic_add(flag_ptr + source, 1, sem="release", scope="gpu")
-        # The condition is true for u in the loop, too, but Triton 3.6 compiles its dots in a straight line to nothing on sm_100.
-        if U == "given" or (tile >= 0) & (tile < num_m * num_n):
-            pid_m, pid_n = grouped_tile(tile, num_m, num_n, GROUP_M)
-            expand_tile(
-                x, w, a, u, v, bias_ptr, y, rows, stride_ve, scales_ptr, ranks_ptr, flag_ptr,
-                parts, part, blocks_per_part, seed, threshold, inv_keep, scale, pid_m, pid_n, M, N, K, R, ends, period,
-                LOAD_X, LOAD_W, LOAD_U, U, SEGMENTS, MASKED, WALK, SPLIT, EXACT, ADD, SAVE_U, DROP_X, DROP_UV, PRECISION,
-                BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, R_BLOCKS, EVEN_N, EVEN_K, EVEN_R, WIDE, WAIT,
-            )  # fmt: skip

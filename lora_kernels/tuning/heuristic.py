@@ -41,7 +41,11 @@ def _shrink(problem: Problem, arch: Arch) -> Shrink:
     blocks = -(-problem.M // block_m)
     block_k = 64 if problem.itemsize == 4 or problem.dropout or (problem.adapters and problem.R > 32) else 128
     stages = 1 if block_m > 32 and problem.dropout == "x" else 3  # the dropped tile is a register operand: see why_not
-    return Shrink(block_m, block_k, split=_split(blocks, problem.K, 4 * block_k, arch), num_warps=4, num_stages=stages)
+    split = _split(blocks, problem.K, 4 * block_k, arch)
+    if blocks >= arch.sms and not problem.dropout:
+        # Two programs a multiprocessor fetch enough by more stages, and partial sums would be two launches more. A mask wants more warps.
+        split, stages = 1, 5 if problem.tile_rank <= 32 and arch.shared_memory >= 160 << 10 else 3
+    return Shrink(block_m, block_k, split=split, num_warps=4, num_stages=stages)
 
 
 def _wgrad(problem: Problem, arch: Arch) -> Wgrad:
