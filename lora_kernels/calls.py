@@ -61,7 +61,7 @@ def arm(call: tuple | None) -> tuple | None:
 
 def remember(call: tuple | None, x, weight, lora_A, lora_B, bias, base, adapters: Adapters, p: float, impl: str, key: str) -> tuple | None:
     """The arm of a call that was checked, remembered; None where no arm is given x as it is."""
-    if call is None or x.numel() == 0 or lora_B.numel() == 0 or any(t is not None and even(t) is not t for t in (x, base)):
+    if call is None or x.numel() == 0 or lora_B.numel() == 0 or even(x) is not x or even(base) is not base:
         return None
     if not ops.plain(x, weight, lora_A, lora_B, bias, base):
         return None

@@ -184,7 +184,7 @@ def its_rows(A, layers: int, rank: int):
 
 def forward(x, weight, lora_A, lora_B, bias, seed, adapters: Adapters, scale: float, p: float, save_u=True, config=None, base=None, u=None):
     """``y [..., N]`` and ``u [M, r]`` for x ``[..., K]``; p = 0: no dropout. With segments u is None unless ``save_u``; else it is free."""
-    given, x, base = x, as_matrix(x), None if base is None else as_matrix(base)
+    given, x, base = x, as_matrix(x), as_matrix(base)
     A, B = (lora_A, lora_B) if lora_A.dtype == x.dtype else (lora_A.to(x.dtype), lora_B.to(x.dtype))
     M, bits = x.shape[0] * adapters.top_k, None
     if p:  # the 1 / (1 - p) goes into the product's scale, so that nothing is rounded here
@@ -227,7 +227,7 @@ def backward(
 
     The rest as in `launch.backward`; onto, ds and all_ds come without segments.
     """
-    given, dy, x, onto = dy, as_matrix(dy), None if x is None else as_matrix(x), None if onto is None else as_matrix(onto)
+    given, dy, x, onto = dy, as_matrix(dy), as_matrix(x), as_matrix(onto)
     need_dx, need_da, need_db = needs
     bits = None
     if p and (need_dx or need_da):

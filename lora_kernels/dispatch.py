@@ -201,7 +201,7 @@ def _remembered(which: str, weight, describe: Callable[..., Problem], operands: 
 
 def _describe_dx(dy, x, weight, lora_A, lora_B, u, *, dropout: bool, adapters: Adapters) -> Problem:
     """dX's problem, as `problem.describe` is the forward pass's."""
-    dy, x = as_matrix(dy), None if x is None else as_matrix(x)
+    dy, x = as_matrix(dy), as_matrix(x)
     K = lora_A.shape[-1] if lora_A is not None else x.shape[1] if x is not None else dy.shape[1]
     R = u.shape[1] if lora_B is None else lora_B.shape[-1] * adapters.layers
     w = dy if weight is None else problem.one_of(weight)

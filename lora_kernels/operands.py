@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, overload
+from typing import NamedTuple, TypeVar, overload
 
 import torch
 
 from .segments import ONE, Adapters
 
 Matrix = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]  # shape, strides, dtype
+Maybe = TypeVar("Maybe", torch.Tensor, None)
 
 
 @overload
@@ -26,14 +27,14 @@ def flat(m: Matrix) -> Matrix:
     return m if len(shape) == 2 else ((math.prod(shape[:-1]), shape[-1]), (shape[-1], 1), dtype)
 
 
-def as_matrix(t: torch.Tensor) -> torch.Tensor:
+def as_matrix(t: Maybe) -> Maybe:
     """``[..., K]`` as ``[M, K]``: a view wherever the leading dimensions have a common stride, otherwise a copy, as in F.linear."""
-    return t if t.dim() == 2 else t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
+    return t if t is None or t.dim() == 2 else t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
 
 
-def even(t: torch.Tensor) -> torch.Tensor:
+def even(t: Maybe) -> Maybe:
     """``[..., K]`` as an arm takes it: as it is if contiguous, else its `as_matrix`."""
-    return t if t.dim() == 2 or t.is_contiguous() else as_matrix(t)
+    return t if t is None or t.dim() == 2 or t.is_contiguous() else as_matrix(t)
 
 
 def lead(shape: tuple[int, ...], top_k: int) -> list[int]:

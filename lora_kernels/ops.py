@@ -90,9 +90,9 @@ def plain(x: torch.Tensor, *others: torch.Tensor | None) -> bool:
 def _forward(x, weight, lora_A, lora_B, bias, seed, adapters, scale, dropout_p, save_u, impl, config, base, arm=None):
     N = lora_B.shape[-2]
     if x.numel() == 0 or N == 0:
-        y, u = _empty_forward(as_matrix(x), N, lora_A, bias, None if base is None else as_matrix(base), adapters)
+        y, u = _empty_forward(as_matrix(x), N, lora_A, bias, as_matrix(base), adapters)
         return like_tokens(y, x, adapters.top_k), u
-    its, its_base = even(x), None if base is None else even(base)
+    its, its_base = even(x), even(base)
     run, chosen = arm or dispatch.forward_arm(its, weight, lora_A, lora_B, adapters, dropout_p, impl, config)
     y, u = run(its, weight, lora_A, lora_B, bias, seed, adapters, scale, dropout_p, save_u, chosen, its_base)
     return y if its is x else like_tokens(y, x, adapters.top_k), u
@@ -119,7 +119,7 @@ def _backward(dy, x, weight, lora_A, lora_B, u, seed, adapters, scale, dropout_p
         da = dy.new_zeros(*stack, lora_B.shape[-1] * adapters.layers, x.shape[-1], dtype=adapter_dtype) if need_da else None
         db = dy.new_zeros(*stack, dy.shape[-1], u.shape[1] // adapters.layers, dtype=adapter_dtype) if need_db else None
     elif need_dx or need_da or need_db:
-        its, its_x = even(dy), None if x is None else even(x)
+        its, its_x = even(dy), even(x)
         run, chosen = arm or dispatch.backward_arm(its, its_x, weight, lora_A, lora_B, u, adapters, dropout_p, impl, config)
         dx, da, db = run(its, its_x, weight, lora_A, lora_B, u, seed, adapters, scale, dropout_p, needs[:3], adapter_dtype, chosen)
         dx = dx if its is dy or dx is None else like_tokens(dx, dy)

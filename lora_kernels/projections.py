@@ -81,7 +81,7 @@ class LoRALinearsFunction(torch.autograd.Function):
         dx = all_ds = None
         if columns is not None and len(live) == len(layers) and all(need[1] for need in needs):
             all_ds = dys[0].new_empty(tokens(dys[0]), columns[-1].stop)
-        its_x = None if x is None else even(x)
+        its_x = even(x)
         for i in live:
             (weight, A, B, u, seed), (_, need_A, need_B, need_bias, _), layer = tensors[i], needs[i], layers[i]
             dy = even(dys[i].resolve_neg())  # as an operator would have it
