@@ -18,7 +18,7 @@ from torch import nn
 from .experts_layer import LoRAExperts, plain_name, why_not_adapted
 from .lora_config import LoRAConfig, all_linear, names_mean, pattern_means
 from .multi import MultiLoRALinear
-from .nn import FusedLoRALinear, has_hooks
+from .nn import AdaptedLinear, FusedLoRALinear, has_hooks
 from .over import LoRAOver, MultiLoRAOver, Over, quantised
 from .problem import UnsupportedError
 
@@ -83,7 +83,7 @@ def remove_lora(model: nn.Module, *, merge: bool = False) -> list[str]:
         adapters, a weight that another module shares, or an adapter with NaN or Inf. UnsupportedError: a layer has hooks, or with
         ``merge=True`` a quantised base. In each case the model is as it was.
     """
-    places = _places(model, (FusedLoRALinear, MultiLoRALinear, LoRAExperts))
+    places = _places(model, (AdaptedLinear, LoRAExperts))
     if not places:
         raise ValueError("model: wanted one with FusedLoRALinear or MultiLoRALinear layers, got none")
     layers: dict[str, Any] = {names[0]: layer for layer, names in places.items()}
@@ -182,8 +182,7 @@ def _check_layer(model: nn.Module, module: nn.Module, names: list[str]) -> None:
     if quantised(module):
         return
     if type(module) is not nn.Linear:
-        adapted = isinstance(module, (FusedLoRALinear, MultiLoRALinear))
-        hint = "remove_lora(model) first" if adapted else "name the linear layers alone, or it in exclude_modules"
+        hint = "remove_lora(model) first" if isinstance(module, AdaptedLinear) else "name the linear layers alone, or it in exclude_modules"
         raise TypeError(f"{names[0]}: wanted an nn.Linear or a quantised layer, got {type(module).__name__}; {hint}")
     _check_hooks(module, names[0])
     for parent in {name.rpartition(".")[0] for name in names}:

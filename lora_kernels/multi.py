@@ -16,14 +16,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from .autograd import lora_linear
-from .merging import Mergeable
-from .nn import adopt, check_linear, check_rank, held, init_adapter, scaling_of
+from .nn import AdaptedLinear, check_linear, check_rank, held, init_adapter, scaling_of
 from .problem import UnsupportedError, check_tensor
 from .segments import Segments, check_int
 from .slots import SlotParameter
 
 
-class MultiLoRALinear(Mergeable, nn.Module):
+class MultiLoRALinear(AdaptedLinear):
     """``num_adapters`` low-rank updates over one frozen linear layer, any mix of them in a batch.
 
     ``weight`` and ``bias`` have nn.Linear's names and layout, as in `FusedLoRALinear`. A slot of the stacks holds one adapter; beyond
@@ -49,11 +48,6 @@ class MultiLoRALinear(Mergeable, nn.Module):
         too: a graph captured while all ranks were full serves and trains a smaller adapter by its zeros.
     """
 
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    in_features: int
-    out_features: int
-    lora_dropout: float
     scaling: torch.Tensor
     ranks: torch.Tensor
     plans: Any = None  # inside `use_segments` and `use_adapters`: what says which plan goes with x
@@ -123,9 +117,6 @@ class MultiLoRALinear(Mergeable, nn.Module):
         for e in range(E):
             self._init(e, init_lora_weights)
 
-    def _take(self, base, lora_dropout: float, adapter_dtype) -> torch.Tensor:
-        return adopt(self, base, lora_dropout, adapter_dtype)
-
     def forward(self, x: torch.Tensor, segments: Segments | None = None) -> torch.Tensor:
         """Each token through its adapter; dropout acts in training. Without segments where an adapter is merged: every token through it."""
         segments = self.planned(x, segments)
@@ -160,10 +151,6 @@ class MultiLoRALinear(Mergeable, nn.Module):
     def planned(self, x: torch.Tensor, segments: Segments | None) -> Segments | None:
         """The plan of a call with x, which `use_adapters` has where none is given."""
         return self.plans.of(x, self.num_adapters) if segments is None and self.plans is not None else segments
-
-    def _operands(self, x: torch.Tensor) -> tuple:
-        """x, weight, bias and base product of a call."""
-        return x, *held(self, "weight", "bias"), None
 
     def adapter(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
         """A ``[r_i, K]`` and B ``[N, r_i]`` of adapter i as detached views: writing to them changes the adapter, in place."""

@@ -16,7 +16,33 @@ from .problem import MAX_RANK, UnsupportedError, check_tensor
 from .projections import Projection
 
 
-class FusedLoRALinear(Mergeable, nn.Module):
+class AdaptedLinear(Mergeable, nn.Module):
+    """What layers of one adapter and of many have in common: an nn.Linear's parameters, frozen, in whose place `over.Over` has a layer."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    in_features: int
+    out_features: int
+    lora_dropout: float
+
+    def _take(self, base: nn.Linear, lora_dropout: float, adapter_dtype) -> torch.Tensor:
+        """Take over ``base`` and the dropout, all checked; returns an empty tensor as the adapters are to be."""
+        check_dropout(lora_dropout)
+        if adapter_dtype not in (None, base.weight.dtype, torch.float32):
+            raise TypeError(f"adapter_dtype: wanted the base's dtype {base.weight.dtype} or float32, got {adapter_dtype}")
+        self.in_features, self.out_features, self.lora_dropout = base.in_features, base.out_features, float(lora_dropout)
+        self.weight = base.weight
+        self.register_parameter("bias", base.bias)
+        for parameter in self.parameters():
+            parameter.requires_grad_(False)
+        return base.weight.new_empty(0, dtype=adapter_dtype or base.weight.dtype)
+
+    def _operands(self, x: torch.Tensor) -> tuple:
+        """x, weight, bias and base product of a call."""
+        return x, *held(self, "weight", "bias"), None
+
+
+class FusedLoRALinear(AdaptedLinear):
     """``y = x W^T + scaling * (dropout(x) A^T) B^T + bias`` with W and bias frozen, A and B trained.
 
     ``weight`` and ``bias`` have nn.Linear's names and layout, so an nn.Linear checkpoint loads with only ``lora_A`` and ``lora_B`` missing.
@@ -40,13 +66,8 @@ class FusedLoRALinear(Mergeable, nn.Module):
         enabled: False: the base alone answers. merged: Whether the update sits in ``weight``.
     """
 
-    weight: torch.Tensor
-    bias: torch.Tensor | None
     lora_bias: torch.Tensor | None
     lora_magnitude: torch.Tensor | None
-    in_features: int
-    out_features: int
-    lora_dropout: float
     _shares: Any = None  # the `SharedInput` of this layer and others, if any
 
     def __init__(
@@ -115,9 +136,6 @@ class FusedLoRALinear(Mergeable, nn.Module):
         self.register_parameter("lora_magnitude", nn.Parameter(vector.clone()) if use_dora else None)
         self.reset_adapter(init_lora_weights)
 
-    def _take(self, base: nn.Linear, lora_dropout: float, adapter_dtype) -> torch.Tensor:
-        return adopt(self, base, lora_dropout, adapter_dtype)
-
     def reset_adapter(self, init_lora_weights: bool = True) -> None:
         """Initialise the adapter again; see ``init_lora_weights``."""
         if self.merged:
@@ -150,10 +168,6 @@ class FusedLoRALinear(Mergeable, nn.Module):
         if self.merged or not self.enabled or self.weight is None or self.lora_magnitude is not None or self.lora_bias is not None:
             return None
         return Projection(self.weight, self.lora_A, self.lora_B, self.bias, self.scaling, self.lora_dropout if self.training else 0.0)
-
-    def _operands(self, x: torch.Tensor) -> tuple:
-        """x, weight, bias and base product of a call."""
-        return x, *held(self, "weight", "bias"), None
 
     def delta_weight(self) -> torch.Tensor:
         """``scaling * B A`` as float32 ``[out_features, in_features]`` (float64 for a float64 base)."""
@@ -247,19 +261,6 @@ def check_rank(name: str, r) -> None:
 def check_dropout(lora_dropout: float) -> None:
     if not 0.0 <= lora_dropout < 1.0:
         raise ValueError(f"lora_dropout: wanted a probability in [0, 1), got {lora_dropout}")
-
-
-def adopt(layer, base: nn.Linear, lora_dropout: float, adapter_dtype) -> torch.Tensor:
-    """Give a layer the parameters of ``base``, frozen, and its dropout, all checked; returns an empty tensor as the adapters are to be."""
-    check_dropout(lora_dropout)
-    if adapter_dtype not in (None, base.weight.dtype, torch.float32):
-        raise TypeError(f"adapter_dtype: wanted the base's dtype {base.weight.dtype} or float32, got {adapter_dtype}")
-    layer.in_features, layer.out_features, layer.lora_dropout = base.in_features, base.out_features, float(lora_dropout)
-    layer.weight = base.weight
-    layer.register_parameter("bias", base.bias)
-    for parameter in layer.parameters():
-        parameter.requires_grad_(False)
-    return base.weight.new_empty(0, dtype=adapter_dtype or base.weight.dtype)
 
 
 def scaling_of(lora_alpha: float, r: int, use_rslora: bool) -> float:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .multi import MultiLoRALinear
-from .nn import FusedLoRALinear, check_dropout
+from .nn import AdaptedLinear, FusedLoRALinear, check_dropout
 from .problem import FLOATS, UnsupportedError
 from .segments import check_int
 
@@ -33,7 +33,7 @@ class Over:
         """Check the layer and what is said of it."""
         if not isinstance(base_layer, nn.Module):
             raise TypeError(f"base_layer: wanted an nn.Module, got {type(base_layer).__name__}")
-        if isinstance(base_layer, (FusedLoRALinear, MultiLoRALinear)):
+        if isinstance(base_layer, AdaptedLinear):
             raise TypeError(f"base_layer: wanted a layer without an adapter, got {type(base_layer).__name__}")
         found = sizes(base_layer) or (None, None)
         for name, own, size in zip(("in_features", "out_features"), found, (in_features, out_features), strict=True):
@@ -137,7 +137,7 @@ def sizes(layer: nn.Module) -> tuple[int, int] | None:
 
 def quantised(layer: nn.Module) -> bool:
     """Whether a linear layer stores its weight otherwise than as a matrix of floats."""
-    if sizes(layer) is None or isinstance(layer, (FusedLoRALinear, MultiLoRALinear)):
+    if sizes(layer) is None or isinstance(layer, AdaptedLinear):
         return False
     weight = getattr(layer, "weight", None)
     if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
