@@ -89,7 +89,7 @@ def remove_lora(model: nn.Module, *, merge: bool = False) -> list[str]:
     layers: dict[str, Any] = {names[0]: layer for layer, names in places.items()}
     for name, layer in layers.items():
         _check_hooks(layer, name)
-    merged = [name for name, layer in layers.items() if getattr(layer, "merged", False)]
+    merged = [name for name, layer in layers.items() if layer.merged]
     if merged and not merge:
         raise ValueError(f"merge: wanted unmerged layers, got merged ones ({some(merged)}); call unmerge() first, or pass merge=True")
     if merge:
@@ -244,7 +244,7 @@ def _linear(layer) -> nn.Module:
         return layer.base_layer
     linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
     linear.weight, linear.bias = layer.weight, layer.bias
-    if getattr(layer, "merged", False) and layer.lora_bias is not None:
+    if layer.merged and layer.lora_bias is not None:
         linear.bias = nn.Parameter(layer.whole_bias().detach(), requires_grad=False)
     return linear.train(layer.training)
 

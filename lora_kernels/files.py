@@ -140,7 +140,7 @@ def read(model: nn.Module, folder: str | os.PathLike, *, slot: int | None, parti
     """All of `load_adapter` but the writing."""
     safetensors_or_why()
     layers = _layers(model, slot)
-    merged = [name for name, layer in layers.items() if getattr(layer, "merged", False)]
+    merged = [name for name, layer in layers.items() if layer.merged]
     if merged:
         raise RuntimeError(f"model: wanted unmerged layers to load into, got merged ones ({some(merged)}); call unmerge() first")
     which = {"layers_to_transform": None, "layers_pattern": None}  # the file's own names say which layers

@@ -160,7 +160,7 @@ def shard(module: nn.Module, mesh: DeviceMesh, style: ColwiseLoRA | RowwiseLoRA)
     layout, ranks = style.layout, mesh.size()
     if mesh.ndim != 1:
         raise ValueError(f'device_mesh: wanted one dimension, got {mesh.ndim}; name the tensor-parallel one, as in mesh["tp"]')
-    if getattr(module, "merged", False):
+    if module.merged:
         raise RuntimeError("module: wanted an unmerged layer, got a merged one; call unmerge() first")
     others = [name for name, _ in (*module.named_parameters(), *module.named_buffers()) if name not in (*layout.parameters, *TABLES)]
     if others:
