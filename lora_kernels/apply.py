@@ -199,42 +199,33 @@ def _check_hooks(module: nn.Module, name: str) -> None:
 def _build(linear: Any, name: str, config: LoRAConfig, num_adapters: int | None, adapter_dtype) -> nn.Module:
     over, many = quantised(linear), num_adapters is not None
     kind: Any = {(0, 0): FusedLoRALinear, (0, 1): MultiLoRALinear, (1, 0): LoRAOver, (1, 1): MultiLoRAOver}[over, many]
-    more: dict[str, Any] = {flag: True for flag in ("lora_bias", "use_dora") if getattr(config, flag)}
-    if more and kind is not FusedLoRALinear:
-        raise UnsupportedError(f"{', '.join(more)}: wanted False, which is what {kind.__name__} computes, got True")
+    adapter = _adapter(kind, name, config, adapter_dtype or torch.float32 if over else adapter_dtype)
     if many:
-        more["num_adapters"] = num_adapters
-    if over:
-        adapter_dtype = adapter_dtype or torch.float32
-    return kind.from_linear(
-        linear,
+        adapter["num_adapters"] = num_adapters
+    return kind.from_linear(linear, **adapter)
+
+
+def _around(model: nn.Module, name: str, parameters: list[str], config: LoRAConfig, adapter_dtype) -> nn.Module:
+    layer, plain = model.get_submodule(name), plain_name(model, name)
+    for each in parameters:
+        layer = LoRAExperts(layer, each, **_adapter(LoRAExperts, f"{plain}.{each}", config, adapter_dtype))
+    return layer
+
+
+def _adapter(kind: type, name: str, config: LoRAConfig, adapter_dtype) -> dict[str, Any]:
+    """What a layer of this kind is told of the adapter that the config gives to what has this name."""
+    variants = {flag: True for flag in ("lora_bias", "use_dora") if getattr(config, flag)}
+    if variants and kind is not FusedLoRALinear:
+        raise UnsupportedError(f"{', '.join(variants)}: wanted False, which is what {kind.__name__} computes, got True")
+    return dict(
         r=config.rank_of(name),
         lora_alpha=config.alpha_of(name),
         lora_dropout=config.lora_dropout,
         use_rslora=config.use_rslora,
         init_lora_weights=config.init_lora_weights,
         adapter_dtype=adapter_dtype,
-        **more,
+        **variants,
     )
-
-
-def _around(model: nn.Module, name: str, parameters: list[str], config: LoRAConfig, adapter_dtype) -> nn.Module:
-    more = [flag for flag in ("lora_bias", "use_dora") if getattr(config, flag)]
-    if more:
-        raise UnsupportedError(f"{', '.join(more)}: wanted False, which is what LoRAExperts computes, got True")
-    layer, plain = model.get_submodule(name), plain_name(model, name)
-    for each in parameters:
-        layer = LoRAExperts(
-            layer,
-            each,
-            r=config.rank_of(f"{plain}.{each}"),
-            lora_alpha=config.alpha_of(f"{plain}.{each}"),
-            lora_dropout=config.lora_dropout,
-            use_rslora=config.use_rslora,
-            init_lora_weights=config.init_lora_weights,
-            adapter_dtype=adapter_dtype,
-        )
-    return layer
 
 
 def _linear(layer) -> nn.Module:
