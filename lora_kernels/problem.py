@@ -213,7 +213,9 @@ def check_arguments(x, weight, lora_A, lora_B, bias, base, scale, dropout_p, see
     elif widths is not None or not adapters_fit(base.shape[-1], x.shape[-1], lora_A, lora_B, segments):
         check_adapters(base.shape[-1], x.shape[-1], f"to match x {_shape(x)} and base {_shape(base)}", lora_A, lora_B, segments, widths)
     check_dtypes(x, weight, lora_A, lora_B, bias)
-    check_devices(x, weight, lora_A, lora_B, bias)
+    for name, t in (("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B), ("bias", bias)):
+        if t is not None:
+            check_device(name, t, x)
     if weight is not None and weight.requires_grad:
         raise ValueError(
             "weight: wanted a frozen base weight, got one with requires_grad=True; "
@@ -240,8 +242,7 @@ def check_segments(x, segments) -> None:
     if segments.tokens != tokens * k:
         wanted = "one id" if k == 1 else f"{k} ids"
         raise ValueError(f"segments: wanted {wanted} for each of the {tokens} tokens of x {_shape(x)}, got {segments.tokens}")
-    if segments.device != x.device:
-        raise ValueError(f"segments: wanted x's device {x.device}, got {segments.device}")
+    check_device("segments", segments, x)
 
 
 def check_scale(scale, x, segments) -> None:
@@ -252,8 +253,7 @@ def check_scale(scale, x, segments) -> None:
         if (scale.numel() != 1) if segments is None else (tuple(scale.shape) != (E,)):
             wanted = "one element" if segments is None else f"shape [{E}], one for each adapter of segments"
             raise ValueError(f"scale: wanted {wanted}, got {_shape(scale)}")
-        if scale.device != x.device:
-            raise ValueError(f"scale: wanted x's device {x.device}, got {scale.device}")
+        check_device("scale", scale, x)
         if scale.requires_grad:
             raise UnsupportedError("scale: wanted a tensor without gradient, got requires_grad=True; the scale is not trained")
         if not scale.is_contiguous():
@@ -270,8 +270,7 @@ def check_ranks(ranks, x, lora_A, segments) -> None:
         raise TypeError(f"ranks: wanted an int32 tensor [num_adapters] or None, got {given}")
     if tuple(ranks.shape) != (segments.num_adapters,) or not ranks.is_contiguous():
         raise ValueError(f"ranks: wanted shape [{segments.num_adapters}], contiguous, got {_shape(ranks)}")
-    if ranks.device != x.device:
-        raise ValueError(f"ranks: wanted x's device {x.device}, got {ranks.device}")
+    check_device("ranks", ranks, x)
     R = lora_A.shape[-2]
     if readable(ranks) and ((ranks < 0) | (ranks > R)).any():
         raise ValueError(f"ranks: wanted ranks from 0 to lora_A's {R}, got {ranks.min().item()} to {ranks.max().item()}")
@@ -288,8 +287,7 @@ def check_base(x, weight, bias, base) -> None:
         raise ValueError(f"base: wanted shape [{lead}out_features] to match x {_shape(x)}, got {_shape(base)}")
     if base.dtype != x.dtype:
         raise TypeError(f"base: wanted x's dtype {x.dtype}, got {base.dtype}; cast one of them, or use torch.autocast")
-    if base.device != x.device:
-        raise ValueError(f"base: wanted x's device {x.device}, got {base.device}")
+    check_device("base", base, x)
 
 
 def check_shapes(x, weight, lora_A, lora_B, bias, segments=None, widths=None) -> None:
@@ -377,18 +375,16 @@ def check_dtypes(x, weight, lora_A, lora_B, bias) -> None:
         raise TypeError(f"lora_B: wanted lora_A's dtype {lora_A.dtype}, got {lora_B.dtype}")
 
 
-def check_devices(x, weight, lora_A, lora_B, bias) -> None:
-    for name, t in (("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B), ("bias", bias)):
-        if t is not None and t.device != x.device:
-            raise ValueError(f"{name}: wanted x's device {x.device}, got {t.device}")
+def check_device(name: str, t, x) -> None:
+    if t.device != x.device:
+        raise ValueError(f"{name}: wanted x's device {x.device}, got {t.device}")
 
 
 def check_seed(seed, x) -> None:
     if isinstance(seed, torch.Tensor):
         if seed.dtype != torch.int64 or seed.numel() != 1:
             raise TypeError(f"seed: wanted an int64 tensor with one element, got {seed.dtype} of shape {_shape(seed)}")
-        if seed.device != x.device:
-            raise ValueError(f"seed: wanted x's device {x.device}, got {seed.device}")
+        check_device("seed", seed, x)
     elif isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"seed: wanted None, an int or an int64 tensor with one element, got {type(seed).__name__}")
     elif not -(1 << 63) <= seed < 1 << 63:
