@@ -54,6 +54,8 @@ def projections(experts: nn.Module) -> tuple[str, str]:
 def why_not_experts(experts: nn.Module, *, frozen: bool = True) -> str | None:
     """Why `forward` cannot stand for a module's own, or None; ``frozen``: a stack that is trained is a reason."""
     kind = type(experts).__name__
+    if nn.utils.parametrize.is_parametrized(experts):
+        return f"its {kind} has parametrizations"
     missing = [name for name in INTERFACE if not hasattr(experts, name)]
     if missing:
         return f"its base layer is a {kind}, without {missing[0]} of transformers' experts interface"

@@ -190,14 +190,11 @@ def _keep_base_apart(layer: LoRAExperts, state_dict, prefix: str, metadata) -> N
 
 def why_not_adapted(experts: nn.Module, parameter_name: str) -> str | None:
     """Why a `LoRAExperts` cannot go around this module for this parameter, or None."""
-    kind = type(experts).__name__
-    if nn.utils.parametrize.is_parametrized(experts):
-        return f"its {kind} has parametrizations"
     reason = mixture.why_not_experts(experts, frozen=False)
     if reason:
         return reason
     if hooked(experts):
-        return f"its {kind} has hooks, which would be passed by"
+        return f"its {type(experts).__name__} has hooks, which would be passed by"
     names = mixture.projections(experts)
     if parameter_name not in names:
         return f"its parameter {parameter_name} is not one of {', '.join(names)}"

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from peft.tuners import lora
-from torch import nn
 
 from .. import experts as mixture
 from ..experts import Factors, by_expert
@@ -51,8 +50,6 @@ def chain(wrapper: lora.ParamWrapper) -> list[Any]:
 def held(wrapper: lora.ParamWrapper) -> dict[str, list[Factors]] | str:
     """The active adapters of each stack, or why the call cannot be fused."""
     experts = wrapper.get_base_layer()
-    if nn.utils.parametrize.is_parametrized(experts):
-        return f"its {type(experts).__name__} has parametrizations"
     reason = mixture.why_not_experts(experts)
     if reason:
         return reason
