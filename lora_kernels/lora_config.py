@@ -14,7 +14,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from .nn import check_rank, scaling_of
+from .nn import check_dropout, check_rank, scaling_of
 from .problem import UnsupportedError
 
 CONFIG_FILE = "adapter_config.json"
@@ -76,8 +76,7 @@ class LoRAConfig:
         for name, alpha in {"lora_alpha": self.lora_alpha, **_labelled("alpha_pattern", self.alpha_pattern)}.items():
             _check_number(name, alpha)
         _check_number("lora_dropout", self.lora_dropout)
-        if not 0.0 <= self.lora_dropout < 1.0:
-            raise ValueError(f"lora_dropout: wanted a probability in [0, 1), got {self.lora_dropout}")
+        check_dropout(self.lora_dropout)
 
     def rank_of(self, name: str) -> int:
         """The rank of the layer or parameter of that name."""

@@ -27,10 +27,11 @@ from transformers.pytorch_utils import Conv1D
 
 from ..autograd import lora_linear
 from ..experts import Factors, together
+from ..problem import PLAIN
 from ..projections import Projection
 from .peft_experts import routed, why_not_routed
 from .peft_mixed import mixed, why_not_mixed
-from .peft_state import PLAIN, Base, Beside, active, adapters_of, base_of, in_dtype, product_of, projection_of, why_not_together
+from .peft_state import Base, Beside, active, adapters_of, base_of, in_dtype, product_of, projection_of, why_not_together
 
 __all__ = [
     "Fused",

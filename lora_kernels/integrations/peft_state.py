@@ -15,10 +15,9 @@ from transformers.pytorch_utils import Conv1D
 
 from ..experts import Factors
 from ..nn import held, hooked
-from ..problem import FLOATS, MAX_RANK, UnsupportedError
+from ..problem import FLOATS, MAX_RANK, PLAIN, UnsupportedError
 from ..projections import Projection
 
-PLAIN = (torch.Tensor, nn.Parameter)
 DROPOUTS = (nn.Dropout, nn.Identity)
 
 
