@@ -155,8 +155,12 @@ class MultiLoRALinear(AdaptedLinear):
     def adapter(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
         """A ``[r_i, K]`` and B ``[N, r_i]`` of adapter i as detached views: writing to them changes the adapter, in place."""
         self._check_slot(i)
-        r = self._ranks[i]
-        return self.lora_A.detach()[i, :r], self.lora_B.detach()[i, :, :r]
+        r, (A, B) = self._ranks[i], self._slot(i)
+        return A[..., :r, :], B[:, :r]
+
+    def _slot(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same at the stack's rank: all of slot i."""
+        return self.lora_A.detach()[i], self.lora_B.detach()[i]
 
     def adapter_parameters(self, i: int) -> list[nn.Parameter]:
         """Slot i of lora_A and of lora_B as leaves for an optimizer of adapter i alone: ``AdamW(layer.adapter_parameters(i))``.
@@ -194,10 +198,7 @@ class MultiLoRALinear(AdaptedLinear):
         scale = self._checked_scale(i, r, scale)
         # copied first: A and B may be views into these stacks
         A, B = (t.to(self.lora_A.device, self.lora_A.dtype, copy=True) for t in (A, B))
-        self._set_tables(i, r, scale)
-        self.lora_A[i, :r].copy_(A)
-        self.lora_B[i, :, :r].copy_(B)
-        self._clear_beyond(i, r)
+        self._put(i, A, B, scale)
 
     def merge(self, i: int, keep: str = "device") -> None:
         """Write adapter i into the weight, ``W + scaling[i] B[i] A[i]``, in one pass over it, also in the place of another merged one.
@@ -275,7 +276,7 @@ class MultiLoRALinear(AdaptedLinear):
         self.ranks[i].fill_(r)
         self.scaling[i].fill_(scale)
         self._ranks[i] = r
-        self._mixed = min(self._ranks) < self.r
+        self._know_ranks(self._ranks)
 
     def _fill_tables(self) -> None:
         """Buffers and the host's ranks as built."""
@@ -290,9 +291,18 @@ class MultiLoRALinear(AdaptedLinear):
     def _init(self, i: int, init_lora_weights: bool) -> None:
         init_adapter(*self.adapter(i), init_lora_weights)
 
+    def _put(self, i: int, A: torch.Tensor, B: torch.Tensor, scale: float) -> None:
+        """Have `adapter` give these values, which were checked."""
+        r = B.shape[1]
+        self._set_tables(i, r, scale)
+        for own, new in zip(self.adapter(i), (A, B), strict=True):
+            own.copy_(new)
+        self._clear_beyond(i, r)
+
     def _clear_beyond(self, i: int, r: int) -> None:
-        self.lora_A[i, r:].zero_()
-        self.lora_B[i, :, r:].zero_()
+        A, B = self._slot(i)
+        A[..., r:, :].zero_()
+        B[:, r:].zero_()
 
     def __getstate__(self) -> dict:  # a copy, or a file, is in nobody's use
         return {name: value for name, value in self.__dict__.items() if name != "plans"}

@@ -31,7 +31,7 @@ class PackedLoRALinear(MultiLoRALinear):
         x ``[..., K]`` and a `Segments` -> ``[..., N_1 + N_2 + ...]``: ``y.split(layer.widths, -1)`` are views, one a layer.
     Attributes:
         weight, bias: ``[sum N, K]`` and ``[sum N]``, the layers' in turn.
-        lora_A: The stack ``[E, L r, K]``, each layer's r rows in turn. lora_B: ``[E, sum N, r]``.
+        lora_A: The stack ``[E, L r, K]``, each layer's r rows in turn; of one adapter ``[L, r, K]``. lora_B: ``[E, sum N, r]``.
     """
 
     names: tuple[str, ...] | None = None
@@ -84,11 +84,10 @@ class PackedLoRALinear(MultiLoRALinear):
         self._adopt(base, num_adapters, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype)
         self.train(base.training)
 
-    def adapter(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """A ``[L, r_i, K]``, one for each layer, and B ``[sum N, r_i]`` of adapter i as detached views, to which writing changes it."""
-        self._check_slot(i)
-        r = self._ranks[i]
-        return self._layers_of(i)[:, :r], self.lora_B.detach()[i, :, :r]
+    def _slot(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A as ``[L, r, K]``, one for each layer."""
+        A, B = super()._slot(i)
+        return A.view(len(self.widths), self.r, self.in_features), B
 
     @torch.no_grad()
     def load_adapter(self, i: int, A, B, scale: float | None = None) -> None:  # type: ignore[override]
@@ -115,24 +114,12 @@ class PackedLoRALinear(MultiLoRALinear):
         for n, rank in ranks.items():  # copied first: A and B may be views into these stacks
             whole_A[n, :rank].copy_(As[n])
             whole_B.split(self.widths)[n][:, :rank].copy_(Bs[n])
-        scale = self._checked_scale(i, r, scale)
-        self._set_tables(i, r, scale)
-        self._layers_of(i)[:, :r].copy_(whole_A)
-        self.lora_B[i, :, :r].copy_(whole_B)
-        self._clear_beyond(i, r)
-
-    def _layers_of(self, i: int) -> torch.Tensor:
-        """Slot i of lora_A, ``[L, r, K]``."""
-        return self.lora_A.detach()[i].view(len(self.widths), self.r, self.in_features)
+        self._put(i, whole_A, whole_B, self._checked_scale(i, r, scale))
 
     def _init(self, i: int, init_lora_weights: bool) -> None:
         A, B = self.adapter(i)
         for its_A, its_B in zip(A, B.split(self.widths), strict=True):
             init_adapter(its_A, its_B, init_lora_weights)
-
-    def _clear_beyond(self, i: int, r: int) -> None:
-        self._layers_of(i)[:, r:].zero_()
-        self.lora_B.detach()[i, :, r:].zero_()
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, widths={self.widths}"
