@@ -154,7 +154,7 @@ def wgrad(
     options = Options(
         SEGMENTS=adapters.tokens > 0, DROPOUT=dropout, PRECISION=precision, BLOCK_M=c.block_m, BLOCK_J=c.block_j, BLOCK_R=block_r,
         EVEN_J=even, EVEN_R=R % block_r == 0 and not adapters.ranked,
-        WIDE=wide((x_strides, max(c.block_m, c.block_j)), ((R, 1) if not out_transposed else (J, 1), c.block_j)), LET_GO=None, WAIT=None,
+        WIDE=wide((x_strides, max(c.block_m, c.block_j)), (strides, c.block_j)), LET_GO=None, WAIT=None,
         FAN=M // rows_of_x, num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip
     if beside:
