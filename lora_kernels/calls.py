@@ -15,7 +15,6 @@ from .problem import PLAIN
 from .segments import CPU, Adapters, Segments
 from .tuning import Config
 
-KEPT = 8192  # looks
 NUMBERS = (float, int)
 _arms: dict[tuple, tuple] = {}
 
@@ -65,7 +64,7 @@ def remember(call: tuple | None, x, weight, lora_A, lora_B, bias, base, adapters
         return None
     if not ops.plain(x, weight, lora_A, lora_B, bias, base):
         return None
-    if len(_arms) >= KEPT:
+    if len(_arms) >= dispatch.KEPT:
         _arms.clear()
     _arms[call] = dispatch.forward_arm(x, weight, lora_A, lora_B, adapters, p, impl, key)
     return _arms[call]
