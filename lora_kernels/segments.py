@@ -351,6 +351,7 @@ def as_ints(name: str, values) -> torch.Tensor:
         if values.dim() != 1:
             raise ValueError(f"{name}: wanted one dimension, got shape {list(values.shape)}")
         return values
-    if not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
-        raise TypeError(f"{name}: wanted ints, got {[v for v in values if not isinstance(v, int) or isinstance(v, bool)][0]!r}")
+    wrong = [v for v in values if not isinstance(v, int) or isinstance(v, bool)]
+    if wrong:
+        raise TypeError(f"{name}: wanted ints, got {wrong[0]!r}")
     return torch.tensor(list(values), dtype=torch.int64)

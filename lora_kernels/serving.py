@@ -88,7 +88,9 @@ def layers_of(model: nn.Module) -> Layers:
 
 def by_sequence(layers: Layers, adapters: Sequence[int] | torch.Tensor) -> _BySequence:
     """What has the plans of a batch's sequences, all checked."""
-    ids = _checked(adapters)
+    ids = as_ints("adapters", adapters)
+    if ids.device != CPU:
+        raise ValueError(f"adapters: wanted them on the CPU, where they can be checked, got {ids.device}; or take use_segments")
     for name, layer in layers.items():
         wrong = [i for i in ids.tolist() if not -1 <= i < layer.num_adapters]
         if wrong:
@@ -138,10 +140,3 @@ class _BySequence:
 
     def _plan(self, tokens: int, device: torch.device, num_adapters: int) -> Segments:
         return plan_of(self.ids.to(device), tokens, num_adapters)
-
-
-def _checked(adapters) -> torch.Tensor:
-    ids = as_ints("adapters", adapters)
-    if ids.device != CPU:
-        raise ValueError(f"adapters: wanted them on the CPU, where they can be checked, got {ids.device}; or take use_segments")
-    return ids

@@ -25,7 +25,7 @@ SERVED = [
     Mutant("serving: ids unchecked", SERVING, "if not -1 <= i < layer.num_adapters]", "if False]"),
     Mutant("serving: ids above unchecked", SERVING, "if not -1 <= i < layer.num_adapters]", "if not -1 <= i]"),
     Mutant("serving: ids that change", SERVING, "ids.to(torch.int32, copy=True)", "ids.to(torch.int32)"),
-    Mutant("serving: truths are numbers", SEGMENTS, "isinstance(v, int) and not isinstance(v, bool) for v", "isinstance(v, int) for v"),
+    Mutant("serving: truths are numbers", SEGMENTS, "not isinstance(v, int) or isinstance(v, bool)]", "not isinstance(v, int)]"),
     Mutant("serving: a copy is in use", LAYER, 'if name != "plans"}', "if True}"),
     Mutant("serving: a plan given is replaced", LAYER, "if segments is None and self.plans is not None", "if self.plans is not None"),
     Mutant("pool: whoever comes writes", POOL,
