@@ -125,7 +125,7 @@ def _backward(dy, x, weight, lora_A, lora_B, u, seed, adapters, scale, dropout_p
         dx = dx if its is dy or dx is None else like_tokens(dx, dy)
     if need_dx and adapters.top_k > 1:  # a token's experts, in their order, in float32
         dx = dx.sum(-2)
-    return dx if need_dx else None, da, db, as_matrix(dy).sum(0) if need_dbias else None
+    return dx, da, db, as_matrix(dy).sum(0) if need_dbias else None
 
 
 def _forward_kernel(
@@ -195,7 +195,7 @@ def _backward_fake(
 
 
 @register_flop_formula(torch.ops.lora_kernels.forward)
-def _forward_flops(x, weight, lora_A, lora_B, bias, seed, scales, ranks, plan, geometry, *args, out_shape=None, **kwargs) -> int:
+def _forward_flops(x, weight, lora_A, lora_B, bias, seed, scales, ranks, plan, geometry, *args, **kwargs) -> int:
     tokens, layers = math.prod(x[:-1]) * _top_k(geometry), _layers(geometry)
     return forward_flops(tokens, lora_B[-2], x[-1], lora_A[-2], base=weight is None, layers=layers)
 
