@@ -20,7 +20,7 @@ import torch
 
 from . import analysis
 from .adapter_store import WEIGHTS_FILE as FILE
-from .files import PREFIX
+from .files import DTYPES, PREFIX
 from .lora_config import CONFIG_FILE as CONFIG
 from .lora_config import pattern_means
 from .nn import scaling_of
@@ -46,7 +46,6 @@ Exit code: 0 all read, 1 a matrix holds NaN or Inf, 2 the folder cannot be read.
 """
 CONFIG_BYTES = 1_000_000
 PAIRS = {".lora_A.weight": ".lora_B.weight", ".lora_embedding_A": ".lora_embedding_B"}
-DTYPES = ("F16", "BF16", "F32", "F64")
 CHANGE_THE_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
 SERVED = 100
 
