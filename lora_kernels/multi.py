@@ -96,7 +96,6 @@ class MultiLoRALinear(AdaptedLinear):
         self = cls.__new__(cls)
         nn.Module.__init__(self)
         self._adopt(linear, num_adapters, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype)
-        self.train(linear.training)
         return self
 
     def _adopt(self, base, num_adapters, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype) -> None:

@@ -26,7 +26,7 @@ class AdaptedLinear(Mergeable, nn.Module):
     lora_dropout: float
 
     def _take(self, base: nn.Linear, lora_dropout: float, adapter_dtype) -> torch.Tensor:
-        """Take over ``base`` and the dropout, all checked; returns an empty tensor as the adapters are to be."""
+        """Take over ``base``, its mode too, and the dropout, all checked; returns an empty tensor as the adapters are to be."""
         check_dropout(lora_dropout)
         if adapter_dtype not in (None, base.weight.dtype, torch.float32):
             raise TypeError(f"adapter_dtype: wanted the base's dtype {base.weight.dtype} or float32, got {adapter_dtype}")
@@ -35,6 +35,7 @@ class AdaptedLinear(Mergeable, nn.Module):
         self.register_parameter("bias", base.bias)
         for parameter in self.parameters():
             parameter.requires_grad_(False)
+        self.train(base.training)
         return base.weight.new_empty(0, dtype=adapter_dtype or base.weight.dtype)
 
     def _operands(self, x: torch.Tensor) -> tuple:
@@ -116,7 +117,6 @@ class FusedLoRALinear(AdaptedLinear):
         self = cls.__new__(cls)
         nn.Module.__init__(self)
         self._adopt(linear, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, lora_bias, use_dora, adapter_dtype)
-        self.train(linear.training)
         return self
 
     def _adopt(

@@ -82,7 +82,6 @@ class PackedLoRALinear(MultiLoRALinear):
                 raise ValueError(f"names: wanted a name without dots for each of {len(widths)} layers, or None, got {names!r}")
             self.names = tuple(names)
         self._adopt(base, num_adapters, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype)
-        self.train(base.training)
 
     def _slot(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
         """A as ``[L, r, K]``, one for each layer."""
