@@ -34,7 +34,7 @@ def apply_lora(model: nn.Module, config: LoRAConfig, *, num_adapters: int | None
 
     Args:
         model: A module that contains the layers, with its weights where they are to stay.
-        config: Which, and with what adapters.
+        config: Which, and with what adapters; PEFT's own is read as `LoRAConfig.from_dict` reads it.
         num_adapters: E: `MultiLoRALinear` (`MultiLoRAOver`) with E slots instead, which `use_segments` tells each token's adapter.
         adapter_dtype: As in `FusedLoRALinear`; over a quantised layer None is float32.
     Returns:
@@ -45,8 +45,10 @@ def apply_lora(model: nn.Module, config: LoRAConfig, *, num_adapters: int | None
         which would be lost, or its parent passes its forward by; a named parameter is not a stack that `LoRAExperts` serves;
         num_adapters with target_parameters. In each case the model is as it was.
     """
+    if getattr(config, "peft_type", None) is not None and callable(getattr(config, "to_dict", None)):
+        config = LoRAConfig.from_dict(config.to_dict())
     if not isinstance(config, LoRAConfig):
-        raise TypeError(f"config: wanted a lora_kernels.LoRAConfig, got {type(config).__name__}")
+        raise TypeError(f"config: wanted a lora_kernels.LoRAConfig or PEFT's LoraConfig, got {type(config).__name__}")
     if config.target_parameters and num_adapters is not None:
         raise UnsupportedError(f"num_adapters: wanted None with target_parameters, whose experts have one adapter, got {num_adapters}")
     targets = _targets(model, config)
@@ -64,6 +66,10 @@ def apply_lora(model: nn.Module, config: LoRAConfig, *, num_adapters: int | None
             parameter.requires_grad_(False)
     _put(model, layers, targets)
     _put(model, around, {name: names for name, (names, _) in stacks.items()})
+    users = _users(model)
+    for name in targets:
+        layer: Any = model.get_submodule(name)
+        layer.tied = not isinstance(layer, Over) and users[id(layer.weight)] > 1
     return [*targets, *(f"{plain_name(model, name)}.{each}" for name, (_, parameters) in stacks.items() for each in parameters)]
 
 
@@ -245,7 +251,7 @@ def _merge(model: nn.Module, layers: dict[str, Any]) -> None:
     for name, layer in layers.items():
         if isinstance(layer, Over):
             raise UnsupportedError(f"merge: wanted layers with a weight to write to, got {name} over a {type(layer.base_layer).__name__}")
-    users = collections.Counter(id(p) for module in model.modules() for p in module._parameters.values())
+    users = _users(model)
     for name, layer in layers.items():
         if isinstance(layer, MultiLoRALinear):
             raise ValueError(f"merge: wanted layers of one adapter, got {name} with {layer.num_adapters}; copy one out first")
@@ -261,6 +267,11 @@ def _merge(model: nn.Module, layers: dict[str, Any]) -> None:
         for layer in done:
             layer.unmerge()
         raise
+
+
+def _users(model: nn.Module) -> collections.Counter[int]:
+    """How many modules have each parameter, by its id."""
+    return collections.Counter(id(p) for module in model.modules() for p in module._parameters.values())
 
 
 def _places(model: nn.Module, kind) -> dict[nn.Module, list[str]]:

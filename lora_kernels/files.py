@@ -21,9 +21,9 @@ from torch import nn
 from .adapter_store import WEIGHTS_FILE, opened, safetensors_or_why, write
 from .apply import some
 from .experts_layer import LoRAExperts, config_name
-from .lora_config import CONFIG_FILE, LoRAConfig, by_peft_before_0_19, names_mean, pattern_means, read_config
+from .lora_config import CONFIG_FILE, LoRAConfig, by_peft_before_0_19, names_mean, pattern_of, read_config
 from .multi import MultiLoRALinear
-from .nn import FusedLoRALinear, scaling_of
+from .nn import AdaptedLinear, FusedLoRALinear, scaling_of
 from .packed_layer import PackedLoRALinear, PackedPart
 from .problem import UnsupportedError
 
@@ -149,12 +149,17 @@ def read(model: nn.Module, folder: str | os.PathLike, *, slot: int | None, parti
     called = {key: name for key, name, _ in _modules(model)}
     held = {name: _held(layer, slot) for name, layer in layers.items()}
     with opened(os.path.join(folder, WEIGHTS_FILE)) as file:
-        keys = _check_keys(set(file.keys()), held, partial)
+        there = set(file.keys())
+        bases = {f"{PREFIX}{name}.base_layer.weight": layer for name, layer in layers.items() if isinstance(layer, AdaptedLinear)}
+        keys = _check_keys(there - bases.keys(), held, partial)
         _check_stacks(config, {called[name]: layers[name] for name in keys}, layers, by_peft_before_0_19(given))
         for name, parts in keys.items():
             _check_layer(file, config, called[name], layers[name], parts, cast)
         _check_packed(config, {called[name]: layers[name] for name in keys})
-        _check_one_dtype(file, cast)
+        _check_one_dtype(file, there - bases.keys(), cast)
+        for key in there & bases.keys():  # PEFT writes it beside the adapter of a head
+            if not bases[key].has_base(file.get_tensor(key)):
+                raise ValueError(f"{key}: wanted the weight that the model has there, got another; load the base of this adapter first")
         values = {
             name: {part: _finite(key, file.get_tensor(key).to(held[name][part].dtype)) for part, key in parts.items()}
             for name, parts in keys.items()
@@ -275,8 +280,8 @@ def _describe(model: nn.Module, layers: dict[str, Any], held, slot: int | None, 
         "peft_type": "LORA",
         "r": ranks[largest],
         "lora_alpha": alphas[largest],
-        "rank_pattern": _pattern({called[name]: rank for name, rank in ranks.items()}, ranks[largest]),
-        "alpha_pattern": _pattern({called[name]: alpha for name, alpha in alphas.items()}, alphas[largest]),
+        "rank_pattern": pattern_of({called[name]: rank for name, rank in ranks.items()}, ranks[largest]),
+        "alpha_pattern": pattern_of({called[name]: alpha for name, alpha in alphas.items()}, alphas[largest]),
         "target_modules": _target_modules(_modules(model, aliases=True)),
         "lora_dropout": 0.0 if stacks else max(layer.lora_dropout for layer in layers.values()),
         "use_rslora": rslora,
@@ -294,12 +299,6 @@ def _alpha(layer: Any, slot: int | None, r: int, rslora: bool, scaling: float) -
     given = scaling_of(alpha, r, rslora)
     given = given if slot is None else torch.tensor(given, dtype=torch.float32).item()  # stacks keep scalings in float32
     return alpha if given == scaling else scaling / scaling_of(1.0, r, rslora)
-
-
-def _pattern(values: dict[str, Any], default) -> dict[str, Any]:
-    """rank_pattern or alpha_pattern: whole names, anchored where another layer's name ends alike."""
-    keys = {name: [other for other in values if pattern_means(name, other)] for name, value in values.items() if value != default}
-    return {name if means == [name] else f"^{re.escape(name)}": values[name] for name, means in keys.items()}
 
 
 def _target_modules(modules: list[tuple[str, str, nn.Module]]) -> list[str] | str:
@@ -371,7 +370,8 @@ def _check_layer(file, config: LoRAConfig, name: str, layer: Any, keys: dict[str
         if given is None:
             raise TypeError(f"{key}: wanted {', '.join(DTYPES)}, got {header.get_dtype()}")
         if not cast and torch.promote_types(given, mine) != mine:
-            raise TypeError(f"{key}: wanted {mine} or what it holds exactly, got {given}; pass cast=True to round")
+            how = f"pass cast=True to round, or make the layers with adapter_dtype={given}"
+            raise TypeError(f"{key}: wanted {mine} or what it holds exactly, got {given}; {how}")
 
 
 def _check_packed(config: LoRAConfig, given: dict[str, Any]) -> None:
@@ -385,8 +385,8 @@ def _check_packed(config: LoRAConfig, given: dict[str, Any]) -> None:
             raise ValueError(f"{CONFIG_FILE}: wanted one scaling (lora_alpha / r) for layers that are packed together, got {each}")
 
 
-def _check_one_dtype(file, cast: bool) -> None:
-    dtypes = {file.get_slice(key).get_dtype(): key for key in file.keys()}
+def _check_one_dtype(file, keys: set[str], cast: bool) -> None:
+    dtypes = {file.get_slice(key).get_dtype(): key for key in keys}
     if len(dtypes) > 1 and not cast:
         given = ", ".join(f"{dtype} ({key})" for dtype, key in sorted(dtypes.items()))
         raise TypeError(f"{WEIGHTS_FILE}: wanted tensors of one dtype, got {given}; pass cast=True to take them")

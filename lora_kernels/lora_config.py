@@ -156,6 +156,12 @@ def pattern_means(pattern: str, name: str) -> bool:
     return _compiled(pattern).match(name) is not None
 
 
+def pattern_of(values: dict[str, Any], default) -> dict[str, Any]:
+    """rank_pattern or alpha_pattern that gives layers these values: whole names, anchored where another layer's name ends alike."""
+    keys = {name: [other for other in values if pattern_means(name, other)] for name, value in values.items() if value != default}
+    return {name if means == [name] else f"^{re.escape(name)}": values[name] for name, means in keys.items()}
+
+
 @functools.lru_cache(1 << 14)  # re's own cache of 512 is outgrown by a pattern for each layer
 def _compiled(pattern: str) -> re.Pattern:
     return re.compile(rf"(.*\.)?({pattern})$")

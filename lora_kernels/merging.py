@@ -112,6 +112,7 @@ class Mergeable:
 
     weight: torch.Tensor
     widths: tuple[int, ...] = ()  # of packed layers, whose A is [L, r, K] then
+    tied = False  # whether another module has the weight, too: `apply_lora` says so
     _base_weight: torch.Tensor | None = None
 
     @property
@@ -119,8 +120,13 @@ class Mergeable:
         return self._base_weight is not None
 
     def base_weight(self) -> torch.Tensor:
-        """The base weight, merged or not: on the weight's device, copied from the CPU if it is kept there."""
-        return self.weight if self._base_weight is None else self._base_weight.to(self.weight.device)
+        """The base weight, merged or not: on the weight's device and in its dtype, copied from the CPU if it is kept there."""
+        return self.weight if self._base_weight is None else self._base_weight.to(self.weight)
+
+    def has_base(self, weight: torch.Tensor) -> bool:
+        """Whether ``weight``, rounded to the layer's dtype, is its base weight."""
+        own = self.base_weight()
+        return own is not None and weight.shape == own.shape and torch.equal(weight.to(own), own)
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -134,6 +140,8 @@ class Mergeable:
         """Merge an adapter from the base, whether or not another one is merged; not finite, the layer is left unmerged."""
         if keep not in KEEP:
             raise ValueError(f"keep: wanted one of {', '.join(KEEP)}, got {keep!r}")
+        if self.tied:
+            raise ValueError("merge: wanted a weight of its own, got one that another module shares and that would change there, too")
         base = self._base_weight
         if base is None:
             base = self.weight.detach().to("cpu" if keep == "cpu" else self.weight.device, copy=True)

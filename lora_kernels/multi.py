@@ -127,6 +127,7 @@ class MultiLoRALinear(AdaptedLinear):
             return F.linear(x, self.weight, self.bias)
         if not isinstance(segments, Segments):
             wanted = "a lora_kernels.Segments, Segments.from_ids(adapter_ids, num_adapters) with -1 for the base alone"
+            wanted += ", or a call of the model within use_adapters(model, slots), use_segments(model, plan) or pool.use(names)"
             raise TypeError(f"segments: wanted {wanted}, got {type(segments).__name__}")
         if segments.num_adapters != self.num_adapters:
             raise ValueError(f"segments: wanted a plan of this layer's {self.num_adapters} adapters, got one of {segments.num_adapters}")

@@ -31,6 +31,7 @@ NEEDS = {
     "test_peft_shared.py": "peft",
     "test_peft_quantised.py": "torchao",
     "test_files.py": "peft",
+    "test_from_peft.py": "peft",
     "test_packed_files.py": "peft",
     "test_pool.py": "safetensors",
     "test_files_refusals.py": "peft",

@@ -343,7 +343,7 @@ def test_nothing_to_fuse():
     for model in (nn.Sequential(nn.Conv1d(2, 2, 1)), nn.Linear(3, 3), nn.Sequential()):
         with pytest.raises(ValueError, match="model: wanted one that contains nn.Linear layers, got .* without"):
             apply_lora(model, LoRAConfig(target_modules="all-linear"))
-    with pytest.raises(TypeError, match="config: wanted a lora_kernels.LoRAConfig, got dict"):
+    with pytest.raises(TypeError, match="config: wanted a lora_kernels.LoRAConfig or PEFT's LoraConfig, got dict"):
         apply_lora(Net(), {"r": 4})
 
 

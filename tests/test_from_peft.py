@@ -1,0 +1,142 @@
+"""What users bring from PEFT and transformers: its config, adapters of a head, float32 files, tied embeddings."""
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lora_kernels import AdapterPool, FusedLoRALinear, LoRAConfig, MultiLoRALinear, apply_lora, load_adapter, remove_lora
+
+pytestmark = pytest.mark.usefixtures("as_on_a_users_cpu")
+
+IDS = torch.arange(12).view(2, 6)
+HEAD = "base_model.model.lm_head.base_layer.weight"
+
+
+def llama(**more) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=1, vocab_size=40)
+    return LlamaForCausalLM(LlamaConfig(**sizes, **more)).eval()
+
+
+@pytest.fixture(scope="module")
+def of_a_head(tmp_path_factory):
+    """A folder with PEFT's adapter of q_proj and lm_head, beside which it wrote the head's own weight, and what its model answers."""
+    folder = tmp_path_factory.mktemp("head")
+    config = LoraConfig(target_modules=["q_proj", "lm_head"], r=4, lora_alpha=8, init_lora_weights=False)
+    model = get_peft_model(llama(), config)
+    model.save_pretrained(folder, save_embedding_layers=True)
+    assert HEAD in load_file(folder / "adapter_model.safetensors")
+    with torch.no_grad():
+        return folder, model.eval()(IDS).logits
+
+
+def test_an_adapter_of_a_head(of_a_head):
+    folder, wanted = of_a_head
+    model = llama()
+    apply_lora(model, LoRAConfig.from_folder(folder))
+    assert load_adapter(model, folder) == ["model.layers.0.self_attn.q_proj", "lm_head"]
+    torch.testing.assert_close(model(IDS).logits, wanted)
+
+
+def test_an_adapter_of_a_head_in_a_slot(of_a_head):
+    folder, wanted = of_a_head
+    model = llama()
+    apply_lora(model, LoRAConfig(target_modules=["q_proj", "lm_head"], r=4), num_adapters=2)
+    pool = AdapterPool(model)
+    pool.add("head", folder)
+    with torch.no_grad(), pool.use(["head", None]):
+        found = model(IDS).logits
+    torch.testing.assert_close(found[0], wanted[0])
+    torch.testing.assert_close(found[1], llama()(IDS).logits[1])
+
+
+def test_an_adapter_of_another_head_is_refused(of_a_head, tmp_path):
+    folder, _ = of_a_head
+    tensors = load_file(folder / "adapter_model.safetensors")
+    tensors[HEAD][3, 5] += 1
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text((folder / "adapter_config.json").read_text())
+    model = llama()
+    apply_lora(model, LoRAConfig.from_folder(folder))
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    with pytest.raises(ValueError, match="lm_head.base_layer.weight: wanted the weight that the model has there, got another"):
+        load_adapter(model, tmp_path)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+def test_pefts_own_config():
+    config = LoraConfig(
+        target_modules=["q_proj", "v_proj"], r=6, lora_alpha=12, bias="none", task_type="CAUSAL_LM", rank_pattern={"v_proj": 2}
+    )
+    ours, theirs = llama(), get_peft_model(llama(), config)
+    names = apply_lora(ours, config)
+    assert names == ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"]
+    for name in names:
+        layer, like = ours.get_submodule(name), theirs.base_model.model.get_submodule(name)
+        assert (layer.r, layer.scaling) == (like.r["default"], like.scaling["default"])
+    with pytest.raises(TypeError, match="wanted a lora_kernels.LoRAConfig or PEFT's LoraConfig, got dict"):
+        apply_lora(llama(), config.to_dict())
+
+
+def test_float32_files_on_a_16_bit_base(tmp_path):
+    config = LoraConfig(target_modules=["q_proj"], r=4, init_lora_weights=False)
+    peft = get_peft_model(llama().bfloat16(), config)
+    peft.save_pretrained(tmp_path)
+    model = llama().bfloat16()
+    apply_lora(model, config)
+    with pytest.raises(TypeError, match=r"pass cast=True to round, or make the layers with adapter_dtype=torch.float32"):
+        load_adapter(model, tmp_path)
+    exact = llama().bfloat16()
+    apply_lora(exact, config, adapter_dtype=torch.float32)
+    load_adapter(exact, tmp_path)
+    theirs = PeftModel.from_pretrained(llama().bfloat16(), tmp_path).base_model.model.model.layers[0].self_attn.q_proj
+    assert torch.equal(exact.model.layers[0].self_attn.q_proj.lora_A, theirs.lora_A["default"].weight)
+
+
+@pytest.mark.parametrize("slots", [None, 2])
+def test_a_tied_weight_is_not_merged_into(slots):
+    model = llama(tie_word_embeddings=True)
+    config = LoRAConfig(target_modules=["q_proj", "lm_head"], r=4, init_lora_weights=False)
+    apply_lora(model, config, num_adapters=slots)
+    kind = FusedLoRALinear if slots is None else MultiLoRALinear
+    head, q = model.lm_head, model.model.layers[0].self_attn.q_proj
+    assert isinstance(head, kind) and head.weight is model.model.embed_tokens.weight
+    before = head.weight.clone()
+    with pytest.raises(ValueError, match="merge: wanted a weight of its own, got one that another module shares"):
+        head.merge(*(() if slots is None else (0,)))
+    assert torch.equal(head.weight, before) and not head.merged
+    q.merge(*(() if slots is None else (0,)))
+    assert q.merged
+
+
+def test_a_merged_layer_cast_and_disabled():
+    layer = FusedLoRALinear(32, 16, r=4, init_lora_weights=False)
+    base = layer.weight.detach().clone()
+    layer.merge()
+    layer.to(torch.bfloat16)
+    layer.enabled = False
+    x = torch.randn(3, 32, dtype=torch.bfloat16)
+    assert torch.equal(layer(x), torch.nn.functional.linear(x, base.bfloat16(), layer.bias))
+    assert layer.state_dict()["weight"].dtype == torch.bfloat16
+    layer.unmerge()
+    assert torch.equal(layer.weight, base.bfloat16())
+
+
+def test_slots_without_a_plan_say_where_one_comes_from():
+    model = llama()
+    apply_lora(model, LoRAConfig(target_modules=["q_proj"], r=4), num_adapters=2)
+    with pytest.raises(TypeError, match=r"within use_adapters\(model, slots\), use_segments\(model, plan\) or pool.use\(names\)"):
+        model(IDS)
+
+
+def test_what_is_exported_after_a_merge(tmp_path):
+    """Checkpoints hold base and adapter apart; `remove_lora` makes the merged weights the model's own."""
+    model = llama()
+    apply_lora(model, LoRAConfig(target_modules=["q_proj"], r=4, init_lora_weights=False))
+    with torch.no_grad():
+        wanted = model(IDS).logits
+        remove_lora(model, merge=True)
+        model.save_pretrained(tmp_path)
+        torch.testing.assert_close(LlamaForCausalLM.from_pretrained(tmp_path)(IDS).logits, wanted)
