@@ -24,7 +24,7 @@ from .kernels.expand import expand
 from .kernels.shrink import shrink
 from .kernels.wgrad import wgrad
 from .layouts import Options, cdiv
-from .operands import as_matrix, many, matrix, tokens
+from .operands import aligned, as_matrix, many, matrix, tokens
 from .packed import cut
 from .segments import ONE, Adapters
 from .streams import beside, fork, on_device, sm_count
@@ -175,10 +175,11 @@ def run_expand(
     """
     c, seg = config.expand, adapters.segments
     out = out if onto is None else onto
-    e = _known(kept, "expand", lambda: layouts.expand(
+    whole = c.persistent and c.tma and c.u == "given" and all(aligned(u, v))
+    e = _known(kept, ("expand", whole) if whole else "expand", lambda: layouts.expand(
         config, matrix(x), matrix(w), matrix(v), matrix(a), matrix(u), matrix(base), matrix(out), onto is not None, transposed, exact,
         drop_x is not None, drop_uv is not None, many(adapters), precision(x.dtype),
-        sm_count(x.device) if c.persistent or config.wgrad.beside == "pdl" else 0, _alone(config),
+        sm_count(x.device) if c.persistent or config.wgrad.beside == "pdl" else 0, _alone(config), whole,
     ))  # fmt: skip
     bias = None if bias is None else bias.contiguous()  # N numbers, of which the kernel reads neighbours
     y = x.new_empty(e.y) if out is None else out
@@ -198,9 +199,13 @@ def run_expand(
         x_args, w_args = (base, *e.x), None
     elif e.boxes is not None:
         x_args, w_args = _descriptor(as_matrix(x), *e.boxes[0]), _descriptor(w.t() if transposed else w, *e.boxes[1])
+    u_args: Any = None if u is None else (u, *e.u_args)
+    v_args: Any = (v, *e.v)
+    if e.options["UV"] == "steps":
+        u_args, v_args = _descriptor(u, *e.boxes[0]), _descriptor(v.t() if transposed else v, *e.boxes[1])
     seed, threshold, inv_keep = _dropout(drop_x or drop_uv)
     args = (
-        x_args, w_args, None if a is None else (a, *e.a), None if u is None else (u, *e.u_args), (v, *e.v), bias, (y, *e.y_args),
+        x_args, w_args, None if a is None else (a, *e.a), u_args, v_args, bias, (y, *e.y_args),
         adapters.rows(), (x, *e.x) if seg and c.u == "awaited" else None, adapters.gather(), e.gathered, adapters.number,
         e.stride_ae, e.stride_ve, None if c.u == "given" else adapters.scales, adapters.ranks,
         flags, ticket, parts, e.blocks_per_part, e.late, seed, threshold, inv_keep, scale * (inv_keep if drop_x else 1.0), *e.sizes,

@@ -205,8 +205,9 @@ class ExpandLayout(NamedTuple):
 def expand(
     config: Config, x: Matrix, w: Matrix | None, v: Matrix, a: Matrix | None, u: Matrix | None, base: Matrix | None, out: Matrix | None,
     onto: bool, transposed: bool, exact: bool, drop_x: bool, drop_uv: bool, adapters: Many, precision: str, sms: int, interpreted: bool,
+    aligned: bool,
 ) -> ExpandLayout:  # fmt: skip
-    """Of `launch.run_expand`."""
+    """Of `launch.run_expand`. aligned: Whether u and v are known to begin at multiples of 16 bytes, as descriptors want it."""
     c = config.expand
     (M, K), x_strides, x_dtype = flat(x)
     w_strides, v_strides = None if w is None else _turned(w[1], transposed), _turned(v[1], transposed)
@@ -250,9 +251,12 @@ def expand(
     late = None
     if config.wgrad.beside == "pdl":
         late = sms * max(1, RESIDENT // (c.num_stages * (c.block_m + c.block_n) * c.block_k * x_dtype.itemsize))
-    # With segments, or a mask, or a tile that leaves the registers no room, it is made first.
-    uv_last = c.u == "given" and not c.pdl and load_w is not None and r_blocks == 1 and min(c.block_m, c.block_n) >= 64
-    uv_last = uv_last and not (adapters.tokens or splits or drop_uv)
+    uv = "first"  # with segments, a mask or a tile that leaves no registers for more
+    if c.u == "given" and not c.pdl and load_w is not None and not (adapters.tokens or splits or drop_uv):
+        if aligned and boxes is not None and c.persistent and not ends and _same_boxes(boxes, u, v, v_strides, x_dtype):
+            uv = "steps"
+        elif r_blocks == 1 and min(c.block_m, c.block_n) >= 64:
+            uv = "last"
     blocks = max(c.block_m, c.block_n, c.block_k)
     options = Options(
         LOAD_X=load_x, LOAD_W=load_w, LOAD_U=load_u, U=c.u, SEGMENTS=adapters.tokens > 0, MASKED=c.masked, WALK=c.walk or None,
@@ -261,7 +265,7 @@ def expand(
         BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, BLOCK_R=block_r,
         R_BLOCKS=r_blocks, GROUP_M=c.group_m, GATHER_M=adapters.gather_block if adapters.tokens else c.block_m,
         EVEN_N=even, EVEN_K=K % c.block_k == 0, EVEN_R=R % block_r == 0 and not adapters.ranked,
-        WIDE=wide(*((strides, blocks) for strides in reached)), PERSISTENT=c.persistent, UV_LAST=uv_last, WAIT=None,
+        WIDE=wide(*((strides, blocks) for strides in reached)), PERSISTENT=c.persistent, UV=uv, WAIT=None,
         num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip
     if c.pdl:
@@ -324,6 +328,15 @@ def experts(config: Config, x: Matrix, w: Matrix, u: Matrix, v: Matrix, adapters
 def _turned(strides: tuple[int, ...], transposed: bool) -> tuple[int, ...]:
     """The strides of a matrix, or of each of a stack, the other way round."""
     return (*strides[:-2], strides[-1], strides[-2]) if transposed else strides
+
+
+def _same_boxes(boxes: tuple, u: Matrix | None, v: Matrix, v_strides: tuple[int, ...], dtype) -> bool:
+    """Whether descriptors with the boxes of x and w, turned as theirs are, can read u and v, too."""
+    if u is None or len(u[0]) != 2 or len(v[0]) != 2 or {u[2], v[2]} != {dtype}:
+        return False
+    (_, x_turned), (_, w_turned) = boxes
+    rows, near = zip(*(strides[::-1] if turned else strides for strides, turned in ((u[1], x_turned), (v_strides, w_turned))), strict=True)
+    return near == (1, 1) and all(row > 0 and row * dtype.itemsize % 16 == 0 for row in rows)
 
 
 def _box(strides: tuple[int, ...], block_i: int, block_j: int) -> tuple[tuple[int, int], bool]:

@@ -76,7 +76,7 @@ def expand_tile(
     EVEN_K: tl.constexpr,
     EVEN_R: tl.constexpr,
     WIDE: tl.constexpr,
-    UV_LAST: tl.constexpr,
+    UV: tl.constexpr,
     WAIT: tl.constexpr,
 ):
     """One tile of y, or with SPLIT one part of it. parts: (partial sums, their stride, counters of the tiles, number of parts)."""
@@ -91,11 +91,11 @@ def expand_tile(
         k_begin = (part - 1) * blocks_per_part * BLOCK_K
         k_end = tl.where(part == 0, k_begin, tl.minimum(k_begin + blocks_per_part * BLOCK_K, K))
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    if UV_LAST:
+    if UV == "last":
         # u: [BLOCK_M, BLOCK_R], v: [BLOCK_R, BLOCK_N]
         u_tile = LOAD_U(u, m0, first, M, first + R, BLOCK_M, BLOCK_R, False, EVEN_R, WIDE).to(TYPE)
         v_tile = load_dense(v, 0, n0, R, N, BLOCK_R, BLOCK_N, EVEN_R, EVEN_N, WIDE).to(TYPE)
-    elif U == "given" and (WAIT is None or SPLIT):
+    elif U == "given" and (WAIT is None or SPLIT) and UV == "first":
         if part == 0:
             if WAIT is not None:
                 WAIT()
@@ -111,6 +111,20 @@ def expand_tile(
     elif LOAD_W is None:
         # x: [BLOCK_M, BLOCK_N]
         acc += LOAD_X(x, m0, n0, M, N, BLOCK_M, BLOCK_N, False, EVEN_N, WIDE)
+    elif UV == "steps":
+        k_steps = tl.cdiv(K, BLOCK_K)
+        for i in tl.range(0, k_steps + tl.cdiv(R, BLOCK_K)):
+            if i < k_steps:
+                x_from = x
+                w_from = w
+                k0 = i * BLOCK_K
+            else:
+                x_from = u
+                w_from = v
+                k0 = (i - k_steps) * BLOCK_K
+            x_tile = LOAD_X(x_from, m0, k0, M, K, BLOCK_M, BLOCK_K, False, EVEN_K, WIDE)
+            w_tile = LOAD_W(w_from, k0, n0, K, N, BLOCK_K, BLOCK_N, EVEN_K, EVEN_N, WIDE)
+            acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)
     else:
         u_acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
         turns = 0
@@ -129,9 +143,9 @@ def expand_tile(
                     a_tile = load_dense(a, k0, first, K, first + R, BLOCK_K, BLOCK_R, EVEN_K, EVEN_R, WIDE).to(x_tile.dtype)
                     u_acc = tl.dot(kept, a_tile, u_acc, input_precision=PRECISION)
                 acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)
-                if UV_LAST:
+                if UV == "last":
                     turns += 1
-        if UV_LAST:
+        if UV == "last":
             # What rests on the loop's end is not put into shared memory, so not waited for, ahead of the loop's first copies.
             u_tile = tl.where(turns > 0, u_tile, tl.zeros_like(u_tile))
             v_tile = tl.where(turns > 0, v_tile, tl.zeros_like(v_tile))
@@ -252,7 +266,7 @@ def expand(
     EVEN_R: tl.constexpr,
     WIDE: tl.constexpr,
     PERSISTENT: tl.constexpr,
-    UV_LAST: tl.constexpr,
+    UV: tl.constexpr,
     WAIT: tl.constexpr,
 ):
     """Grid [programs]: as many as there are work items, or fewer (PERSISTENT), each taking every grid-th item or ticket.
@@ -261,8 +275,9 @@ def expand(
     a function that waits for the launch that writes u, for which the base product does not wait. late: None, or the first program that
     calls it at once, having its room from one that has waited.
 
-    UV_LAST: u and v, one block of ranks, are on their way while the K loop runs, and their product closes the sum; ahead of the loop the
-    first copies of x and w would wait for it.
+    UV: where u v, u given, joins the sum. "first". "last": u and v, one block of ranks, are on their way while the K loop runs; ahead of
+    it the first copies of x and w would wait for their product. "steps": u and v are descriptors with x's and w's boxes, zero beyond the
+    ranks, and go through the same loop, which, flattened into that over tiles, begins the next tile's copies before this tile's end.
 
     ends: None, or where the columns of each layer that w packs end; u then has R for each. period: as in `within_rank`, of v's rows.
 
@@ -279,18 +294,18 @@ def expand(
     if late is not None:
         if first >= late:
             WAIT()
-    if UV_LAST and not PERSISTENT:  # no loop of one turn, whose next turn's copies would be fenced off from this one's stores
+    if UV == "last" and not PERSISTENT:  # no loop of one turn, whose next turn's copies would be fenced off from this one's stores
         pid_m, pid_n = grouped_tile(first, num_m, num_n, GROUP_M)
         expand_tile(
             x, w, a, u, v, bias_ptr, y, rows, stride_ve, scales_ptr, ranks_ptr, flag_ptr,
             parts, 0, blocks_per_part, seed, threshold, inv_keep, scale, pid_m, pid_n, M, N, K, R, ends, period,
             LOAD_X, LOAD_W, LOAD_U, U, SEGMENTS, MASKED, WALK, SPLIT, EXACT, ADD, SAVE_U, DROP_X, DROP_UV, PRECISION,
-            BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, R_BLOCKS, EVEN_N, EVEN_K, EVEN_R, WIDE, UV_LAST, WAIT,
+            BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, R_BLOCKS, EVEN_N, EVEN_K, EVEN_R, WIDE, UV, WAIT,
         )  # fmt: skip
     else:
         last = producers + num_m * num_n if PERSISTENT else first + 1
         step = tl.num_programs(0) if PERSISTENT else 1
-        for turn in tl.range(first, last, step):
+        for turn in tl.range(first, last, step, flatten=UV == "steps"):
             item = turn
             tile = turn
             part = 0
@@ -319,5 +334,5 @@ def expand(
                     x, w, a, u, v, bias_ptr, y, rows, stride_ve, scales_ptr, ranks_ptr, flag_ptr,
                     parts, part, blocks_per_part, seed, threshold, inv_keep, scale, pid_m, pid_n, M, N, K, R, ends, period,
                     LOAD_X, LOAD_W, LOAD_U, U, SEGMENTS, MASKED, WALK, SPLIT, EXACT, ADD, SAVE_U, DROP_X, DROP_UV, PRECISION,
-                    BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, R_BLOCKS, EVEN_N, EVEN_K, EVEN_R, WIDE, UV_LAST, WAIT,
+                    BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, R_BLOCKS, EVEN_N, EVEN_K, EVEN_R, WIDE, UV, WAIT,
                 )  # fmt: skip

@@ -145,7 +145,9 @@ def expand_shared_memory(e: Expand, problem: Problem, arch: Arch) -> int:
     rank = rank_block(problem.tile_rank, LOOP_RANK if e.u == "loop" else TILE_RANK)
     columns = e.block_m + e.block_n + (rank if e.u == "loop" else 0)
     stages = _tiles_in_flight(e.num_stages, e.block_m, e.num_warps, problem, arch) * columns * e.block_k * problem.itemsize
-    beside = (e.block_m + e.block_n) * rank * problem.itemsize if arch.has_wgmma and e.u == "given" and e.block_m >= 64 else 0
+    # Behind the K loop (`layouts.expand`: UV) u and v take the place of tiles that were multiplied.
+    first = bool(problem.adapters) or problem.dropout == "uv" or e.pdl or problem.tile_rank > TILE_RANK or min(e.block_m, e.block_n) < 64
+    beside = (e.block_m + e.block_n) * rank * problem.itemsize if arch.has_wgmma and e.u == "given" and e.block_m >= 64 and first else 0
     return max(stages + beside, walk_memory(e, problem))
 
 
