@@ -59,7 +59,7 @@ def choices(point: Point, o: Operands, arch: Arch, every: bool) -> tuple[dict[st
     decode = point.forward_alone
     chosen: dict[str, Choice] = {"triton": (base[0], None if decode else base[1])}
     refused: dict[str, str] = {}
-    for variant, changes in variants(every):
+    for variant, changes in variants(every, decode):
         name = f"triton:{variant}"
         f, reason = fitted(base[0], changes, forward, arch)
         if f is None:
@@ -94,10 +94,12 @@ def kernel_arms(point: Point, o: Operands, arch: Arch, every: bool) -> tuple[dic
     return steps, configs, refused
 
 
-def variants(every: bool) -> Iterator[tuple[str, dict]]:
+def variants(every: bool, decode: bool) -> Iterator[tuple[str, dict]]:
     """Changes to the expand part of a configuration, by name."""
     if not every:
         yield from ((u, {"u": u, "base": "kernel"}) for u in SOURCES)
+        if not decode:
+            yield "given+persistent", {"u": "given", "base": "kernel", "persistent": True}
         return
     for u in ("loop", "awaited"):
         # The other way past the hazard of a dropped operand, where the plain variant gives up its pipeline.

@@ -44,7 +44,10 @@ for grid, every in (("train", {every}), ("decode", False)):
 def test_kernel_arms_compute_what_they_are_named_for():
     pytest.importorskip("triton")
     printed = run_python(KERNELS.format(every="False"), TRITON_INTERPRET="1")
-    assert printed.split("\n")[0] == "triton triton:given triton:loop triton:awaited triton:overlapped by stream triton:overlapped by pdl"
+    assert (
+        printed.split("\n")[0]
+        == "triton triton:given triton:loop triton:awaited triton:given+persistent triton:overlapped by stream triton:overlapped by pdl"
+    )
 
 
 AHEAD = """
