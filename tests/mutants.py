@@ -121,7 +121,7 @@ ONE_ADAPTER = [
     Mutant("awaited: no wait", EXPAND, WAIT, WAIT.replace("wanted", "0"), tests="machine"),
     Mutant("awaited: acquire relaxed", EXPAND, 'sem="acquire"', 'sem="relaxed"', tests="machine"),
     Mutant("awaited: release relaxed", EXPAND, 'sem="release"', 'sem="relaxed"', 2, tests="machine"),
-    Mutant("awaited: no barrier before the release", EXPAND, "                tl.debug_barrier()\n", "", tests="machine"),
+    Mutant("awaited: no barrier before the release", EXPAND, "                    tl.debug_barrier()\n", "", tests="machine"),
     Mutant("awaited: no barrier behind the wait", EXPAND, "pass\n            tl.debug_barrier()\n", "pass\n",
            note=OWN_BARRIER, tests="machine"),
     Mutant("awaited: item without ticket", EXPAND, TICKET, "turn"),
