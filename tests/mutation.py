@@ -45,7 +45,7 @@ SELECTIONS = {  # a mutant's tests: their files, and which of them run first
         ["test_packed.py", "test_packed_layer.py", "test_packed_files.py"],
         "not (opcheck or compiled or test_refusals or 170 or repeats or flops)",
     ),
-    "sum": (["test_expand_sum.py"], "further_steps"),
+    "sum": (["test_expand_sum.py"], "further_steps or behind_the_loop and 12"),
     "launcher": (["test_launcher.py"], "test"),
     "calls": (["test_calls.py"], "test"),
     "serving": (["test_serving.py", "test_pool.py"], "test"),
