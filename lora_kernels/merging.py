@@ -121,7 +121,7 @@ class Mergeable:
 
     def base_weight(self) -> torch.Tensor:
         """The base weight, merged or not: on the weight's device and in its dtype, copied from the CPU if it is kept there."""
-        return self.weight if self._base_weight is None else self._base_weight.to(self.weight)
+        return self.weight if self._base_weight is None else self._base_weight.to(self.weight.device, self.weight.dtype)
 
     def has_base(self, weight: torch.Tensor) -> bool:
         """Whether ``weight``, rounded to the layer's dtype, is its base weight."""
