@@ -45,8 +45,9 @@ def apply_lora(model: nn.Module, config: LoRAConfig, *, num_adapters: int | None
         which would be lost, or its parent passes its forward by; a named parameter is not a stack that `LoRAExperts` serves;
         num_adapters with target_parameters. In each case the model is as it was.
     """
-    if getattr(config, "peft_type", None) is not None and callable(getattr(config, "to_dict", None)):
-        config = LoRAConfig.from_dict(config.to_dict())
+    given: Any = config
+    if getattr(given, "peft_type", None) is not None and callable(getattr(given, "to_dict", None)):
+        config = LoRAConfig.from_dict(given.to_dict())
     if not isinstance(config, LoRAConfig):
         raise TypeError(f"config: wanted a lora_kernels.LoRAConfig or PEFT's LoraConfig, got {type(config).__name__}")
     if config.target_parameters and num_adapters is not None:
