@@ -26,6 +26,7 @@ def run(session: Session, *, quick: bool | None = None) -> bool:
     def progress(done: int, total: int, name: str) -> None:
         say(f"check {done}/{total} {name}")
 
+    quick = not _compiled(parity, session, quick) or quick
     results = _results(parity, session, progress, quick)
     for result in results:
         recorder.add(what="case", name=result.name, ok=bool(result.ok), ratio=float(result.ratio), detail=str(result.detail), quick=quick)
@@ -49,9 +50,22 @@ def _results(parity, session: Session, progress, quick: bool) -> list:
         # Nothing but the library chain is measured here, so it alone is checked.
         chain = [parity.Case(33, 96, 64, 8, dtype, p, impl="torch") for dtype in (torch.float32, torch.bfloat16) for p in (0.0, 0.1)]
         return [parity.run_case(case, session.device) for case in chain]
-    if session.device.type == "cuda" and arch is not None:
-        precompile.run(precompile.of_cases(parity.cases(session.device, quick)), arch, session.seconds / 2)
     return parity.run_all(session.device, progress, quick)
+
+
+def _compiled(parity, session: Session, quick: bool) -> bool:
+    """Whether the kernels of the cases are compiled within half of the section's time, those of the quick ones first.
+
+    One after the other, where they are launched, those left over would take longer than the section has.
+    """
+    arch = variants.kernels_run(session.device)
+    if session.device.type != "cuda" or arch is None:
+        return True
+    cases = dict.fromkeys([*parity.cases(session.device, True), *parity.cases(session.device, quick)])
+    left = precompile.run(precompile.of_cases(list(cases)), arch, session.seconds / 2)
+    if left:
+        say(f"check: {left} kernels are not compiled in half of {session.seconds:g} s, so the quick cases alone are run")
+    return not left
 
 
 def recorded(session: Session) -> bool | None:

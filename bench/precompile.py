@@ -85,7 +85,7 @@ def of_cases(cases: list) -> list[CaseJob]:
 
 
 def run(jobs: list, arch: Arch, seconds: float) -> int:
-    """Compiles what the jobs launch, the same kernel once, for at most ``seconds``; returns how many kernels are ready.
+    """Compiles what the jobs launch, the same kernel once, for at most ``seconds``; returns how many kernels it had no time for.
 
     What is left over, or fails, is compiled or raised where it is launched. Where Triton's cache has all of it, this costs a second.
     """
@@ -114,7 +114,7 @@ def run(jobs: list, arch: Arch, seconds: float) -> int:
     ready, new = sum(futures[future] for future in right), sum(future.result() for future in right)
     took = f"{time.perf_counter() - start:.0f} s, {processes()} processes"
     say(f"{ready} of {len(kernels)} kernels ready, {new} of them compiled now, in {took}")
-    return ready
+    return sum(futures[future] for future in late)
 
 
 @functools.cache

@@ -136,8 +136,10 @@ def tune(cuda: bool, quick: bool) -> list[Point]:
         return [replace(point, dtype=torch.float32) for point in (*tokens, *few)]
     if quick:
         return gpu_single(quick)
-    few = (1, 16, 64)
-    return [
+    few, q_o = (16, 64, 1), {"8B q,o": LLAMA_8B["8B q,o"]}
+    found = [
+        *train(q_o, (8192,), (16,)),
+        *train(q_o, few, (16,), "decode", (0.0,)),
         *train(LLAMA_8B, (8192,), (16,)),
         *train(LLAMA_8B, few, (16,), "decode", (0.0,)),
         *train(LLAMA_70B, (8192,), (16,)),
@@ -145,6 +147,7 @@ def tune(cuda: bool, quick: bool) -> list[Point]:
         *train(LLAMA_70B, (2048,), (16,)),
         *train(LLAMA_70B, few, (16,), "decode", (0.0,)),
     ]
+    return list(dict.fromkeys(found))
 
 
 def memory(device: torch.device, quick: bool) -> list[Point]:

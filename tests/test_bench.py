@@ -114,6 +114,19 @@ def test_check_on_a_device_that_runs_kernels(tmp_path, parity, monkeypatch, caps
     assert "check 0/1 a kernel" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("left, wanted", [(0, [False]), (3, [True])])
+def test_a_check_without_time_to_compile_is_a_quick_one(tmp_path, parity, monkeypatch, capsys, left, wanted):
+    asked, ran = [], []
+    parity.cases = lambda device, quick: asked.append(quick) or []
+    parity.run_all = lambda device, progress, quick: ran.append(quick) or [SimpleNamespace(name="a", ok=True, ratio=0.5, detail="")]
+    monkeypatch.setattr(variants, "kernels_run", lambda device: "an architecture")
+    monkeypatch.setattr(check.precompile, "run", lambda jobs, arch, seconds: left)
+    on_a_gpu = session.Session(torch.device("cuda"), tmp_path, conditions=dict.fromkeys(conditions.CONDITIONS))
+    assert check.run(on_a_gpu, quick=False) and ran == wanted and asked == [True, False], "the quick ones' kernels first"
+    assert [row["quick"] for row in lines(tmp_path / "check.jsonl")] == [left > 0] * 2
+    assert ("the quick cases alone" in capsys.readouterr().err) == (left > 0)
+
+
 def test_the_real_check_is_green_here(tmp_path):
     pytest.importorskip("triton")
     assert bench("check", out=tmp_path) == 0

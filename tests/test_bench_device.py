@@ -81,6 +81,9 @@ def test_sections_after_one_that_ended_its_process_go_on(tmp_path, monkeypatch, 
     assert "roof ended its process (status -11); what is after it: decode, single" in said
     assert "single ended its process (status -11); what is after it: nothing" in said
     begun.clear()
+    broken = {"check"}
+    assert device.main(named) == 1 and len(begun) == 1, "a check that ended its process is no better than a red one"
+    begun.clear()
     broken, red = set(), {"check"}
     assert device.main(named) == 1 and len(begun) == 1, "a red check ends it"
     broken, red = set(), set()
