@@ -218,3 +218,22 @@ def test_backward_problem_swaps_and_comes_back():
     back = problem.backward()
     assert (back.N, back.K, back.w_major, back.dropout) == (5, 3, "n", "uv")
     assert problem.flops == 2 * 4096 * (15 + 16 * 8)
+
+
+@pytest.mark.parametrize(
+    "changes, rows, split",
+    [
+        ({}, 32, 1),  # 256 programs fill the chip, and no partial sums are added
+        ({"R": 64}, 64, 1),  # 128 programs do, next to all
+        ({"R": 64, "M": 4096}, 32, 1),  # 64 of 64 rows do not, 128 of 32 do
+        ({"M": 3000}, 32, 3),
+        ({"R": 64, "dropout": "x"}, 32, 2),
+        ({"M": 2048}, 16, 3),  # which have too little on its way
+        ({"M": 16}, 16, 8),
+    ],
+)
+def test_rows_and_splits_of_shrink(changes, rows, split):
+    shrink = heuristic(
+        replace(PROBLEM, **{"M": 8192, "N": 4096, "K": 4096, "R": 16, "dtype": torch.bfloat16} | changes), Arch.parse("sm_90")
+    ).shrink
+    assert (shrink.block_m, shrink.split) == (rows, split)
