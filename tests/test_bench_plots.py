@@ -100,13 +100,13 @@ def test_single_has_a_panel_for_each_model_and_dropout(tmp_path):
     rows = measured(tmp_path, "single", workloads.gpu_single(quick=False), ARMS)
     panels = plots.single(rows)
     assert [panel.title for panel in panels] == [
-        *(f"{grid}, r = 16, dropout {p}" for grid, p in (("8B train", "0.1"), ("8B train", "0"), ("lorafusion", "0.1"))),
-        *(f"70B train, r = 16, dropout {p}" for p in ("0.1", "0")),
+        *(f"{model} train, r = 16, dropout {p}" for model in ("8B", "70B") for p in ("0.1", "0")),
+        "lorafusion, r = 16, dropout 0.1",
         *(f"{model} decode, r = 16, queued" for model in ("8B", "70B")),
     ]
     assert [panel.scale for panel in panels] == [""] * 5 + ["decode"] * 2
     assert panels[0].lines["PEFT"] == [(M, pytest.approx(1.5)) for M in (512, 2048, 8192)]
-    assert panels[2].lines["peer:lorafusion"] == [(M, pytest.approx(1 + 512 / M)) for M in (2048, 4096, 6144, 8192)]
+    assert panels[4].lines["peer:lorafusion"] == [(M, pytest.approx(1 + 512 / M)) for M in (2048, 4096, 6144, 8192)]
     lines, texts = drawn(plots.PLOTS["single"](rows))
     assert len(lines) == 2 * len(panels) and {"tokens", "time / frozen linear", "peer:lorafusion"} <= set(texts)
 
