@@ -43,8 +43,6 @@ SECTIONS = {
 }
 NOT_IN_ALL = ("sanitize",)  # its tools may need more than a section's time
 GRACE = 50  # seconds past its budget after which a section is taken to hang
-
-
 FIRST = ("check", "roof")  # what the others rest on; the rest in the order in which it is named
 RED = "red"  # what is told of sections that a red check forbids
 

@@ -15,7 +15,7 @@ from .kernels.overlap import in_order, let_next_begin, wait_for_previous, wait_t
 from .operands import Many, Matrix, flat, lead
 from .packed import cut
 from .tuning import Config, rank_block
-from .tuning.validity import LOOP_RANK, MIXED_RANK, TILE_RANK
+from .tuning.validity import LOOP_RANK, MIXED_RANK, TILE_RANK, closes
 
 INT32 = 1 << 31
 RESIDENT = 228 << 10  # bytes of shared memory of a multiprocessor: an estimate of how many programs begin at once
@@ -255,7 +255,7 @@ def expand(
     if c.u == "given" and not c.pdl and load_w is not None and not (adapters.tokens or splits or drop_uv):
         if aligned and boxes is not None and c.persistent and not ends and _same_boxes(boxes, u, v, v_strides, x_dtype):
             uv = "steps"
-        elif r_blocks == 1 and min(c.block_m, c.block_n) >= 64:
+        elif closes(c, R, adapters.tokens > 0, drop_uv):
             uv = "last"
     blocks = max(c.block_m, c.block_n, c.block_k)
     options = Options(

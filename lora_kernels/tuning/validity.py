@@ -145,10 +145,17 @@ def expand_shared_memory(e: Expand, problem: Problem, arch: Arch) -> int:
     rank = rank_block(problem.tile_rank, LOOP_RANK if e.u == "loop" else TILE_RANK)
     columns = e.block_m + e.block_n + (rank if e.u == "loop" else 0)
     stages = _tiles_in_flight(e.num_stages, e.block_m, e.num_warps, problem, arch) * columns * e.block_k * problem.itemsize
-    # Behind the K loop (`layouts.expand`: UV) u and v take the place of tiles that were multiplied.
-    first = bool(problem.adapters) or problem.dropout == "uv" or e.pdl or problem.tile_rank > TILE_RANK or min(e.block_m, e.block_n) < 64
-    beside = (e.block_m + e.block_n) * rank * problem.itemsize if arch.has_wgmma and e.u == "given" and e.block_m >= 64 and first else 0
+    beside = 0  # behind the K loop u and v take the place of tiles that were multiplied
+    ahead = not closes(e, problem.tile_rank, bool(problem.adapters), problem.dropout == "uv")
+    if arch.has_wgmma and e.u == "given" and e.block_m >= 64 and ahead:
+        beside = (e.block_m + e.block_n) * rank * problem.itemsize
     return max(stages + beside, walk_memory(e, problem))
+
+
+def closes(e: Expand, rank: int, segments: bool, dropped: bool) -> bool:
+    """Whether u v, u given, closes expand's sum: one block of ranks, nothing selected, dropped or waited for, registers to spare."""
+    whole = not (segments or dropped or e.pdl or e.split > 1)
+    return e.u == "given" and e.base == "kernel" and whole and rank <= TILE_RANK and min(e.block_m, e.block_n) >= 64
 
 
 def walk_memory(e: Expand, problem: Problem) -> int:
