@@ -124,7 +124,11 @@ def _targets(model: nn.Module, config: LoRAConfig) -> dict[str, list[str]]:
         head = getattr(model, "get_output_embeddings", lambda: None)()
         chosen = {name for name, module in linears.items() if module is not head}
     else:
-        chosen = {name for name in every if names_mean(config.target_modules, name)}
+        chosen = {name for name in every if config.targets(name)}
+        numbers: Any = config.layers_to_transform
+        there = {config.layer_of(name) for name in every if names_mean(config.target_modules, name)} - {None}
+        if numbers and not there.issuperset(numbers):
+            raise ValueError(f"layers_to_transform: wanted layers that have what target_modules names, of {there}, got {numbers}")
     chosen -= {name for name in every if names_mean(config.exclude_modules, name)}
     if not chosen:
         raise ValueError(f"target_modules: wanted layers to fuse, got none beside the head and exclude_modules={config.exclude_modules!r}")

@@ -23,6 +23,7 @@ ALL_LINEAR = "all-linear"
 # Fields that say where an adapter is from or how it was trained, not what its tensors mean.
 PROVENANCE = {"peft_version", "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "megatron_core"}
 PROVENANCE |= {"loftq_config", "eva_config", "qalora_group_size", "runtime_config", "ensure_weight_tying"}
+_FIRST_NUMBER = re.compile(r".*?\.[^.]*\.(?P<n>\d+)\.")
 PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")  # PEFT's others change the base weights
 
 
@@ -37,6 +38,10 @@ class LoRAConfig:
         r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, lora_bias, use_dora: As in `FusedLoRALinear`. A `LoRAExperts` has
             neither of the last two.
         exclude_modules: What of target_modules to leave out: names or a regular expression.
+        layers_to_transform: In which layers target_modules, a list of names, means what ends so: their number or numbers, from 0; None:
+            in all. A whole name needs none.
+        layers_pattern: What the list of layers is called, ``"layers"`` or several, each a regular expression. None: whatever the first
+            number of a name stands behind, but for the name's own beginning.
         rank_pattern, alpha_pattern: r and lora_alpha of single layers and parameters, by a regular expression for the end of the name
             after a dot (``^`` anchors it where the name begins). The first key that matches holds.
     Raises:
@@ -50,6 +55,8 @@ class LoRAConfig:
     lora_dropout: float = 0.0
     use_rslora: bool = False
     exclude_modules: str | Collection[str] | None = None
+    layers_to_transform: int | Collection[int] | None = None
+    layers_pattern: str | Collection[str] | None = None
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     init_lora_weights: bool = True
@@ -66,6 +73,15 @@ class LoRAConfig:
         if not self.target_modules and not self.target_parameters:
             given = f"{self.target_modules!r} without target_parameters"
             raise ValueError(f"target_modules: wanted names, a regular expression or {ALL_LINEAR!r}, got {given}")
+        object.__setattr__(self, "layers_to_transform", _numbers("layers_to_transform", self.layers_to_transform))
+        patterns = self.layers_pattern or ()
+        object.__setattr__(self, "layers_pattern", _names("layers_pattern", [patterns] if isinstance(patterns, str) else patterns) or None)
+        for pattern in self.layers_pattern or ():
+            _check_expression("layers_pattern", pattern)
+        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
+            raise ValueError(f"layers_to_transform: wanted None with target_modules={self.target_modules!r}, which is no list of names")
+        if self.layers_pattern is not None and self.layers_to_transform is None:
+            raise ValueError(f"layers_pattern: wanted layers_to_transform beside {self.layers_pattern!r}, got None")
         for name in ("rank_pattern", "alpha_pattern"):
             object.__setattr__(self, name, dict(_mapping(name, getattr(self, name))))
         for name in ("use_rslora", "init_lora_weights", "lora_bias", "use_dora"):
@@ -77,6 +93,19 @@ class LoRAConfig:
             _check_number(name, alpha)
         _check_number("lora_dropout", self.lora_dropout)
         check_dropout(self.lora_dropout)
+
+    def layer_of(self, name: str) -> int | None:
+        """The number of the layer, of those that layers_pattern means, that has the module of that name; None outside of them."""
+        if self.layers_pattern is None:
+            found = _FIRST_NUMBER.match(name)
+        else:
+            found = next(filter(None, (re.match(rf"(?:^|.*?\.){each}\.(?P<n>\d+)\.", name) for each in self.layers_pattern)), None)
+        return None if found is None else int(found["n"])
+
+    def targets(self, name: str) -> bool:
+        """Whether target_modules, which is not "all-linear", means the module of that name, in one of layers_to_transform."""
+        numbers: Any = self.layers_to_transform
+        return names_mean(self.target_modules, name) and (numbers is None or name in self.target_modules or self.layer_of(name) in numbers)
 
     def rank_of(self, name: str) -> int:
         """The rank of the layer or parameter of that name."""
@@ -179,6 +208,15 @@ def _names(label: str, given) -> str | tuple[str, ...]:
     if not isinstance(given, Collection) or isinstance(given, (bytes, Mapping)) or not all(isinstance(name, str) for name in given):
         raise TypeError(f"{label}: wanted a list of names or a string, got {given!r}")
     return tuple(sorted(given) if isinstance(given, (set, frozenset)) else given)
+
+
+def _numbers(label: str, given) -> tuple[int, ...] | None:
+    numbers = [given] if isinstance(given, int) else given
+    if numbers is not None and (
+        isinstance(numbers, str) or not isinstance(numbers, Collection) or not all(type(n) is int for n in numbers)
+    ):
+        raise TypeError(f"{label}: wanted a layer's number or a list of them, got {given!r}")
+    return tuple(sorted(set(numbers))) if numbers else None
 
 
 def _mapping(label: str, given) -> Mapping:

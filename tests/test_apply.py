@@ -304,6 +304,12 @@ def with_shared(model):
         (with_adapters, {"target_modules": ["q_proj"]}, TypeError, r"got FusedLoRALinear; remove_lora\(model\) first"),
         (with_hook, {}, UnsupportedError, "blocks.1.q_proj: wanted a layer without hooks"),
         (
+            None,
+            {"target_modules": ["q_proj", "head"], "layers_to_transform": [1, 2], "layers_pattern": "blocks"},
+            ValueError,
+            r"layers_to_transform: wanted layers that have what target_modules names, of {0, 1}, got \(1, 2\)",
+        ),
+        (
             with_shared,
             {"target_modules": ["0.q_proj"]},
             ValueError,

@@ -14,10 +14,10 @@ IDS = torch.arange(12).view(2, 6)
 HEAD = "base_model.model.lm_head.base_layer.weight"
 
 
-def llama(**more) -> LlamaForCausalLM:
+def llama(layers: int = 1, **more) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    sizes = dict(hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=1, vocab_size=40)
-    return LlamaForCausalLM(LlamaConfig(**sizes, **more)).eval()
+    sizes = dict(hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, vocab_size=40)
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=layers, **more)).eval()
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +78,18 @@ def test_pefts_own_config():
         assert (layer.r, layer.scaling) == (like.r["default"], like.scaling["default"])
     with pytest.raises(TypeError, match="wanted a lora_kernels.LoRAConfig or PEFT's LoraConfig, got dict"):
         apply_lora(llama(), config.to_dict())
+
+
+@pytest.mark.parametrize("layers, pattern", [(2, None), ([0, 2], "layers"), ([1], ["h", "lay.*s"]), ([], None)])
+def test_some_layers(layers, pattern, tmp_path):
+    targets = ["q_proj", "down_proj", "model.layers.0.self_attn.v_proj"]
+    config = LoraConfig(target_modules=targets, r=4, init_lora_weights=False, layers_to_transform=layers, layers_pattern=pattern)
+    theirs, ours = get_peft_model(llama(3), config), llama(3)
+    theirs.save_pretrained(tmp_path)
+    names = apply_lora(ours, LoRAConfig.from_folder(tmp_path))
+    assert names == [name for name, m in theirs.base_model.model.named_modules() if hasattr(m, "lora_A")]
+    assert load_adapter(ours, tmp_path) == names
+    torch.testing.assert_close(ours(IDS).logits, theirs.eval()(IDS).logits)
 
 
 def test_float32_files_on_a_16_bit_base(tmp_path):

@@ -25,6 +25,11 @@ from lora_kernels import LoRAConfig, UnsupportedError
         ({"alpha_pattern": {"q": True}}, TypeError, r"alpha_pattern\['q'\]: wanted a number, got True"),
         ({"lora_alpha": float("inf")}, ValueError, "lora_alpha: wanted a finite number, got inf"),
         ({"lora_dropout": 1}, ValueError, r"lora_dropout: wanted a probability in \[0, 1\), got 1"),
+        ({"layers_to_transform": "1"}, TypeError, "layers_to_transform: wanted a layer's number or a list of them, got '1'"),
+        ({"layers_to_transform": [True]}, TypeError, r"layers_to_transform: wanted a layer's number or a list of them, got \[True\]"),
+        ({"target_modules": ".*q", "layers_to_transform": 0}, ValueError, "layers_to_transform: wanted None with target_modules='.*q'"),
+        ({"layers_pattern": "h"}, ValueError, r"layers_pattern: wanted layers_to_transform beside \('h',\), got None"),
+        ({"layers_pattern": "(", "layers_to_transform": 0}, ValueError, r"layers_pattern: wanted a regular expression, got '\('"),
         ({"use_rslora": 1}, TypeError, "use_rslora: wanted True or False, got 1"),
     ],
 )
@@ -43,13 +48,34 @@ def test_config_from_pefts_dict():
         "init_lora_weights": "gaussian",
         "a_field_of_tomorrow": None,
         "another": {},
-        "layers_pattern": None,
+        "layers_pattern": "",
+        "layers_to_transform": [],
     }
     config = LoRAConfig.from_dict(given)
     assert config == LoRAConfig(target_modules=["q_proj"], r=4, lora_alpha=8, use_rslora=True, rank_pattern={"q_proj": 2})
     ranks = {name: config.rank_of(name) for name in ("q_proj", "a.q_proj", "a.q_proj.b", "a.q_projection", "a.xq_proj")}
     assert list(ranks.values()) == [2, 2, 4, 4, 4], "whole parts of a name"
     assert config.scaling_of("x") == 4.0
+
+
+@pytest.mark.parametrize(
+    "name, pattern, layer",
+    [
+        ("model.layers.3.q", None, 3),
+        ("model.layers.12.experts.3.q", None, 12),
+        ("model.layers.12.experts.3.q", "experts", 3),
+        ("model.layers.12.experts.3.q", ["h", "layers"], 12),
+        ("model.layers.12.experts.3.q", ["h", "exper"], None),
+        ("model.layers.12", None, None),
+        ("layers.2.q", None, None),  # PEFT's way: something stands before
+        ("layers.2.q", r"l\w*s", 2),
+        ("head", None, None),
+    ],
+)
+def test_the_layer_of_a_name(name, pattern, layer):
+    config = LoRAConfig(target_modules=["q", "layers.2.q"], layers_to_transform=[2, 3, 3], layers_pattern=pattern)
+    assert config.layer_of(name) == layer and config.layers_to_transform == (2, 3)
+    assert config.targets(name) == (name == "layers.2.q" or name.endswith(".q") and layer == 3), "a whole name is in any layer"
 
 
 @pytest.mark.parametrize(
@@ -62,7 +88,7 @@ def test_config_from_pefts_dict():
         ({"bias": "lora_only"}, UnsupportedError, "bias: wanted 'none', got 'lora_only'"),
         ({"modules_to_save": ["head"]}, UnsupportedError, r"wanted plain LoRA, got modules_to_save=\['head'\]"),
         ({"fan_in_fan_out": True, "use_bdlora": {"nblocks": 2}}, UnsupportedError, "got fan_in_fan_out=True, use_bdlora="),
-        ({"layers_to_transform": 0}, UnsupportedError, "got layers_to_transform=0"),
+        ({"layers_to_transform": 0.5}, TypeError, "layers_to_transform: wanted a layer's number or a list of them, got 0.5"),
         ({"a_field_of_tomorrow": 1}, UnsupportedError, "got a_field_of_tomorrow=1"),
         ({"r": 4.0}, TypeError, "r: wanted an int, got float"),
         ({"lora_alpha": "8"}, TypeError, "lora_alpha: wanted a number, got '8'"),
