@@ -25,6 +25,7 @@ PROVENANCE = {"peft_version", "auto_mapping", "base_model_name_or_path", "revisi
 PROVENANCE |= {"loftq_config", "eva_config", "qalora_group_size", "runtime_config", "ensure_weight_tying"}
 _FIRST_NUMBER = re.compile(r".*?\.[^.]*\.(?P<n>\d+)\.")
 PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")  # PEFT's others change the base weights
+FUSED = "PEFT's own model of it can be fused, lora_kernels.integrations.peft.fuse(model)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,14 +138,15 @@ class LoRAConfig:
         init, bias = given.pop("init_lora_weights", True), given.pop("bias", "none")
         if init not in PLAIN_INITS:
             raise UnsupportedError(
-                f"init_lora_weights: wanted one of {PLAIN_INITS}, got {init!r}, under which PEFT changes the base weights"
+                f"init_lora_weights: wanted one of {PLAIN_INITS}, got {init!r}, under which PEFT changes the base weights; {FUSED}"
             )
         if bias != "none":
-            raise UnsupportedError(f"bias: wanted 'none', got {bias!r}, under which PEFT trains biases of the base")
+            raise UnsupportedError(f"bias: wanted 'none', got {bias!r}, under which PEFT trains biases of the base; {FUSED}")
         known = {f.name for f in fields(cls)}
         other = sorted(name for name in given.keys() - known - PROVENANCE if not _absent(given[name]))
         if other:
-            raise UnsupportedError(f"config: wanted plain LoRA, got {', '.join(f'{name}={given[name]!r}' for name in other)}")
+            more = ", ".join(f"{name}={given[name]!r}" for name in other)
+            raise UnsupportedError(f"config: wanted plain LoRA, got {more}; {FUSED}")
         return cls(**{name: given[name] for name in known if given.get(name) is not None})
 
     @classmethod

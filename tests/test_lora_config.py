@@ -86,7 +86,11 @@ def test_the_layer_of_a_name(name, pattern, layer):
         ({"r": None}, ValueError, "wanted r, lora_alpha and target_modules, got none for r"),
         ({"init_lora_weights": "pissa_niter_4"}, UnsupportedError, "got 'pissa_niter_4', under which PEFT changes the base weights"),
         ({"bias": "lora_only"}, UnsupportedError, "bias: wanted 'none', got 'lora_only'"),
-        ({"modules_to_save": ["head"]}, UnsupportedError, r"wanted plain LoRA, got modules_to_save=\['head'\]"),
+        (
+            {"modules_to_save": ["head"]},
+            UnsupportedError,
+            r"wanted plain LoRA, got modules_to_save=\['head'\]; PEFT's own model of it can be fused",
+        ),
         ({"fan_in_fan_out": True, "use_bdlora": {"nblocks": 2}}, UnsupportedError, "got fan_in_fan_out=True, use_bdlora="),
         ({"layers_to_transform": 0.5}, TypeError, "layers_to_transform: wanted a layer's number or a list of them, got 0.5"),
         ({"a_field_of_tomorrow": 1}, UnsupportedError, "got a_field_of_tomorrow=1"),
