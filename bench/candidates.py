@@ -53,8 +53,7 @@ def short(kernel: str, part: dict) -> str:
         words += [f"g{part['group_m']}"] if part["group_m"] != Expand.group_m else []
         words += [part["u"]] if part["u"] != "given" else []
         words += ["library"] if part["base"] == "library" else []
-    words += [flag for flag in ("tma", "persistent", "pdl", "masked") if part.get(flag)]
-    words += [f"walk{part['walk']}"] if part.get("walk") else []
+    words += [flag for flag in ("tma", "persistent", "pdl", "masked", "each") if part.get(flag)]
     words += [f"beside by {part['beside']}"] if part.get("beside") else []
     return " ".join(words)
 
@@ -105,11 +104,11 @@ def _few_tokens(problem: Problem, arch: Arch, own: Expand) -> Iterator[Expand]:
         tile = Expand(m, n, k, num_warps=4, num_stages=stages)
         yield replace(tile, u="loop")
         blocks = -(-problem.M // m) * -(-problem.N // n)
-        yield from (replace(tile, split=split, walk=own.walk) for split in _splits(blocks, problem.K, k, arch) if split <= 16)
-    if own.walk:
-        yield from (replace(own, walk=walk, split=split) for walk in (0, 9, 21) for split in (1, 2))
+        yield from (replace(tile, split=split, each=own.each) for split in _splits(blocks, problem.K, k, arch) if split <= 16)
+    if own.each:
+        yield from (replace(own, each=each, num_warps=w, split=s) for each, w, s in itertools.product((True, False), (4, 8), (1, 2)))
     for n in (32, 64) if arch.has_pdl else ():
-        tile, blocks = Expand(rows, n, 64, num_warps=4, num_stages=5, pdl=True, walk=own.walk), -(-problem.N // n)
+        tile, blocks = Expand(rows, n, 64, num_warps=4, num_stages=5, pdl=True, each=own.each), -(-problem.N // n)
         yield from (replace(tile, split=split) for split in _splits(blocks, problem.K, 64, arch) if split <= 16)
 
 

@@ -1,6 +1,6 @@
 """The kernels' arms with many adapters: the heuristic's configuration with u given and with u awaited; where its products are masked a
-narrower tile, of which two fit a multiprocessor, and selected products; where it walks the adapters far ahead, no further than it loads
-W, and the walk in a program of its own, beside W's; and what they compile.
+narrower tile, of which two fit a multiprocessor, and selected products; where it gathers v for each token, one adapter after the other,
+and the gathering in a program of its own, beside W's; and what they compile.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .workloads import Operands, Point
 
 SOURCES: dict[str, dict] = {"given": {"u": "given"}, "given+pdl": {"u": "given", "pdl": True}, "awaited": {"u": "awaited"}}
 NARROW = {"u": "given", "block_n": 128, "num_stages": 3}
-WALKED: dict[str, dict] = {"short walk": {"u": "given", "walk": 0}, "walk beside": {"u": "given", "split": 2}}
+EACH: dict[str, dict] = {"one after the other": {"u": "given", "each": False, "num_warps": 4}, "each beside": {"u": "given", "split": 2}}
 MASKED: dict[str, dict] = {"narrow": NARROW, "selected": NARROW | {"masked": False}}
 
 
@@ -30,10 +30,10 @@ def configs(point: MultiPoint, o: Operands, arch: Arch) -> tuple[dict[str, Confi
     forward, backward = variants.problems(o)
     base = heuristic(forward, arch)
     tried: dict[str, tuple[Config | None, str | None]] = {}
-    more = MASKED if base.expand.masked else WALKED if base.expand.walk and base.expand.split == 1 else {}
+    more = MASKED if base.expand.masked else EACH if base.expand.each and base.expand.split == 1 else {}
     for name, changes in (SOURCES | more).items():
-        # A split of K wants u given.
-        whole = {"split": 1} if changes["u"] != "given" and getattr(base.expand, "split", 1) > 1 else {}
+        # A split of K, and v gathered for each token, want u given.
+        whole = {"split": 1, "each": False} if changes["u"] != "given" else {}
         tried[name] = variants.fitted(base, {"base": "kernel"} | changes | whole, forward, arch)
     for how in () if point.forward_alone else OVERLAPS:
         tried[f"overlapped by {how}"] = overlapped(base, how, forward, arch)

@@ -32,7 +32,7 @@ _ACTIVE = "_active" if hasattr(driver, "_active") else "active"  # where .active
 
 @dataclass(frozen=True)
 class Report:
-    """One compiled kernel: what it is, what it needs, and which matmul instruction it uses ("" for none: plain FMA).
+    """One compiled kernel: what it is, what it needs, and which matmul instruction it uses ("": none, "fma": none wanted).
 
     spills: reloads of spilled values inside a loop, where they cost; on AMD all spilled registers.
     serialized: each wgmma waits for the one before, though it was written to run beside the program.
@@ -294,6 +294,8 @@ def _first_tensor(args) -> torch.Tensor:
 def _report(name, compiled, label: str, arch: Arch, options: dict, dtype: str) -> Report:
     text = compiled.asm.get("ptx") or compiled.asm.get("amdgcn") or ""
     matmul = next((short for pattern, short in _MATMUL if pattern in text), "")
+    if options.get("EACH") and options["LOAD_W"] is None:
+        matmul = "fma"
     registers, spills, serialized = _amd_resources(text) if arch.kind == "hip" else _nvidia_resources(compiled, text)
     tma = "cp.async.bulk.tensor" in text
     what = " ".join(

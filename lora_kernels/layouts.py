@@ -15,7 +15,7 @@ from .kernels.overlap import in_order, let_next_begin, wait_for_previous, wait_t
 from .operands import Many, Matrix, flat, lead
 from .packed import cut
 from .tuning import Config, rank_block
-from .tuning.validity import LOOP_RANK, MIXED_RANK, TILE_RANK, closes
+from .tuning.validity import LOOP_RANK, MIXED_RANK, TILE_RANK, closes, each_ranks
 
 INT32 = 1 << 31
 RESIDENT = 228 << 10  # bytes of shared memory of a multiprocessor: an estimate of how many programs begin at once
@@ -213,7 +213,11 @@ def expand(
     w_strides, v_strides = None if w is None else _turned(w[1], transposed), _turned(v[1], transposed)
     R, N = v[0][-2:][::-1] if transposed else v[0][-2:]
     narrow = exact or (w is None and x_dtype.itemsize == 4)  # float32 products are unrolled as deep as this
-    block_r = rank_block(R, 32 if narrow else LOOP_RANK if c.u == "loop" else MIXED_RANK if adapters.ranked else TILE_RANK)
+    block_r = (
+        each_ranks(c, R, x_dtype.itemsize)
+        if c.each
+        else rank_block(R, 32 if narrow else LOOP_RANK if c.u == "loop" else MIXED_RANK if adapters.ranked else TILE_RANK)
+    )
     r_blocks = cdiv(R, block_r)
     # Neither is read before what it waits for: beside a shrink that runs yet (pdl), which began after the launch that wrote it had ended.
     # The first term costs fewer registers; with dropout, whose mask comes before the first product, the last does.
@@ -252,14 +256,15 @@ def expand(
     if config.wgrad.beside == "pdl":
         late = sms * max(1, RESIDENT // (c.num_stages * (c.block_m + c.block_n) * c.block_k * x_dtype.itemsize))
     uv = "first"  # with segments, a mask or a tile that leaves no registers for more
-    if c.u == "given" and not c.pdl and load_w is not None and not (adapters.tokens or splits or drop_uv):
-        if aligned and boxes is not None and c.persistent and not ends and _same_boxes(boxes, u, v, v_strides, x_dtype):
+    if c.u == "given" and load_w is not None and not drop_uv:
+        one = not (adapters.tokens or ends or c.pdl) and aligned and boxes is not None and c.persistent
+        if one and _same_boxes(boxes, u, v, v_strides, x_dtype):
             uv = "steps"
-        elif closes(c, R, adapters.tokens > 0, drop_uv):
+        elif closes(c, R, x_dtype.itemsize, adapters.tokens > 0, drop_uv):
             uv = "last"
     blocks = max(c.block_m, c.block_n, c.block_k)
     options = Options(
-        LOAD_X=load_x, LOAD_W=load_w, LOAD_U=load_u, U=c.u, SEGMENTS=adapters.tokens > 0, MASKED=c.masked, WALK=c.walk or None,
+        LOAD_X=load_x, LOAD_W=load_w, LOAD_U=load_u, U=c.u, SEGMENTS=adapters.tokens > 0, MASKED=c.masked, EACH=c.each,
         SPLIT=splits > 0, EXACT=exact, ADD=add, SAVE_U=c.u == "loop" and u is not None, DROP_X=drop_x and c.u != "given",
         DROP_UV=drop_uv, PRECISION="ieee" if exact else precision,
         BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, BLOCK_R=block_r,

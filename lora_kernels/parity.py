@@ -74,8 +74,7 @@ class Case:
         parts += [self.impl] if self.impl != "triton" else []
         if self.config:
             e = self.config.expand
-            parts += [f"u {e.u}"] + [flag for flag in ("tma", "persistent", "pdl", "masked") if getattr(e, flag)]
-            parts += [f"walk {e.walk}"] if e.walk else []
+            parts += [f"u {e.u}"] + [flag for flag in ("tma", "persistent", "pdl", "masked", "each") if getattr(e, flag)]
             parts += [f"gradients beside dX by {self.config.wgrad.beside}"] if self.config.wgrad.beside else []
             parts += ["library base"] if e.base == "library" else []
             parts += [f"K split {e.split}"] if e.split > 1 else []
@@ -295,8 +294,8 @@ def cases(device: torch.device, quick: bool = False) -> list[Case]:
     found += [replace(odd, dtype=dtypes[0], layout=layout) for layout in ("transposed", "sliced", "expanded")]
     ways = configs(arch, small=small)
     masked = [replace(c, expand=replace(c.expand, masked=True)) for c in ways if not (c.expand.persistent or c.wgrad.beside)]
-    walked = [replace(c, expand=replace(c.expand, walk=7)) for c in (*ways, *masked) if c.expand.split > 1]
-    for config in ways + masked + walked:
+    each = [replace(c, expand=replace(c.expand, each=True, num_warps=8)) for c in ways if c.expand.u == "given" and c.wgrad.beside == ""]
+    for config in ways + masked + each:
         base = replace(odd if not config.expand.tma else even, config=config, adapters=5)
         found += [
             replace(base, dtype=dtypes[0], p=0.1, mixed_ranks=True),
@@ -311,7 +310,7 @@ def cases(device: torch.device, quick: bool = False) -> list[Case]:
     packed = replace(odd, dtype=dtypes[0], widths=(odd.N - odd.N // 2 - 1, 1, odd.N // 2))
     tenants = replace(packed, p=0.1, adapters=7, mixed_ranks=True)
     found += [packed, tenants, *(replace(packed, p=0.1, config=config) for config in ways if not config.expand.tma and not quick)]
-    found += [replace(tenants, config=config) for config in (masked[0], *walked)[: 2 if quick else None]]
+    found += [replace(tenants, config=config) for config in (masked[0], *each)[: 2 if quick else None]]
     routed = replace(odd, dtype=dtypes[0], p=0.1, adapters=7, experts=True, mixed_ranks=True)
     plain = ways[0]  # with shrink's tiles as expand's, both being the plan's gathered ones
     found += [routed, replace(routed, config=replace(plain, shrink=replace(plain.shrink, block_m=plain.expand.block_m, num_stages=1)))]

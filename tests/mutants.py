@@ -48,8 +48,8 @@ TICKET = 'tl.atomic_add(ticket_ptr, 1, sem="relaxed", scope="gpu")'
 SELECTED = "equivalent: the select that follows drops those columns"
 SELECT, WALKED = "uv += tl.where(own, product, 0.0)", "m0 // BLOCK_M) * STEPS"
 ALL_PARTS = "if arrived == parts[3] - 1:\n            acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)"
-SHRINK_SELECT = "within_rank(r0, rank, period, BLOCK_R)[None, :] & live"
-WGRAD_SELECT = "acc = tl.where(within_rank(r0, rank, period, BLOCK_R)[None, :], acc, 0.0)"
+SHRINK_SELECT = "within_rank(r, rank, period)[None, :] & live"
+WGRAD_SELECT = "acc = tl.where(within_rank(r0 + tl.arange(0, BLOCK_R), rank, period)[None, :], acc, 0.0)"
 PART_STORE = "tl.store(part_ptrs + tl.cast(part, tl.int64) * parts[1], acc, mask=y_mask)"
 BIAS = "acc += tl.load(bias_ptr + n0 + tl.arange(0, BLOCK_N), mask=n0 + tl.arange(0, BLOCK_N) < N, other=0.0)[None, :]"
 ROW_OFFSET = "j0, tl.int64) * t[2]) + (rows.to(tl.int64) * t[1])"
@@ -191,13 +191,13 @@ MANY = [
     Mutant("shrink: rank of adapter 0", SHRINK, "tl.load(ranks_ptr + slot)", "tl.load(ranks_ptr)"),
     Mutant("shrink: adapter 0 for all", SHRINK, "tl.cast(slot, tl.int64) * stride_ae", "0"),
     Mutant("shrink: adapter in 32 bits", SHRINK, "tl.cast(slot, tl.int64) * stride_ae", "slot * stride_ae"),
-    Mutant("shrink: no rank bound", SHRINK, "k0, r0, K, rank,", "k0, r0, K, R,", note=SELECTED),
+    Mutant("shrink: no rank bound", SHRINK, "within_rank(r, rank, period, 8)", "(r < R)", note=SELECTED),
     Mutant("shrink: sums beyond the rank", SHRINK, "live & any_within_rank(r0, rank, period, BLOCK_R)", "live", note=SPEED),
     Mutant("shrink: no select beyond the rank", SHRINK, SHRINK_SELECT, "live"),
     Mutant("shrink: no select of base-only tokens", SHRINK, SHRINK_SELECT, SHRINK_SELECT.replace(" & live", "")),
     Mutant("shrink: rows stored in order of place", SHRINK, "row_offsets(z, tokens, r0)", "row_offsets(z, m0 + tl.arange(0, BLOCK_M), r0)"),
-    Mutant("shrink: store without row mask", SHRINK, "row_mask[:, None] & (r0 + r", "(tokens >= 0)[:, None] & (r0 + r"),
-    Mutant("shrink: store mask off by one", SHRINK, "(r0 + r < R)", "(r0 + r <= R)"),
+    Mutant("shrink: store without row mask", SHRINK, "row_mask[:, None] & (r <", "(tokens >= 0)[:, None] & (r <"),
+    Mutant("shrink: store mask off by one", SHRINK, "(r < R)", "(r <= R)"),
     Mutant("shrink: mask of the gathered place", SHRINK, "threshold, tokens, k0", "threshold, m0 + tl.arange(0, BLOCK_M), k0"),
     Mutant("wgrad: end of the next adapter", WGRAD, "starts_ptr + adapter + 1", "starts_ptr + adapter + 2"),
     Mutant("wgrad: from the first token", WGRAD, "first = tl.load(starts_ptr + adapter)", "first = 0"),
@@ -205,7 +205,6 @@ MANY = [
     Mutant("wgrad: splits rounded down", WGRAD, PER_SPLIT, "tl.cdiv(M - first, BLOCK_M) // tl.num_programs(2)"),
     Mutant("wgrad: splits of all the tokens", WGRAD, "blocks_per_split = tl.cdiv(tl", "tl.cdiv(tl"),
     Mutant("wgrad: rank of adapter 0", WGRAD, "tl.load(ranks_ptr + adapter)", "tl.load(ranks_ptr)"),
-    Mutant("wgrad: no rank bound", WGRAD, "column + (rank if period is None else R)", "column + R", note=SELECTED),
     Mutant("wgrad: no select beyond the rank", WGRAD, WGRAD_SELECT, "pass"),
     Mutant("wgrad: stored in adapter 0", WGRAD, "tl.cast(adapter, tl.int64) * stride_oe", "0"),
     Mutant("wgrad: mask of the sorted place", WGRAD, "threshold, tokens, j0", "threshold, m0 + tl.arange(0, BLOCK_M), j0"),
@@ -225,14 +224,14 @@ MANY = [
     Mutant("expand: last rank block left out", LOW_RANK, WALKED, f"{WALKED} - 1"),
     Mutant("expand: an adapter for each rank block", LOW_RANK, "m0 + i // STEPS", "m0 + i"),
     Mutant("expand: rank of adapter 0", LOW_RANK, "tl.load(ranks_ptr + adapter)", "tl.load(ranks_ptr)"),
-    Mutant("expand: no rank bound", LOAD, "load_dense(v, r0, n0, rank, N", "load_dense(v, r0, n0, R, N"),
+    Mutant("expand: no rank bound", LOAD, "return tl.where(within_rank(r, rank, period), tile, 0.0)", "return tile"),
     Mutant("masked: first rank block of an adapter only", LOW_RANK, "(0, rank if period is None else R, BLOCK_R",
            "(0, tl.minimum(rank, 1), BLOCK_R"),
     Mutant("expand: first rank block for all", LOW_RANK, "r0 = i % STEPS * BLOCK_R", "r0 = 0"),
-    Mutant("expand: adapter 0 for all", LOW_RANK, "adapter.to(tl.int64) * stride_ve", "0"),
-    Mutant("expand: adapter in 32 bits", LOW_RANK, "adapter.to(tl.int64) * stride_ve", "adapter * stride_ve"),
+    Mutant("expand: adapter 0 for all", LOW_RANK, "(v[0] + adapter.to(tl.int64) * stride_ve", "(v[0]"),
+    Mutant("expand: adapter in 32 bits", LOW_RANK, "(v[0] + adapter.to(tl.int64) * stride_ve", "(v[0] + adapter * stride_ve"),
     Mutant("expand: base lost beside many adapters", LOW_RANK, "return uv if FIRST else acc + uv", "return uv"),
-    Mutant("expand: ids not masked", LOW_RANK, "tokens, mask=tokens < M, other=-1)", "tokens)", tests="machine"),
+    Mutant("expand: ids not masked", LOW_RANK, "rows[0] + tokens, mask=tokens < M, other=-1)", "rows[0] + tokens)", tests="machine"),
     Mutant("awaited: a row block waits for its first tile", EXPAND,
            "R_BLOCKS * tl.minimum(BLOCK_M, M - m0) if", "R_BLOCKS if", tests="machine"),
     Mutant("awaited: the last row block waits for ever", EXPAND, "tl.minimum(BLOCK_M, M - m0) if", "BLOCK_M if"),

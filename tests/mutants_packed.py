@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import mutants_shared
+import mutants_each
 from mutants import CHAIN, EXPAND, LAUNCH, LAYOUT, LOAD, LOW_RANK, SHRINK, SPEED, TILES, WGRAD, Mutant
 
 PACKING, DISPATCH, HEURISTIC, AUTOGRAD, LAYER = "packed.py", "dispatch.py", "tuning/heuristic.py", "autograd.py", "packed_layer.py"
@@ -18,9 +18,7 @@ PACKED = [
            tests="machine"),
     Mutant("packed: a layer's columns are the first's", TILES, "begin = tl.where(layer == i, ends[i - 1], begin)", "pass"),
     Mutant("packed: a layer's columns end too early", TILES, "end = tl.where(layer == i, ends[i], end)", "pass"),
-    Mutant("packed: rank of the first layer alone", LOAD, "(r if period is None else r % period) < rank", "r < rank"),
-    Mutant("packed: v beyond the rank", LOAD, "load_dense(v, r0, n0, R, N, BLOCK_R, BLOCK_N, EVEN_R, EVEN_N, WIDE, own)",
-           "load_dense(v, r0, n0, R, N, BLOCK_R, BLOCK_N, EVEN_R, EVEN_N, WIDE)"),
+    Mutant("packed: rank of the first layer alone", LOAD, "r = r if period is None else r % period", "r = r"),
     Mutant("packed: u of the first layer", EXPAND, "first = layer * R", "first = 0"),
     Mutant("packed: u saved by the first layer alone", EXPAND, "n0 == begin", "n0 == 0"),
     Mutant("packed: u saved in the first layer's place", EXPAND, "u_ptrs = tile_ptrs(u, m0, first,", "u_ptrs = tile_ptrs(u, m0, 0,"),
@@ -30,14 +28,11 @@ PACKED = [
     Mutant("packed: skipped beyond a first rank", LOAD, "(r0 % period < rank) | (r0 % period + BLOCK_R > period)", "r0 < rank"),
     Mutant("packed: skipped where a block is two layers'", LOAD, " | (r0 % period + BLOCK_R > period)", ""),
     Mutant("packed: never skipped", LOAD, "(r0 % period < rank) | (r0 % period + BLOCK_R > period)", "r0 >= 0", note=SPEED),
-    Mutant("packed: A beyond the rank", SHRINK, "EVEN_R, WIDE, own).to", "EVEN_R, WIDE).to",
-           note="equivalent: the select drops those columns"),
     Mutant("packed: dS of the first layer's columns", SHRINK, "begin, K = layer_columns(layer, ends)", "_, K = layer_columns(layer, ends)"),
     Mutant("packed: dS of all columns from there on", SHRINK, "begin, K = layer_columns(layer, ends)",
            "begin, _ = layer_columns(layer, ends)"),
     Mutant("packed: dS in the first layer's place", SHRINK, " + layer * R * z[2]", ""),
     Mutant("packed: dB with u of the first layer", WGRAD, "column = layer * R", "column = 0"),
-    Mutant("packed: dA of one rank for all", WGRAD, "column + (rank if period is None else R)", "column + rank"),
     Mutant("packed: dS unpacked", LAUNCH, "widths=adapters.widths, **shared", "**shared"),
     Mutant("packed: splits of all columns", LAYOUT, "split_axis(max(widths) if widths else K", "split_axis(K", note=SPEED),
     Mutant("packed: dS of one layer", LAYOUT, "(splits, rows, R * layers)", "(splits, rows, R)"),
@@ -82,4 +77,4 @@ PACKED = [
     Mutant("layer: merged as one", "merging.py", "elif self.widths:", "elif False:"),
 ]  # fmt: skip
 
-EVERY = [*mutants_shared.EVERY, *(replace(m, tests="packed") if m.tests == "kernels" else m for m in PACKED)]
+EVERY = [*mutants_each.EVERY, *(replace(m, tests="packed") if m.tests == "kernels" else m for m in PACKED)]

@@ -37,20 +37,20 @@ def test_candidates_hold_what_is_to_be_decided():
     many, few = (candidates.candidates("expand", problem, SM_90) for problem in (TRAIN_8B, DECODE_8B))
     tried = {candidates.short("expand", dataclasses.asdict(config.expand)) for config in many}
     assert tried >= {"128x256x64 s4 w8 tma masked", "128x256x64 s3 w8 tma persistent masked", "128x128x64 s3 w8 tma"}
-    assert {config.expand.walk for config in few} == {0, 9, 13, 21} and not any(config.expand.walk for config in many)
+    assert {config.expand.each for config in few} == {True, False} and not any(config.expand.each for config in many)
     assert {config.expand.split for config in few} > {1} and {config.expand.pdl for config in few} == {False, True}
     assert {config.wgrad.block_m for config in candidates.candidates("wgrad", TRAIN_8B.backward(), SM_90)} == {16, 32, 64, 128}
     one = replace(TRAIN_8B, adapters=0, row_block=0, gather_block=0)
     assert {config.wgrad.block_m for config in candidates.candidates("wgrad", one.backward(), SM_90)} == {32, 64, 128}
 
 
-def test_decode_is_timed_with_other_walks():
-    """The heuristic's, one no deeper than the loop over K, and one in a program of its own, each an arm of section decode."""
+def test_decode_is_timed_with_v_gathered_and_not():
+    """The heuristic's, one adapter after the other, and the gathering in a program of its own, each an arm of section decode."""
     point = multi_workloads.tune(True, False)[0]
     found, refused = multi_variants.configs(point, point.empty_operands(torch.device("meta")), SM_90)
-    walks = {name: (config.expand.walk, config.expand.split) for name, config in found.items() if config.expand.u == "given"}
-    assert not refused and walks == {
-        "triton:given": (13, 1), "triton:given+pdl": (13, 1), "triton:short walk": (0, 1), "triton:walk beside": (13, 2),
+    ways = {name: (config.expand.each, config.expand.split) for name, config in found.items() if config.expand.u == "given"}
+    assert not refused and ways == {
+        "triton:given": (True, 1), "triton:given+pdl": (True, 1), "triton:one after the other": (False, 1), "triton:each beside": (True, 2),
     }  # fmt: skip
 
 

@@ -31,7 +31,7 @@ def config(one: random.Random, segments: bool) -> Config:
         pick((16, 16, 32, 64)), pick((16, 32, 64)), pick((16, 32)), pick((1, 2, 3, 8)), pick((1, 1, 2, 3)), 4, pick((1, 2, 3)),
         u=pick(("given", "given", "loop", "awaited")), base=pick(("kernel", "kernel", "library")), tma=pick((False, False, True)),
         persistent=pick((False, True)), pdl=pick((False, False, True)), masked=segments and pick((False, True)),
-        walk=pick((0, 0, 3, 5, 7)) if segments else 0,
+        each=segments and pick((False, True)),
     )  # fmt: skip
     shrink = Shrink(pick((16, 32)), pick((16, 32, 64)), pick((1, 1, 2, 3, 5)), num_stages=pick((1, 2, 3)))
     wgrad = Wgrad(pick((16, 32, 64)), pick((16, 32)), pick((1, 2, 3, 7)), num_stages=pick((1, 2)), beside=pick(("", "", "stream", "pdl")))

@@ -19,9 +19,10 @@ TILES = Config(Shrink(16, 16, split=2, num_stages=2), Expand(16, 16, 16, num_war
 MANY = Case(37, 40, 50, 5, config=TILES, adapters=6)
 AWAITED = replace(TILES, expand=replace(TILES.expand, u="awaited"))
 LIBRARY = replace(TILES, expand=replace(TILES.expand, base="library"))
-SPLIT = replace(TILES, expand=replace(TILES.expand, split=2, walk=7))
+EACH = replace(TILES, expand=replace(TILES.expand, each=True))
+SPLIT = replace(EACH, expand=replace(EACH.expand, split=2))
 MASKED = replace(TILES, expand=replace(TILES.expand, masked=True))
-WAYS = {"given": TILES, "masked": MASKED, "awaited": AWAITED, "library": LIBRARY, "split": SPLIT}
+WAYS = {"given": TILES, "masked": MASKED, "each": EACH, "awaited": AWAITED, "library": LIBRARY, "split": SPLIT}
 CONFIGS = pytest.mark.parametrize("config", WAYS.values(), ids=WAYS)
 ARMS = pytest.mark.parametrize("impl, config", [*(("triton", config) for config in WAYS.values()), ("torch", None)], ids=[*WAYS, "torch"])
 
@@ -31,7 +32,7 @@ def plan(ids, E: int, **blocks) -> Segments:
 
 
 def for_one(config: Config | None) -> Config | None:
-    return config and replace(config, expand=replace(config.expand, masked=False, walk=0))
+    return config and replace(config, expand=replace(config.expand, masked=False, each=False))
 
 
 def blocks_of(config: Config | None) -> dict:

@@ -19,7 +19,7 @@ import triton.language as tl
 
 from .dropout import drop, keep_tile
 from .load import load_dense, tile_mask, tile_ptrs
-from .low_rank import low_rank
+from .low_rank import each_product, load_each, low_rank
 from .shrink import shrink_tile
 from .tiles import column_block, column_blocks, grouped_tile
 
@@ -59,7 +59,7 @@ def expand_tile(
     U: tl.constexpr,
     SEGMENTS: tl.constexpr,
     MASKED: tl.constexpr,
-    WALK: tl.constexpr,
+    EACH: tl.constexpr,
     SPLIT: tl.constexpr,
     EXACT: tl.constexpr,
     ADD: tl.constexpr,
@@ -92,16 +92,22 @@ def expand_tile(
         k_end = tl.where(part == 0, k_begin, tl.minimum(k_begin + blocks_per_part * BLOCK_K, K))
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if UV == "last":
-        # u: [BLOCK_M, BLOCK_R], v: [BLOCK_R, BLOCK_N]
-        u_tile = LOAD_U(u, m0, first, M, first + R, BLOCK_M, BLOCK_R, False, EVEN_R, WIDE).to(TYPE)
-        v_tile = load_dense(v, 0, n0, R, N, BLOCK_R, BLOCK_N, EVEN_R, EVEN_N, WIDE).to(TYPE)
+        # u: [BLOCK_M, BLOCK_R], v: [BLOCK_R, BLOCK_N], or [BLOCK_M, BLOCK_N, BLOCK_R]
+        if EACH:
+            v_tile = load_each(
+                v, stride_ve, rows[0], ranks_ptr, m0, 0, n0, M, R, N, period, BLOCK_M, BLOCK_N, BLOCK_R, EVEN_N, EVEN_R, WIDE
+            ).to(TYPE)
+        else:
+            v_tile = load_dense(v, 0, n0, R, N, BLOCK_R, BLOCK_N, EVEN_R, EVEN_N, WIDE).to(TYPE)
+        if WAIT is None:
+            u_tile = LOAD_U(u, m0, first, M, first + R, BLOCK_M, BLOCK_R, False, EVEN_R, WIDE).to(TYPE)
     elif U == "given" and (WAIT is None or SPLIT) and UV == "first":
         if part == 0:
             if WAIT is not None:
                 WAIT()
             acc = low_rank(
                 acc, u, v, rows, stride_ve, ranks_ptr, seed, threshold, inv_keep, m0, n0, first, M, N, R, period, TYPE,
-                LOAD_U, SEGMENTS, MASKED, WALK, DROP_UV, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R, R_BLOCKS, EVEN_N, EVEN_R, WIDE, True,
+                LOAD_U, SEGMENTS, MASKED, EACH, DROP_UV, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R, R_BLOCKS, EVEN_N, EVEN_R, WIDE, True,
             )  # fmt: skip
     if ADD == "first":
         if part == 0:
@@ -147,9 +153,16 @@ def expand_tile(
                     turns += 1
         if UV == "last":
             # What rests on the loop's end is not put into shared memory, so not waited for, ahead of the loop's first copies.
-            u_tile = tl.where(turns > 0, u_tile, tl.zeros_like(u_tile))
-            v_tile = tl.where(turns > 0, v_tile, tl.zeros_like(v_tile))
-            acc = tl.dot(u_tile, v_tile, acc, input_precision=PRECISION)
+            if WAIT is not None:
+                WAIT()
+                u_tile = LOAD_U(u, m0, first, M, first + R, BLOCK_M, BLOCK_R, False, EVEN_R, WIDE).to(TYPE)
+            else:
+                u_tile = tl.where(turns > 0, u_tile, tl.zeros_like(u_tile))
+            if EACH:
+                acc += each_product(u_tile, v_tile)
+            else:
+                v_tile = tl.where(turns > 0, v_tile, tl.zeros_like(v_tile))
+                acc = tl.dot(u_tile, v_tile, acc, input_precision=PRECISION)
         if U == "loop":
             # v: [BLOCK_R, BLOCK_N]
             v_tile = load_dense(v, 0, n0, R, N, BLOCK_R, BLOCK_N, EVEN_R, EVEN_N, WIDE)
@@ -170,12 +183,12 @@ def expand_tile(
             while tl.atomic_add(flag_ptr + pid_m, 0, sem="acquire", scope="gpu") < wanted:
                 pass
             tl.debug_barrier()
-        if U == "awaited" or (U == "given" and not SPLIT and WAIT is not None):
+        if U == "awaited" or (U == "given" and not SPLIT and UV == "first" and WAIT is not None):
             if WAIT is not None:
                 WAIT()
             acc = low_rank(
                 acc, u, v, rows, stride_ve, ranks_ptr, seed, threshold, inv_keep, m0, n0, first, M, N, R, period, TYPE,
-                LOAD_U, SEGMENTS, MASKED, WALK, DROP_UV, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R, R_BLOCKS, EVEN_N, EVEN_R, WIDE, False,
+                LOAD_U, SEGMENTS, MASKED, EACH, DROP_UV, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R, R_BLOCKS, EVEN_N, EVEN_R, WIDE, False,
             )  # fmt: skip
     y_mask = tile_mask(m0, n0, M, N, BLOCK_M, BLOCK_N)
     if SPLIT:
@@ -246,7 +259,7 @@ def expand(
     U: tl.constexpr,
     SEGMENTS: tl.constexpr,
     MASKED: tl.constexpr,
-    WALK: tl.constexpr,
+    EACH: tl.constexpr,
     SPLIT: tl.constexpr,
     EXACT: tl.constexpr,
     ADD: tl.constexpr,
@@ -271,7 +284,7 @@ def expand(
 ):
     """Grid [programs]: as many as there are work items, or fewer (PERSISTENT), each taking every grid-th item or ticket.
 
-    WALK: stages of the loop over a row block's adapters, or None. SPLIT: parts: as in `expand_tile`, blocks_per_part: of K. WAIT: None, or
+    EACH: stages of the loop over a row block's adapters, or None. SPLIT: parts: as in `expand_tile`, blocks_per_part: of K. WAIT: None, or
     a function that waits for the launch that writes u, for which the base product does not wait. late: None, or the first program that
     calls it at once, having its room from one that has waited.
 
@@ -299,7 +312,7 @@ def expand(
         expand_tile(
             x, w, a, u, v, bias_ptr, y, rows, stride_ve, scales_ptr, ranks_ptr, flag_ptr,
             parts, 0, blocks_per_part, seed, threshold, inv_keep, scale, pid_m, pid_n, M, N, K, R, ends, period,
-            LOAD_X, LOAD_W, LOAD_U, U, SEGMENTS, MASKED, WALK, SPLIT, EXACT, ADD, SAVE_U, DROP_X, DROP_UV, PRECISION,
+            LOAD_X, LOAD_W, LOAD_U, U, SEGMENTS, MASKED, EACH, SPLIT, EXACT, ADD, SAVE_U, DROP_X, DROP_UV, PRECISION,
             BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, R_BLOCKS, EVEN_N, EVEN_K, EVEN_R, WIDE, UV, WAIT,
         )  # fmt: skip
     else:
@@ -333,6 +346,6 @@ def expand(
                 expand_tile(
                     x, w, a, u, v, bias_ptr, y, rows, stride_ve, scales_ptr, ranks_ptr, flag_ptr,
                     parts, part, blocks_per_part, seed, threshold, inv_keep, scale, pid_m, pid_n, M, N, K, R, ends, period,
-                    LOAD_X, LOAD_W, LOAD_U, U, SEGMENTS, MASKED, WALK, SPLIT, EXACT, ADD, SAVE_U, DROP_X, DROP_UV, PRECISION,
+                    LOAD_X, LOAD_W, LOAD_U, U, SEGMENTS, MASKED, EACH, SPLIT, EXACT, ADD, SAVE_U, DROP_X, DROP_UV, PRECISION,
                     BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, R_BLOCKS, EVEN_N, EVEN_K, EVEN_R, WIDE, UV, WAIT,
                 )  # fmt: skip

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .dropout import keep_tile
-from .load import load_dense, load_rows, row_offsets
+from .load import load_dense, load_rows, load_v, row_offsets
 from .tiles import gathered_tile, grouped_tile
 
 
@@ -66,7 +66,8 @@ def experts(
         for r0 in tl.range(0, R_BLOCKS * BLOCK_R, BLOCK_R, num_stages=1):
             # u: [BLOCK_M, BLOCK_R], v: [BLOCK_R, BLOCK_N]
             u_tile = load_rows(u, tokens, row_mask, r0, R, BLOCK_R, EVEN_R, WIDE)
-            v_tile = load_dense(its_v, r0, n0, rank, N, BLOCK_R, BLOCK_N, EVEN_R, EVEN_N, WIDE).to(u_tile.dtype)
+            v_tile = load_v(its_v, r0, n0, R, N, rank, None, ranks_ptr is not None, BLOCK_R, BLOCK_N, EVEN_R, EVEN_N, WIDE)
+            v_tile = v_tile.to(u_tile.dtype)
             acc = tl.dot(u_tile, v_tile, acc, input_precision=PRECISION)
         if DROP_UV:
             acc = tl.where(keep_tile(tl.load(seed_ptr), threshold, tokens, n0, BLOCK_M, BLOCK_N), acc * inv_keep, 0.0)

@@ -64,10 +64,13 @@ def load_dense(
 
 
 @triton.jit
-def within_rank(r0, rank, period, BLOCK_R: tl.constexpr):
-    """[BLOCK_R]: which columns of u from r0 on an adapter of this rank has; period: of each that many, a packed layer's, or None."""
-    r = r0 + tl.arange(0, BLOCK_R)
-    return (r if period is None else r % period) < rank
+def within_rank(r, rank, period, NEIGHBOURS: tl.constexpr = 1):
+    """Which columns r of u an adapter of this rank has; period: of each that many, a packed layer's, or None.
+
+    NEIGHBOURS: 8: or has one of the eight that 16 bytes hold. Loads masked by ranks of any size would take two bytes each.
+    """
+    r = r if period is None else r % period
+    return (r if NEIGHBOURS == 1 else r // NEIGHBOURS * NEIGHBOURS) < rank
 
 
 @triton.jit
@@ -78,14 +81,15 @@ def any_within_rank(r0, rank, period, BLOCK_R: tl.constexpr):
 
 @triton.jit
 def load_v(
-    v, r0, n0, R, N, rank, period,
+    v, r0, n0, R, N, rank, period, RANKED: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, EVEN_R: tl.constexpr, EVEN_N: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """[BLOCK_R, BLOCK_N] of an adapter's v, zero beyond its rank. period: as in `within_rank`."""
-    if period is None:
-        return load_dense(v, r0, n0, rank, N, BLOCK_R, BLOCK_N, EVEN_R, EVEN_N, WIDE)
-    own = within_rank(r0, rank, period, BLOCK_R)[:, None]
-    return load_dense(v, r0, n0, R, N, BLOCK_R, BLOCK_N, EVEN_R, EVEN_N, WIDE, own)
+    """[BLOCK_R, BLOCK_N] of an adapter's v; RANKED: zero beyond its rank. period: as in `within_rank`."""
+    if not RANKED:
+        return load_dense(v, r0, n0, R, N, BLOCK_R, BLOCK_N, EVEN_R, EVEN_N, WIDE)
+    r = (r0 + tl.arange(0, BLOCK_R))[:, None]
+    tile = load_dense(v, r0, n0, R, N, BLOCK_R, BLOCK_N, EVEN_R, EVEN_N, WIDE, within_rank(r, rank, period, 8))
+    return tl.where(within_rank(r, rank, period), tile, 0.0)
 
 
 @triton.jit

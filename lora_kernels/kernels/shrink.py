@@ -65,6 +65,7 @@ def shrink_tile(
     if scales_ptr is not None:
         scale *= tl.load(scales_ptr + slot)
     adapter = (a[0] + tl.cast(slot, tl.int64) * stride_ae, a[1], a[2])
+    r = r0 + tl.arange(0, BLOCK_R)
     acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
     for k0 in tl.range(k_start, k_end, BLOCK_K):
         # x: [BLOCK_M, BLOCK_K]
@@ -75,18 +76,14 @@ def shrink_tile(
         if DROPOUT:
             x_tile = drop(x_tile, seed, threshold, tokens, k0, BLOCK_M, BLOCK_K)
         # a: [BLOCK_K, BLOCK_R]
-        if period is None:
-            a_tile = load_dense(adapter, k0, r0, K, rank, BLOCK_K, BLOCK_R, EVEN_K, EVEN_R, WIDE).to(x_tile.dtype)
-        else:
-            own = within_rank(r0, rank, period, BLOCK_R)[None, :]
-            a_tile = load_dense(adapter, k0, r0, K, R, BLOCK_K, BLOCK_R, EVEN_K, EVEN_R, WIDE, own).to(x_tile.dtype)
+        near = None if ranks_ptr is None else within_rank(r, rank, period, 8)[None, :]
+        a_tile = load_dense(adapter, k0, r0, K, R, BLOCK_K, BLOCK_R, EVEN_K, EVEN_R, WIDE, near).to(x_tile.dtype)
         acc = tl.dot(x_tile, a_tile, acc, input_precision=PRECISION)
     out = acc * scale
     if SEGMENTS:  # what no sum was made for is 0 whatever its scale, NaN too
-        out = tl.where(within_rank(r0, rank, period, BLOCK_R)[None, :] & live, out, 0.0)
-        r = tl.arange(0, BLOCK_R)
-        ptrs = row_offsets(z, tokens, r0) + r[None, :] * z[2]
-        mask = row_mask[:, None] & (r0 + r < R)[None, :]
+        out = tl.where(within_rank(r, rank, period)[None, :] & live, out, 0.0)
+        ptrs = row_offsets(z, tokens, r0) + tl.arange(0, BLOCK_R)[None, :] * z[2]
+        mask = row_mask[:, None] & (r < R)[None, :]
     else:
         ptrs = tile_ptrs(z, m0, r0, BLOCK_M, BLOCK_R, WIDE)
         mask = tile_mask(m0, r0, M, R, BLOCK_M, BLOCK_R)

@@ -81,8 +81,7 @@ def wgrad(
             row_mask = tokens < M
             tokens = tl.load(order_ptr + tokens, mask=row_mask, other=0)
             x_tile = load_rows(x, tokens // FAN, row_mask, j0, J, BLOCK_J, EVEN_J, WIDE)
-            g_end = column + (rank if period is None else R)
-            g_tile = load_rows(g, tokens, row_mask, column + r0, g_end, BLOCK_R, EVEN_R, WIDE)
+            g_tile = load_rows(g, tokens, row_mask, column + r0, column + R, BLOCK_R, EVEN_R, WIDE)
         else:
             x_tile = load_dense(x, m0, j0, M, J, BLOCK_M, BLOCK_J, False, EVEN_J, WIDE)
             g_tile = load_dense(g, m0, column + r0, M, column + R, BLOCK_M, BLOCK_R, False, EVEN_R, WIDE)
@@ -90,7 +89,7 @@ def wgrad(
             x_tile = drop(x_tile, seed, threshold, tokens, j0, BLOCK_M, BLOCK_J)
         acc = tl.dot(tl.trans(x_tile), g_tile, acc, input_precision=PRECISION)
     if SEGMENTS:  # a column beyond the rank is 0 even where x is not finite
-        acc = tl.where(within_rank(r0, rank, period, BLOCK_R)[None, :], acc, 0.0)
+        acc = tl.where(within_rank(r0 + tl.arange(0, BLOCK_R), rank, period)[None, :], acc, 0.0)
     base = tile_base(out[0], j0, r0, out[1], out[2]) + tl.cast(split, tl.int64) * stride_split + tl.cast(adapter, tl.int64) * stride_oe
     ptrs = base + tile_offsets(out[1], out[2], BLOCK_J, BLOCK_R, WIDE)
     tl.store(ptrs, (acc * scale).to(out[0].dtype.element_ty), mask=tile_mask(j0, r0, J, R, BLOCK_J, BLOCK_R))

@@ -27,8 +27,8 @@ class Expand:
     axis of one tile, beside one for its low-rank product; 1: one program does both. ``pdl``: programmatic dependent launch, by which
     expand's base product begins while shrink still runs. ``masked``: with segments, each adapter's product has zeros in the rows of others,
     and needs no accumulator of its own, where else a token selects its product; what an infinite element of B reaches is then NaN.
-    ``walk``: with segments, the stages of the loop over the adapters of a row block, or over their blocks of ranks: half of them, rounded
-    down, are tiles of v on their way, for each has an id that comes first. 0: num_stages.
+    ``each``: with segments, each token multiplies v of its own adapter, gathered into registers, where else a row block multiplies v of
+    one of its adapters after the other: for tiles of few rows, in which each may be another.
     """
 
     block_m: int = 128
@@ -44,7 +44,7 @@ class Expand:
     persistent: bool = False
     pdl: bool = False
     masked: bool = False
-    walk: int = 0
+    each: bool = False
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,11 @@ from dataclasses import replace
 from ..problem import Problem
 from .arch import Arch
 from .config import Config, Expand, Shrink, Wgrad
-from .validity import walk_memory, why_not
+from .validity import why_not
 
 # Stages where W is streamed once by narrow tiles: seven of 4 KiB on their way are 28 KiB a program. What a multiprocessor's share of the
 # memory's bandwidth takes is 18 to 23 KiB on an H100 (3 TB/s, 132 of them, 0.8 to 1 us), and there may be one program on it.
 STREAMED = 8
-# The first that fits: six tiles of v, of a KiB each, cover most of the memory's latency in a loop that ends before W is streamed.
-WALKS = (13, 9, 5, 0)
 # W is read and written once, whatever its size; float32 products without a matmul instruction, for which small tiles hold.
 MERGE = Config(expand=Expand(block_m=32, block_n=128, base="library", num_warps=4, num_stages=1))
 
@@ -112,7 +110,7 @@ def _segments(problem: Problem, arch: Arch) -> Expand:
         block_k = 32 if problem.itemsize == 4 else 64
         tiles = -(-problem.M // block_m) * -(-problem.N // 32)
         split = max(1, min(arch.sms // tiles, problem.K // (4 * block_k), 8))
-        return _walked(Expand(block_m, 32, block_k, split=split, num_warps=4, num_stages=STREAMED), problem, arch)
+        return _each(Expand(block_m, 32, block_k, split=split, num_warps=4, num_stages=STREAMED), problem)
     if problem.itemsize == 4:
         return Expand(block_m, 32, 32, num_warps=8, num_stages=3)
     if arch.kind == "hip":
@@ -126,7 +124,7 @@ def _beside_base(problem: Problem, arch: Arch) -> Expand:
     # Bound by memory: base is read and y written once, and the product between them is but r deep.
     block_m = problem.row_block or (16 if problem.M <= 16 else 32 if problem.M <= 32 else 64)
     if problem.adapters and block_m <= 64:
-        return _walked(Expand(block_m, 32, base="library", num_warps=4, num_stages=1), problem, arch)
+        return _each(Expand(block_m, 32, base="library", num_warps=4, num_stages=1), problem)
     wide = block_m == 64 < problem.M and problem.itemsize == 2 and problem.dropout != "uv"
     block_n = 32 if problem.itemsize == 4 else 128 if wide else 64  # a row block of a plan selects: a second accumulator
     return Expand(block_m, block_n, base="library", num_warps=8 if block_m > 64 else 4, num_stages=2)
@@ -146,9 +144,9 @@ def _experts(problem: Problem, arch: Arch) -> Expand:
     return Expand(block_m, 256 if wide else 128, 64 if roomy else 32, num_warps=8 if block_m > 64 else 4, num_stages=4)
 
 
-def _walked(tile: Expand, problem: Problem, arch: Arch) -> Expand:
-    walks = (replace(tile, walk=stages) for stages in (WALKS if arch.kind == "cuda" else (0,)))
-    return next(each for each in walks if walk_memory(each, problem) <= arch.shared_memory)
+def _each(tile: Expand, problem: Problem) -> Expand:
+    """v gathered for each token, by warps that have the registers for it. Not in dX, whose v lies the other way: sums across threads."""
+    return tile if problem.w_major == "n" else replace(tile, each=True, num_warps=8 if tile.block_m == 64 else 4)
 
 
 def _tma(problem: Problem, arch: Arch) -> bool:

@@ -52,8 +52,13 @@ def _expand(e: Expand, problem: Problem, arch: Arch) -> str | None:
         return "expand.split > 1 serves u='given' and base='kernel' on a grid that is not persistent"
     if e.masked and not problem.adapters:
         return "expand.masked tells the adapters of a batch with segments apart, and there is one adapter"
-    if e.walk < 0 or (e.walk and not problem.adapters):
-        return f"expand.walk counts the stages of the loop over a batch's adapters, and is 0 where there is one adapter, got {e.walk}"
+    if e.each and not problem.adapters:
+        return "expand.each gathers for each token of a batch with segments, and there is one adapter"
+    if e.each and e.u != "given":
+        return f"expand.each takes ranks in blocks that no product writes, so it needs expand.u='given', got {e.u!r}"
+    if e.each and (e.masked or each_ranks(e, problem.tile_rank, problem.itemsize) < 4):
+        most = "at most 64 x 32 numbers of four bytes, or twice as many of two, for each four warps"
+        return f"expand.each holds v for every number of a tile in registers, {most}, and masks none, got {e}"
     if e.masked and arch.has_tcgen05:
         return f"expand.masked is not compiled for {arch.name}: Triton 3.6 fails where it hoists tensor memory"
     if problem.packed and (e.u == "awaited" or (problem.packed == "k" and e.u != "given")):
@@ -141,28 +146,30 @@ def _tiles_in_flight(stages: int, rows: int, warps: int, problem: Problem, arch:
 def expand_shared_memory(e: Expand, problem: Problem, arch: Arch) -> int:
     """A lower bound of expand's shared memory in bytes: the tiles in flight of x and w, and what u and v take beside them."""
     if e.base == "library":
-        return walk_memory(e, problem)
+        return 0
     rank = rank_block(problem.tile_rank, LOOP_RANK if e.u == "loop" else TILE_RANK)
     columns = e.block_m + e.block_n + (rank if e.u == "loop" else 0)
     stages = _tiles_in_flight(e.num_stages, e.block_m, e.num_warps, problem, arch) * columns * e.block_k * problem.itemsize
     beside = 0  # behind the K loop u and v take the place of tiles that were multiplied
-    ahead = not closes(e, problem.tile_rank, bool(problem.adapters), problem.dropout == "uv")
+    ahead = not closes(e, problem.tile_rank, problem.itemsize, bool(problem.adapters), problem.dropout == "uv")
     if arch.has_wgmma and e.u == "given" and e.block_m >= 64 and ahead:
         beside = (e.block_m + e.block_n) * rank * problem.itemsize
-    return max(stages + beside, walk_memory(e, problem))
+    return stages + beside
 
 
-def closes(e: Expand, rank: int, segments: bool, dropped: bool) -> bool:
+def closes(e: Expand, rank: int, itemsize: int, segments: bool, dropped: bool) -> bool:
     """Whether u v, u given, closes expand's sum: one block of ranks, nothing selected, dropped or waited for, registers to spare."""
-    whole = not (segments or dropped or e.pdl or e.split > 1)
-    return e.u == "given" and e.base == "kernel" and whole and rank <= TILE_RANK and min(e.block_m, e.block_n) >= 64
+    if e.u != "given" or e.base != "kernel" or dropped or e.split > 1:
+        return False
+    if e.each:
+        return each_ranks(e, rank, itemsize) >= rank
+    return not (segments or e.pdl) and rank <= TILE_RANK and min(e.block_m, e.block_n) >= 64
 
 
-def walk_memory(e: Expand, problem: Problem) -> int:
-    """The tiles in flight while a row block's adapters are walked: v behind an id and perhaps a rank, and u where it is taken in blocks."""
-    block = rank_block(problem.tile_rank, MIXED_RANK if problem.mixed_ranks else TILE_RANK)
-    u = max(0, e.walk - 2) * e.block_m * block if problem.tile_rank > block and not e.masked else 0
-    return (u + max(0, e.walk - 1) // 3 * block * e.block_n) * problem.itemsize
+def each_ranks(e: Expand, rank: int, itemsize: int) -> int:
+    """How many ranks at a time ``expand.each`` gathers: all, in 512 bytes of a thread's registers, or so many that 256 are enough."""
+    most = 512 * 32 * e.num_warps // (e.block_m * e.block_n * itemsize)
+    return rank_block(rank) if rank_block(rank) <= most else most // 2
 
 
 def _memory(config: Config, problem: Problem, arch: Arch) -> str | None:

@@ -1,0 +1,34 @@
+"""The slips of `mutation.py` where each token has v of its own adapter, and ranks their neighbours; and all slips up to these."""
+
+from __future__ import annotations
+
+import mutants_shared
+from mutants import EXPAND, LOAD, LOW_RANK, SELECTED, SHRINK, SPEED, Mutant
+
+ITS_RANKS, ITS_V = "within_rank(r0 + j, rank, period, 8)", "v[2]) + adapter.to(tl.int64) * stride_ve"
+TOKENS = "tokens = (m0 + tl.arange(0, BLOCK_M))[:, None, None]"
+ITS_U = "LOAD_U(u, m0, first + r0, M, first + R, BLOCK_M, BLOCK_R, False, EVEN_R, WIDE).to(TYPE)\n            uv += each"
+AHEAD = "if WAIT is None:\n            u_tile"
+
+EACH = [
+    Mutant("ranks: neighbours rounded up", LOAD, "r // NEIGHBOURS * NEIGHBOURS", "r // NEIGHBOURS * (2 * NEIGHBOURS)"),
+    Mutant("ranks: without neighbours", LOAD, "r if NEIGHBOURS == 1 else r // NEIGHBOURS * NEIGHBOURS", "r", note=SPEED),
+    Mutant(
+        "shrink: a rank's whole neighbourhoods alone", SHRINK, "within_rank(r, rank, period, 8)", "within_rank(r, rank // 8 * 8, period)"
+    ),
+    Mutant("each: no rank bound", LOW_RANK, "tl.where(within_rank(r0 + j, rank, period), v_tile, 0.0)", "v_tile"),
+    Mutant("each: all ranks loaded", LOW_RANK, ITS_RANKS, "mask & (rank > 0)", note=SELECTED),
+    Mutant("each: rank of adapter 0", LOW_RANK, "tl.load(ranks_ptr + adapter, mask=mask", "tl.load(ranks_ptr + adapter * 0, mask=mask"),
+    Mutant("each: up to the shortest rank", LOW_RANK, "tl.max(tl.load(ranks_ptr + ids", "tl.min(tl.load(ranks_ptr + ids"),
+    Mutant("each: adapter 0 for all", LOW_RANK, ITS_V, "v[2])"),
+    Mutant("each: adapter in 32 bits", LOW_RANK, ITS_V, "v[2]) + adapter * stride_ve"),
+    Mutant("each: tokens of the first block", LOW_RANK, TOKENS, "tokens = tl.arange(0, BLOCK_M)[:, None, None]"),
+    Mutant("each: ids not masked", LOW_RANK, "ids_ptr + tokens, mask=tokens < M, other=-1)", "ids_ptr + tokens)", tests="machine"),
+    Mutant("each: columns not masked", LOW_RANK, "mask = mask & (n0 + i < N)", "pass", tests="machine"),
+    Mutant("each: v of the first ranks", LOW_RANK, "tile_base(v[0], r0, n0", "tile_base(v[0], 0, n0"),
+    Mutant("each: u of the first ranks", LOW_RANK, ITS_U, ITS_U.replace("first + r0", "first")),
+    Mutant("each: lost behind the loop", EXPAND, "acc += each_product(u_tile, v_tile)", "pass"),
+    Mutant("each: u ahead of what it waits for", EXPAND, AHEAD, AHEAD.replace("if WAIT is None", "if True"), note=SPEED),
+]
+
+EVERY = [*mutants_shared.EVERY, *EACH]
