@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from .dropout import drop, keep_tile
-from .load import load_dense, tile_mask, tile_ptrs
+from .load import in_units, load_dense, tile_mask, tile_ptrs
 from .low_rank import each_product, load_each, low_rank
 from .shrink import shrink_tile
 from .tiles import column_block, column_blocks, grouped_tile
@@ -281,6 +281,7 @@ def expand(
     PERSISTENT: tl.constexpr,
     UV: tl.constexpr,
     WAIT: tl.constexpr,
+    UNIT: tl.constexpr,
 ):
     """Grid [programs]: as many as there are work items, or fewer (PERSISTENT), each taking every grid-th item or ticket.
 
@@ -293,10 +294,14 @@ def expand(
     ranks, and go through the same loop, which, flattened into that over tiles, begins the next tile's copies before this tile's end.
 
     ends: None, or where the columns of each layer that w packs end; u then has R for each. period: as in `within_rank`, of v's rows.
+    UNIT: of R and, if it is more than 1, of v's columns, whose ranks are neighbours then.
 
     With segments: rows: (ids, present, counts), gather_x: x by pointers, gather: as in `gathered_tile`, gathered: how many
     such tiles, of GATHER_M tokens.
     """
+    if UNIT > 1:
+        R = in_units(R, UNIT)
+        v = (v[0], v[1], in_units(v[2], UNIT))
     num_m = tl.cdiv(M, BLOCK_M)
     num_n = column_blocks(N, ends, BLOCK_N)
     producers = 0

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .dropout import keep_tile
-from .load import load_dense, load_rows, load_v, row_offsets
+from .load import in_units, load_dense, load_rows, load_v, row_offsets
 from .tiles import gathered_tile, grouped_tile
 
 
@@ -45,11 +45,15 @@ def experts(
     EVEN_R: tl.constexpr,
     WIDE: tl.constexpr,
     FAN: tl.constexpr,
+    UNIT: tl.constexpr,
 ):
     """Grid [gathered tiles x column blocks]. gather: as in `gathered_tile`, tiles: how many; bias: [adapters, N], contiguous, or None.
 
-    FAN: how many rows of y, neighbours, a row of x stands for.
+    FAN: how many rows of y, neighbours, a row of x stands for. UNIT: as in `expand`.
     """
+    if UNIT > 1:
+        R = in_units(R, UNIT)
+        v = (v[0], v[1], in_units(v[2], UNIT))
     tile, pid_n = grouped_tile(tl.program_id(0), tiles, tl.cdiv(N, BLOCK_N), GROUP_M)
     n0 = pid_n * BLOCK_N
     slot, tokens, row_mask = gathered_tile(gather, tile, BLOCK_M)

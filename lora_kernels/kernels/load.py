@@ -64,6 +64,12 @@ def load_dense(
 
 
 @triton.jit
+def in_units(number, UNIT: tl.constexpr):
+    """The number itself, a multiple of UNIT, said so that the compiler knows it."""
+    return number // UNIT * UNIT
+
+
+@triton.jit
 def within_rank(r, rank, period, NEIGHBOURS: tl.constexpr = 1):
     """Which columns r of u an adapter of this rank has; period: of each that many, a packed layer's, or None.
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .dropout import drop
-from .load import any_within_rank, load_dense, load_rows, tile_base, tile_mask, tile_offsets, within_rank
+from .load import any_within_rank, in_units, load_dense, load_rows, tile_base, tile_mask, tile_offsets, within_rank
 from .tiles import column_block, column_blocks
 
 
@@ -44,15 +44,19 @@ def wgrad(
     LET_GO: tl.constexpr,
     WAIT: tl.constexpr,
     FAN: tl.constexpr,
+    UNIT: tl.constexpr,
 ):
     """Grid [column blocks of every adapter, rank blocks, splits of the tokens]. out: [splits, adapters, J, R] by strides.
 
     LET_GO, WAIT: None, or functions: the next launch begins beside this one; this one, begun beside the launch before it, ends after it.
     FAN: with segments, how many tokens a row of x stands for. ends: None, or where the columns in x of each packed layer end; g then has R
-    for each. period: as in `within_rank`, of g's columns.
+    for each. period: as in `within_rank`, of g's columns. UNIT: of R and, if it is more than 1, of g's rows.
     """
     if LET_GO is not None:
         LET_GO()
+    if UNIT > 1:
+        R = in_units(R, UNIT)
+        g = (g[0], in_units(g[1], UNIT), g[2])
     adapter = 0
     block = tl.program_id(0)
     r0 = tl.program_id(1) * BLOCK_R
