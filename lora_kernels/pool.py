@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Collection, Iterator, Sequence
 
 from torch import nn
@@ -15,6 +16,8 @@ from torch import nn
 from . import files
 from .apply import some
 from .serving import Layers, by_sequence, exclusive, give, layers_of
+
+_CHANGING = threading.Lock()  # pools' adapters and slots: one thread may load while another serves
 
 
 class AdapterPool:
@@ -45,7 +48,7 @@ class AdapterPool:
         self._adapters: dict[str, files.Adapter] = {}
         self._slots: dict[str, int] = {}  # the adapter named longest ago first
         self._free = slots[::-1]
-        self._number = len(slots)
+        self._number, self._any = len(slots), slots[0]
 
     @property
     def names(self) -> list[str]:
@@ -68,12 +71,12 @@ class AdapterPool:
         """
         if not isinstance(name, str):
             raise TypeError(f"name: wanted a str, got {type(name).__name__}")
-        slot = (*self._free, *self._slots.values())[0]  # any: they have the same room
-        adapter = files.read(self.model, folder, slot=slot, partial=partial, cast=cast)
+        adapter = files.read(self.model, folder, slot=self._any, partial=partial, cast=cast)  # they have the same room
         # copied: what safetensors gives is the file itself, in memory
         values = {layer: {part: t.clone() for part, t in parts.items()} for layer, parts in adapter.values.items()}
-        self._leave(name)
-        self._adapters[name] = adapter._replace(values=values)
+        with _CHANGING:
+            self._leave(name)
+            self._adapters[name] = adapter._replace(values=values)
 
     def remove(self, name: str) -> None:
         """Forget an adapter; its slot is free for the next batch.
@@ -81,8 +84,9 @@ class AdapterPool:
         Raises:
             KeyError: there is none of that name.
         """
-        del self._adapters[self._known(name)]
-        self._leave(name)
+        with _CHANGING:
+            del self._adapters[self._known(name)]
+            self._leave(name)
 
     def slots(self, names: Sequence[str | None]) -> list[int]:
         """The slot of each adapter, put in where it had none, and -1 for None: ids for a `Segments` of one's own, until the next call.
@@ -110,19 +114,20 @@ class AdapterPool:
             raise TypeError(f"names: wanted one for each sequence, got a str, {names!r}")
         if list(layers.values()) != self._layers:
             raise RuntimeError("model: wanted the layers with which the pool was made, got others; make a new pool")
-        wanted = dict.fromkeys(self._known(name) for name in names if name is not None)
-        if len(wanted) > self._number:
-            raise ValueError(f"names: wanted at most {self._number} adapters at once, for so many slots, got {len(wanted)}")
-        for name in wanted:  # first those that are there, so that none of them loses its slot to another
-            if name in self._slots:
-                self._slots[name] = self._slots.pop(name)
-        for name in wanted:
-            if name not in self._slots:
-                slot = self._free.pop() if self._free else self._slots.pop(next(iter(self._slots)))
-                self._free.append(slot)  # free until all of it is written
-                files.put(self._adapters[name], slot)
-                self._slots[name] = self._free.pop()
-        return [-1 if name is None else self._slots[name] for name in names]
+        with _CHANGING:
+            wanted = dict.fromkeys(self._known(name) for name in names if name is not None)
+            if len(wanted) > self._number:
+                raise ValueError(f"names: wanted at most {self._number} adapters at once, for so many slots, got {len(wanted)}")
+            for name in wanted:  # first those that are there, so that none of them loses its slot to another
+                if name in self._slots:
+                    self._slots[name] = self._slots.pop(name)
+            for name in wanted:
+                if name not in self._slots:
+                    slot = self._free.pop() if self._free else self._slots.pop(next(iter(self._slots)))
+                    self._free.append(slot)  # free until all of it is written
+                    files.put(self._adapters[name], slot)
+                    self._slots[name] = self._free.pop()
+            return [-1 if name is None else self._slots[name] for name in names]
 
     def _leave(self, name: str) -> None:
         if name in self._slots:

@@ -147,6 +147,14 @@ def test_a_removed_adapter_may_be_without_a_slot(pool, trained):
     hold(pool, trained, ["a", "b", "c"])
 
 
+def test_a_copy_is_a_pool_of_its_own_model(pool, trained):
+    hold(pool, trained, ["a", "b"])
+    again = copy.deepcopy(pool)
+    hold(again, trained, ["c", "d"])
+    hold(pool, trained, ["a", "b"])
+    assert list(pool.resident) == ["a", "b"] and list(again.resident) == ["b", "c", "d"]
+
+
 def test_files_are_not_needed_afterwards(trained, tmp_path):
     """The very bytes that were read are overwritten, as a file that is mapped into memory would show."""
     path = tmp_path / "adapter_model.safetensors"
@@ -344,3 +352,23 @@ def test_segments_of_ones_own(pool, trained):
     y = layer(x, segments)
     for i, name in enumerate(["b", None, "c"]):
         torch.testing.assert_close(y[i], trained[0][name][0].up(x[i]), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("change", ["remove", "replace"])
+def test_another_thread_loads_while_an_adapter_is_put_into_its_slot(pool, trained, monkeypatch, change):
+    """Whatever comes in the midst of it, each name has its own adapter afterwards, and a replaced one is the new one."""
+    hold(pool, trained, ["a", "b", "c"])
+    put, threads = files.put, []
+    meanwhile = {"remove": lambda: pool.remove("b"), "replace": lambda: pool.add("d", trained[1]["e"])}[change]
+
+    def slowly(adapter, slot):
+        threads.append(threading.Thread(target=meanwhile))
+        threads[-1].start()
+        threads[-1].join(0.5)
+        put(adapter, slot)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "put", slowly)
+        hold(pool, trained, ["d"])
+    threads[0].join()
+    hold(pool, ({**trained[0], "d": trained[0]["d" if change == "remove" else "e"]}, None), ["d", "c", None])
