@@ -168,8 +168,8 @@ def read(model: nn.Module, folder: str | os.PathLike, *, slot: int | None, parti
 
 
 @torch.no_grad()
-def put(adapter: Adapter, slot: int | None) -> None:
-    """Write an adapter into the layers. All of it was checked: copies alone."""
+def put(adapter: Adapter, slot: int | None, absent: str = "reset_adapter") -> None:
+    """Write an adapter into the layers. All of it was checked: copies alone. absent: What layers do that it lacks."""
     layers, called, values, config = adapter
     packed: dict[PackedLoRALinear, dict[int, str]] = {}
     for name, layer in layers.items():
@@ -177,7 +177,7 @@ def put(adapter: Adapter, slot: int | None) -> None:
         if isinstance(layer, PackedPart):
             packed.setdefault(layer.layer, {})[layer.n] = name
         elif name not in values:
-            layer.reset_adapter(*(() if slot is None else (slot,)))
+            getattr(layer, absent)(*(() if slot is None else (slot,)))
         elif slot is not None:
             layer.load_adapter(slot, values[name]["lora_A.weight"], values[name]["lora_B.weight"], config.scaling_of(own))
         else:
@@ -189,7 +189,7 @@ def put(adapter: Adapter, slot: int | None) -> None:
         given = [values.get(parts[n]) for n in range(len(parts))]
         scales = [config.scaling_of(called[parts[n]]) for n, own in enumerate(given) if own is not None]
         if not scales:
-            whole.reset_adapter(slot)
+            getattr(whole, absent)(slot)
             continue
         A, B = ([None if own is None else own[part] for own in given] for part in ("lora_A.weight", "lora_B.weight"))
         whole.load_adapter(slot, A, B, scales[0])

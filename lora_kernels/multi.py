@@ -223,6 +223,13 @@ class MultiLoRALinear(AdaptedLinear):
         self._init(i, init_lora_weights)
         self._clear_beyond(i, r)
 
+    @torch.no_grad()
+    def clear_adapter(self, i: int) -> None:
+        """Slot i as `reset_adapter` leaves it, but all zeros: no random number is drawn, and no gradient would reach it."""
+        self._check_slot(i)
+        self._set_tables(i, self._built[i], self._scale_for(i, self._built[i]))
+        self._clear_beyond(i, 0)
+
     def adapter_state_dict(self, i: int) -> dict:
         """Adapter i alone: ``lora_A [r_i, K]`` and ``lora_B [N, r_i]``, copies, and ``scaling``, a float."""
         A, B = (t.clone() for t in self.adapter(i))

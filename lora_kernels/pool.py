@@ -125,7 +125,7 @@ class AdapterPool:
                 if name not in self._slots:
                     slot = self._free.pop() if self._free else self._slots.pop(next(iter(self._slots)))
                     self._free.append(slot)  # free until all of it is written
-                    files.put(self._adapters[name], slot)
+                    files.put(self._adapters[name], slot, "clear_adapter")  # a reset draws from the generator that samples answers
                     self._slots[name] = self._free.pop()
             return [-1 if name is None else self._slots[name] for name in names]
 

@@ -82,7 +82,7 @@ def hold(pool: AdapterPool, trained, names) -> None:
 def written(monkeypatch):
     """The slots that were written, in order."""
     slots, put = [], files.put
-    monkeypatch.setattr(files, "put", lambda adapter, slot: (slots.append(slot), put(adapter, slot)))
+    monkeypatch.setattr(files, "put", lambda adapter, slot, *how: (slots.append(slot), put(adapter, slot, *how)))
     return slots
 
 
@@ -202,6 +202,29 @@ def test_partial_and_cast(trained, tmp_path):
     with torch.no_grad(), narrow.use(["a"]):
         y = narrow.model(X[:1].float())
     torch.testing.assert_close(y[0], trained[0]["a"](X[0]).detach().float(), rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_that_lacks_layers_leaves_the_generator_alone(trained, tmp_path):
+    """So that a seeded, sampled answer does not depend on who had a slot before; and the layers have nothing of the slot's last tenant."""
+    q, v = nn.Linear(K, 8), nn.Linear(K, 4)
+    plain = nn.ModuleDict({"q_proj": q, "v_proj": v, "up": nn.Linear(K, 8), "down": nn.Linear(K, 8)}).double()
+    served = copy.deepcopy(plain)
+    for name, targets in (("all", ["q_proj", "v_proj", "up", "down"]), ("few", ["down"])):
+        model = copy.deepcopy(plain)
+        apply_lora(model, LoRAConfig(target_modules=targets, r=3, init_lora_weights=False))
+        save_adapter(model, tmp_path / name)
+    apply_lora(served, LoRAConfig(target_modules=["up", "down"], r=4), num_adapters=1)
+    parts = [served._modules.pop(name) for name in ("q_proj", "v_proj")]
+    served["qv_proj"] = PackedLoRALinear.from_linears(parts, num_adapters=1, r=4, names=("q_proj", "v_proj"))
+    pool = AdapterPool(served)
+    pool.add("all", tmp_path / "all")
+    pool.add("few", tmp_path / "few", partial=True)
+    pool.slots(["all"])
+    before = torch.get_rng_state()
+    with torch.no_grad(), pool.use(["few"]):
+        torch.testing.assert_close(served["up"](X[:1]), plain["up"](X[:1]), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(served["qv_proj"](X[:1]), torch.cat([q(X[:1]), v(X[:1])], -1), rtol=1e-12, atol=1e-12)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_write_that_fails_leaves_the_slot_free(pool, trained, monkeypatch):
@@ -361,11 +384,11 @@ def test_another_thread_loads_while_an_adapter_is_put_into_its_slot(pool, traine
     put, threads = files.put, []
     meanwhile = {"remove": lambda: pool.remove("b"), "replace": lambda: pool.add("d", trained[1]["e"])}[change]
 
-    def slowly(adapter, slot):
+    def slowly(adapter, slot, *how):
         threads.append(threading.Thread(target=meanwhile))
         threads[-1].start()
         threads[-1].join(0.5)
-        put(adapter, slot)
+        put(adapter, slot, *how)
 
     with monkeypatch.context() as patch:
         patch.setattr(files, "put", slowly)
