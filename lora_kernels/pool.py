@@ -112,6 +112,7 @@ class AdapterPool:
     def _take(self, names: Sequence[str | None], layers: Layers) -> list[int]:
         if isinstance(names, str):
             raise TypeError(f"names: wanted one for each sequence, got a str, {names!r}")
+        names = list(names)
         if list(layers.values()) != self._layers:
             raise RuntimeError("model: wanted the layers with which the pool was made, got others; make a new pool")
         with _CHANGING:

@@ -351,7 +351,8 @@ def as_ints(name: str, values) -> torch.Tensor:
         if values.dim() != 1:
             raise ValueError(f"{name}: wanted one dimension, got shape {list(values.shape)}")
         return values
+    values = list(values)
     wrong = [v for v in values if not isinstance(v, int) or isinstance(v, bool)]
     if wrong:
         raise TypeError(f"{name}: wanted ints, got {wrong[0]!r}")
-    return torch.tensor(list(values), dtype=torch.int64)
+    return torch.tensor(values, dtype=torch.int64)

@@ -113,6 +113,7 @@ def test_none_of_a_batch_loses_its_slot_to_another(pool, trained):
 def test_slots_for_a_plan_of_ones_own(pool, trained):
     ids = pool.slots(["d", None, "a", "d"])
     assert ids == [0, -1, 1, 0] and pool.resident == {"d": 0, "a": 1}
+    assert pool.slots(iter(["a", None])) == [1, -1]
     with torch.no_grad(), use_adapters(pool.model, ids):
         y = pool.model(X)
     for i, name in enumerate(["d", None, "a", "d"]):

@@ -104,6 +104,7 @@ def test_from_lengths():
     assert b.ids.tolist() == [0, 0, 1] and b.num_adapters == 7
     assert Segments.from_lengths([], num_adapters=2).tokens == 0
     assert Segments.from_lengths([1, 1]).num_adapters == 2
+    assert Segments.from_lengths(iter([1, 2])).ids.tolist() == [0, 1, 1]
 
 
 def test_a_plan_asks_nothing_of_the_device():
