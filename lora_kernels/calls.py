@@ -66,8 +66,8 @@ def remember(call: tuple | None, x, weight, lora_A, lora_B, bias, base, adapters
         return None
     if len(_arms) >= dispatch.KEPT:
         _arms.clear()
-    _arms[call] = dispatch.forward_arm(x, weight, lora_A, lora_B, adapters, p, impl, key)
-    return _arms[call]
+    found = _arms[call] = dispatch.forward_arm(x, weight, lora_A, lora_B, adapters, p, impl, key)
+    return found
 
 
 def forget() -> None:

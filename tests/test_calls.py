@@ -308,6 +308,15 @@ def test_tensors_that_torch_negates_as_it_reads_them(which, impl):
     torch.testing.assert_close(lora_linear(**{**good, which: negative}, impl=impl), wanted)
 
 
+def test_another_thread_may_forget_what_was_just_remembered(monkeypatch):
+    class Emptied(dict):
+        def __setitem__(self, key, value):
+            pass
+
+    monkeypatch.setattr(calls, "_arms", Emptied())
+    lora_linear(*operands(5), impl="torch")
+
+
 def test_a_layers_tensors_are_found_wherever_they_are():
     layer = FusedLoRALinear(K, N, bias=False, r=R)
     many = MultiLoRALinear(K, N, num_adapters=2, r=R)
