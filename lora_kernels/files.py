@@ -297,7 +297,7 @@ def _alpha(layer: Any, slot: int | None, r: int, rslora: bool, scaling: float) -
     """The layer's own lora_alpha where it gives this scaling, else the one that does."""
     alpha = layer.lora_alpha if slot is None else layer.lora_alpha[slot]
     given = scaling_of(alpha, r, rslora)
-    given = given if slot is None else torch.tensor(given, dtype=torch.float32).item()  # stacks keep scalings in float32
+    given = given if slot is None else torch.tensor(given, dtype=torch.float32, device="cpu").item()  # stacks keep scalings in float32
     return alpha if given == scaling else scaling / scaling_of(1.0, r, rslora)
 
 

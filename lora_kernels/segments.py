@@ -355,4 +355,4 @@ def as_ints(name: str, values) -> torch.Tensor:
     wrong = [v for v in values if not isinstance(v, int) or isinstance(v, bool)]
     if wrong:
         raise TypeError(f"{name}: wanted ints, got {wrong[0]!r}")
-    return torch.tensor(values, dtype=torch.int64)
+    return torch.tensor(values, dtype=torch.int64, device=CPU)  # not torch.set_default_device's

@@ -17,6 +17,7 @@ from lora_kernels import (
     Segments,
     UnsupportedError,
     apply_lora,
+    save_adapter,
     use_adapters,
     use_segments,
 )
@@ -112,6 +113,19 @@ def test_training_and_inference_in_one_use():
         model(x).square().sum().backward()
     assert all(torch.equal(p.grad, grad) for p, grad in zip((p for p in model.parameters() if p.grad is not None), wanted, strict=True))
     assert len(wanted) == 8 and all(grad[2].any() and not grad[1].any() for grad in wanted)
+
+
+def test_torchs_default_device_is_not_the_hosts(tmp_path):
+    """As scripts for a GPU set it: slots, names' among them, lengths and ranks are host values all the same."""
+    model, x, linear = net(), drawn(4, 2, K), nn.Linear(K, 8)
+    with use_segments(model, by_token(2)):
+        wanted = model(x)
+    with torch.device("meta"):
+        with use_adapters(model, WHO):
+            assert torch.equal(model(x), wanted)
+        save_adapter(model, tmp_path, slot=1)
+        assert Segments.from_lengths([1, 2]).ids.tolist() == [0, 1, 1]
+        assert MultiLoRALinear.from_linear(linear, num_adapters=2, r=4).ranks.tolist() == [4, 4]
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
