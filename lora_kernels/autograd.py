@@ -42,7 +42,7 @@ class LoRALinearFunction(torch.autograd.Function):
         y, u = ops.forward(x, weight, lora_A, lora_B, bias, seed, adapters, scale, dropout_p, need_B, impl, config, base, arm)
         ctx.save_for_backward(
             x if need_A else None,
-            weight if need_x else None,
+            weight if need_x or problem.is_stack(weight) else None,  # a stack: by it the arm is chosen
             lora_A if need_x else None,
             lora_B if need_x or need_A else None,
             u if need_B else None,

@@ -65,6 +65,19 @@ def test_tiles_of_every_size(blocks):
     assert result.ok and result.launches > 0, result
 
 
+def test_a_named_config_serves_backward_where_x_needs_no_gradient():
+    """As in a model's first layer; the configuration's tiles are those of experts, in both passes."""
+    case = replace(CASE, M=20, config=Config(Shrink(16, 16), Expand(16, 16, 16), Wgrad(16, 16, split=2)))
+    assert plan(case).row_block != 16
+    grads = []
+    for impl, config in (("triton", case.config), ("torch", None)):
+        t = operands(case, "lora_A", "lora_B")
+        lora_linear(*t.values(), segments=plan(case), config=config, impl=impl).square().sum().backward()
+        grads.append([t["lora_A"].grad, t["lora_B"].grad])
+    for ours, wanted in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("impl", ARMS)
 def test_routing_by_top_k(impl):
     """The plan that `from_top_k` makes: each token's k answers beside one another, in the order of its experts."""
