@@ -183,7 +183,7 @@ class MultiLoRALinear(AdaptedLinear):
 
     @torch.no_grad()
     def load_adapter(self, i: int, A: torch.Tensor, B: torch.Tensor, scale: float | None = None) -> None:
-        """Put an adapter into slot i, in place, of any rank that the stack has room for; other slots serve on.
+        """Put an adapter into slot i, in place, of any rank that the stack has room for; its gradient is 0, and other slots serve on.
 
         Args:
             i: The slot, from 0.
@@ -284,6 +284,9 @@ class MultiLoRALinear(AdaptedLinear):
         self.scaling[i].fill_(scale)
         self._ranks[i] = r
         self._know_ranks(self._ranks)
+        for stack in (self.lora_A, self.lora_B):
+            if stack.grad is not None:  # of the adapter that was there
+                stack.grad[i].zero_()
 
     def _fill_tables(self) -> None:
         """Buffers and the host's ranks as built."""

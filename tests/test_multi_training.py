@@ -188,6 +188,25 @@ def test_a_leafs_gradient_may_be_set_and_clipped():
     assert (layer.lora_A.grad[0] == 5).all()
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: layer.load_adapter(0, torch.ones(2, K), torch.ones(N, 2)),
+        lambda layer: layer.reset_adapter(0),
+        lambda layer: layer.clear_adapter(0),
+    ],
+    ids=["load", "reset", "clear"],
+)
+def test_a_slots_new_adapter_has_nothing_of_the_old_ones_gradient(change):
+    layer = trained(dtype=torch.float64)
+    layer(torch.randn(len(IDS), K, dtype=torch.float64), plan()).square().sum().backward()
+    before = [stack.grad.clone() for stack in (layer.lora_A, layer.lora_B)]
+    assert before[0][0].any() and before[1][0].any()
+    change(layer)
+    for stack, its in zip((layer.lora_A, layer.lora_B), before, strict=True):
+        assert not stack.grad[0].any() and torch.equal(stack.grad[1:], its[1:])
+
+
 def test_leaves_from_before_a_move_say_so():
     layer = trained()
     A, _ = layer.adapter_parameters(0)
