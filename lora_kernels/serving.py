@@ -91,8 +91,9 @@ def by_sequence(layers: Layers, adapters: Sequence[int] | torch.Tensor) -> _BySe
     ids = as_ints("adapters", adapters)
     if ids.device != CPU:
         raise ValueError(f"adapters: wanted them on the CPU, where they can be checked, got {ids.device}; or take use_segments")
+    named = list(dict.fromkeys(ids.tolist()))
     for name, layer in layers.items():
-        wrong = [i for i in ids.tolist() if not -1 <= i < layer.num_adapters]
+        wrong = [i for i in named if not -1 <= i < layer.num_adapters]
         if wrong:
             raise ValueError(f"adapters: wanted numbers from -1 to {layer.num_adapters - 1} for {name}, got {wrong[0]}")
     return _BySequence(ids.to(torch.int32, copy=True), {(layer.lora_A.device, layer.num_adapters) for layer in layers.values()})
