@@ -149,6 +149,8 @@ def read(model: nn.Module, folder: str | os.PathLike, *, slot: int | None, parti
     called = {key: name for key, name, _ in _modules(model)}
     held = {name: _held(layer, slot) for name, layer in layers.items()}
     with opened(os.path.join(folder, WEIGHTS_FILE)) as file:
+        if read_config(folder) != given:  # a save takes the old config away before it replaces the weights
+            raise ValueError(f"{CONFIG_FILE}: wanted the same before and after the weights were opened, got another; load again")
         there = set(file.keys())
         bases = {f"{PREFIX}{name}.base_layer.weight": layer for name, layer in layers.items() if isinstance(layer, AdaptedLinear)}
         keys = _check_keys(there - bases.keys(), held, partial)

@@ -340,6 +340,29 @@ def test_a_save_that_breaks_off(same_config, tmp_path, monkeypatch):
     assert sorted(path.name for path in folder.iterdir()) == ["README.md", CONFIG, WEIGHTS]
 
 
+def test_a_save_between_the_reading_of_config_and_weights(tmp_path, monkeypatch):
+    """Another process's: its weights are not taken with the old config's scale."""
+    first, second, model = ours(), ours(), ours()
+    for layer in layers(second).values():
+        layer.scaling *= 4
+    save_adapter(first, tmp_path)
+    before, opened = state(model), files.opened
+
+    def late(path):
+        save_adapter(second, tmp_path)
+        return opened(path)
+
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(ValueError, match="before and after the weights were opened, got another; load again"),
+    ):
+        patch.setattr(files, "opened", late)
+        load_adapter(model, tmp_path)
+    assert_unchanged(model, before)
+    load_adapter(model, tmp_path)
+    assert torch.equal(model(X), second(X))
+
+
 def test_both_files_are_readable_alike(tmp_path):
     save_adapter(ours(), tmp_path / "a" / "b")
     modes = {os.stat(tmp_path / "a" / "b" / name).st_mode & 0o777 for name in (CONFIG, WEIGHTS)}
