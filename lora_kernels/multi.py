@@ -291,7 +291,8 @@ class MultiLoRALinear(AdaptedLinear):
     def _fill_tables(self) -> None:
         """Buffers and the host's ranks as built."""
         self.ranks.copy_(torch.tensor(self._built, device="cpu"))
-        self.scaling.copy_(torch.tensor([self._scale_for(e, r) for e, r in enumerate(self._built)], device="cpu"))
+        scales = [self._scale_for(e, r) for e, r in enumerate(self._built)]
+        self.scaling.copy_(torch.tensor(scales, dtype=torch.float32, device="cpu"))  # torch's defaults are the model's, as it is built
         self._know_ranks(list(self._built))
 
     def _know_ranks(self, ranks: list[int]) -> None:

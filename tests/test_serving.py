@@ -115,6 +115,16 @@ def test_training_and_inference_in_one_use():
     assert len(wanted) == 8 and all(grad[2].any() and not grad[1].any() for grad in wanted)
 
 
+def test_torchs_default_dtype_is_not_the_scalings():
+    """As engines set it while they build a model in bfloat16, which holds no 16 / 3."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        layer = MultiLoRALinear(K, 8, num_adapters=2, r=3, lora_alpha=16)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert layer.lora_A.dtype == torch.bfloat16 and torch.equal(layer.scaling, torch.full((2,), 16 / 3))
+
+
 def test_torchs_default_device_is_not_the_hosts(tmp_path):
     """As scripts for a GPU set it: slots, names' among them, lengths and ranks are host values all the same."""
     model, x, linear = net(), drawn(4, 2, K), nn.Linear(K, 8)
