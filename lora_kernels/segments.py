@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 
+INTS = (torch.int32, torch.int64)
 CPU = torch.device("cpu")  # compared with, since a device's own name is a string that is built anew each time
 _TENSORS = ("ids", "order", "starts", "tile_adapter", "tile_first", "present", "counts")
 _library = torch.library.Library("lora_kernels", "FRAGMENT")
@@ -84,7 +85,7 @@ class Segments:
         Raises:
             TypeError: not an integer tensor. ValueError: num_adapters, or an id, out of range.
         """
-        if not isinstance(adapter_ids, torch.Tensor) or adapter_ids.dtype not in (torch.int32, torch.int64):
+        if not isinstance(adapter_ids, torch.Tensor) or adapter_ids.dtype not in INTS:
             given = adapter_ids.dtype if isinstance(adapter_ids, torch.Tensor) else type(adapter_ids).__name__
             raise TypeError(f"adapter_ids: wanted an int32 or int64 tensor, one id a token, got {given}")
         check_int("num_adapters", num_adapters, 1)
@@ -155,6 +156,8 @@ class Segments:
         if not isinstance(top_k_index, torch.Tensor) or top_k_index.dim() != 2 or not top_k_index.shape[1]:
             given = list(top_k_index.shape) if isinstance(top_k_index, torch.Tensor) else type(top_k_index).__name__
             raise ValueError(f"top_k_index: wanted a tensor [tokens, k], k at least 1, got {given}")
+        if top_k_index.dtype not in INTS:
+            raise TypeError(f"top_k_index: wanted int32 or int64, got {top_k_index.dtype}")
         check_int("num_experts", num_experts, 1)
         block = expert_block(top_k_index.numel(), num_experts)
         plan = cls.from_ids(top_k_index, num_experts, validate=False, gather_block=block)
@@ -346,7 +349,7 @@ def _block(name: str, value: int | None, default: int) -> int:
 
 def as_ints(name: str, values) -> torch.Tensor:
     if isinstance(values, torch.Tensor):
-        if values.dtype not in (torch.int32, torch.int64):
+        if values.dtype not in INTS:
             raise TypeError(f"{name}: wanted int32 or int64, got {values.dtype}")
         if values.dim() != 1:
             raise ValueError(f"{name}: wanted one dimension, got shape {list(values.shape)}")

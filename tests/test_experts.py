@@ -235,6 +235,11 @@ def test_top_k_index_refused(index):
         Segments.from_top_k(index, E)
 
 
+def test_an_index_of_another_dtype_is_named():
+    with pytest.raises(TypeError, match="top_k_index: wanted int32 or int64, got torch.uint8"):
+        Segments.from_top_k(torch.zeros(2, 2, dtype=torch.uint8), E)
+
+
 def test_tiles_fit_the_rows_of_an_expert():
     blocks = [Segments.from_top_k(torch.zeros(tokens, 2, dtype=torch.int64), 8).gather_block for tokens in (1, 64, 100, 256, 9000)]
     assert blocks == [16, 32, 64, 128, 128]
