@@ -160,7 +160,7 @@ def _as_drawn(x: torch.Tensor, drawn: tuple[torch.Tensor, torch.Tensor] | None) 
 def _state(x: torch.Tensor) -> tuple:
     """What a result depends on besides x and the layer."""
     autocast = torch.get_autocast_dtype(x.device.type) if autocasts(x.device) else None
-    return x._version, torch.is_grad_enabled(), autocast
+    return x._version, x.requires_grad, torch.is_grad_enabled(), autocast
 
 
 def _stamp(one: Projection) -> tuple:

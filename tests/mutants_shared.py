@@ -55,6 +55,7 @@ SHARED = [
     Mutant("input: of parameters at any place", INPUT, "(t.data_ptr(), t._version", "(t._version"),
     Mutant("input: trained or not", INPUT, ", t.requires_grad)", ")"),
     Mutant("input: of an x that was written to", INPUT, "return x._version, ", "return "),
+    Mutant("input: whether or not x wants a gradient", INPUT, "x._version, x.requires_grad, ", "x._version, "),
     Mutant("input: with or without a graph", INPUT, "torch.is_grad_enabled(), autocast", "autocast"),
     Mutant("input: under any autocast", INPUT, "torch.is_grad_enabled(), autocast", "torch.is_grad_enabled()"),
     Mutant("input: a copy has the other's results", INPUT, '{**self.__dict__, "made": None}', "dict(self.__dict__)"),

@@ -213,6 +213,21 @@ def test_what_changes_between_two_calls_counts(change):
         torch.testing.assert_close(ours, wanted)
 
 
+def test_whether_x_wants_a_gradient_counts():
+    """k's result has the graph that x has when k is called."""
+    model, leaf = adapted(Attention, shared=True), x_of().requires_grad_()
+    x = leaf * 1
+    model.q_proj(x)
+    x.detach_()
+    model.k_proj(x).sum().backward()
+    assert leaf.grad is None
+    model, x = adapted(Attention, shared=True), x_of()
+    model.q_proj(x)
+    x.requires_grad_()
+    model.k_proj(x).sum().backward()
+    assert x.grad is not None
+
+
 @pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1), (1, 2, 0)])
 @pytest.mark.parametrize("between", [False, True])
 def test_torchs_generator_goes_as_if_each_stood_alone(order, between):
