@@ -34,7 +34,7 @@ def apply_lora(model: nn.Module, config: LoRAConfig, *, num_adapters: int | None
 
     Args:
         model: A module that contains the layers, with its weights where they are to stay.
-        config: Which, and with what adapters; PEFT's own is read as `LoRAConfig.from_dict` reads it.
+        config: Which, and with what adapters; PEFT's own is read as `LoRAConfig.from_peft` reads it.
         num_adapters: E: `MultiLoRALinear` (`MultiLoRAOver`) with E slots instead, which `use_segments` tells each token's adapter.
         adapter_dtype: As in `FusedLoRALinear`; over a quantised layer None is float32.
     Returns:
@@ -47,7 +47,7 @@ def apply_lora(model: nn.Module, config: LoRAConfig, *, num_adapters: int | None
     """
     given: Any = config
     if getattr(given, "peft_type", None) is not None and callable(getattr(given, "to_dict", None)):
-        config = LoRAConfig.from_dict(given.to_dict())
+        config = LoRAConfig.from_peft(given)
     if not isinstance(config, LoRAConfig):
         raise TypeError(f"config: wanted a lora_kernels.LoRAConfig or PEFT's LoraConfig, got {type(config).__name__}")
     if config.target_parameters and num_adapters is not None:

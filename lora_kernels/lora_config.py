@@ -11,7 +11,7 @@ import math
 import os
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from .nn import check_dropout, check_rank, scaling_of
@@ -26,6 +26,7 @@ PROVENANCE |= {"loftq_config", "eva_config", "qalora_group_size", "runtime_confi
 _FIRST_NUMBER = re.compile(r".*?\.[^.]*\.(?P<n>\d+)\.")
 PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")  # PEFT's others change the base weights
 FUSED = "PEFT's own model of it can be fused, lora_kernels.integrations.peft.fuse(model)"
+WITH_A_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # tasks for which PEFT adds the model's head to modules_to_save
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +149,25 @@ class LoRAConfig:
             more = ", ".join(f"{name}={given[name]!r}" for name in other)
             raise UnsupportedError(f"config: wanted plain LoRA, got {more}; {FUSED}")
         return cls(**{name: given[name] for name in known if given.get(name) is not None})
+
+    @classmethod
+    def from_peft(cls, config) -> LoRAConfig:
+        """PEFT's own, by `from_dict`. Unless a file has the values (``inference_mode``), what it says of where training begins counts, too.
+
+        Raises:
+            The errors of `from_dict`. UnsupportedError: a task whose head PEFT trains; an initialisation that is not True or False.
+        """
+        given = dict(config.to_dict())
+        plain = cls.from_dict(given)
+        if given.get("inference_mode"):
+            return plain
+        init, task = given.get("init_lora_weights", True), next((each for each in WITH_A_HEAD if each == given.get("task_type")), None)
+        if task is not None:
+            hint = "take PEFT's model and fuse it, or pass task_type=None, train the head beside the adapter and save it yourself"
+            raise UnsupportedError(f"task_type: wanted one that leaves the head frozen, got {task!r}, for which PEFT trains it; {hint}")
+        if isinstance(init, str):
+            raise UnsupportedError(f"init_lora_weights: wanted True or False to train from, got {init!r}; take PEFT's model and fuse it")
+        return replace(plain, init_lora_weights=bool(init))
 
     @classmethod
     def from_folder(cls, folder: str | os.PathLike) -> LoRAConfig:

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lora_kernels import AdapterPool, FusedLoRALinear, LoRAConfig, MultiLoRALinear, apply_lora, load_adapter, remove_lora
+from lora_kernels import AdapterPool, FusedLoRALinear, LoRAConfig, MultiLoRALinear, UnsupportedError, apply_lora, load_adapter, remove_lora
 
 pytestmark = pytest.mark.usefixtures("as_on_a_users_cpu")
 
@@ -90,6 +90,34 @@ def test_some_layers(layers, pattern, tmp_path):
     assert names == [name for name, m in theirs.base_model.model.named_modules() if hasattr(m, "lora_A")]
     assert load_adapter(ours, tmp_path) == names
     torch.testing.assert_close(ours(IDS).logits, theirs.eval()(IDS).logits)
+
+
+@pytest.mark.parametrize("init", [True, False])
+def test_pefts_own_config_says_where_training_begins(init):
+    config = LoraConfig(target_modules=["q_proj"], r=4, init_lora_weights=init)
+    model, theirs = llama(), get_peft_model(llama(), config)
+    apply_lora(model, config)
+    for each in (
+        model.model.layers[0].self_attn.q_proj.lora_B,
+        theirs.base_model.model.model.layers[0].self_attn.q_proj.lora_B.default.weight,
+    ):
+        assert each.any() == (not init)
+
+
+@pytest.mark.parametrize(
+    "changed, match",
+    [
+        ({"init_lora_weights": "gaussian"}, "init_lora_weights: wanted True or False to train from, got 'gaussian'"),
+        ({"task_type": TaskType.SEQ_CLS}, "task_type: wanted one that leaves the head frozen, got 'SEQ_CLS', for which PEFT trains it"),
+        ({"task_type": "QUESTION_ANS"}, "task_type: wanted one that leaves the head frozen, got 'QUESTION_ANS'"),
+    ],
+)
+def test_what_pefts_own_config_would_train_otherwise_is_refused(changed, match):
+    model, config = llama(), LoraConfig(target_modules=["q_proj"], **changed)
+    with pytest.raises(UnsupportedError, match=match):
+        apply_lora(model, config)
+    config.inference_mode = True  # as PEFT saves it: a file has the values
+    apply_lora(model, config)
 
 
 def test_float32_files_on_a_16_bit_base(tmp_path):
