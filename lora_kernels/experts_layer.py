@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from . import experts as mixture
 from .experts import Factors
 from .merging import Mergeable
 from .nn import check_dropout, check_rank, hooked, init_adapter, scaling_of
 from .problem import UnsupportedError
+
+WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)
 
 
 class LoRAExperts(Mergeable, nn.Module):
@@ -199,6 +202,13 @@ def why_not_adapted(experts: nn.Module, parameter_name: str) -> str | None:
     if parameter_name not in names:
         return f"its parameter {parameter_name} is not one of {', '.join(names)}"
     return None
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """What DistributedDataParallel, say, is around: the module whose names configs and files have."""
+    while isinstance(within := getattr(model, "_orig_mod", model), WRAPPERS):
+        model = within.module
+    return model
 
 
 def plain_name(model: nn.Module, name: str) -> str:

@@ -20,7 +20,7 @@ from torch import nn
 
 from .adapter_store import WEIGHTS_FILE, opened, safetensors_or_why, write
 from .apply import some
-from .experts_layer import LoRAExperts, config_name
+from .experts_layer import LoRAExperts, config_name, unwrapped
 from .lora_config import CONFIG_FILE, LoRAConfig, by_peft_before_0_19, names_mean, pattern_of, read_config
 from .multi import MultiLoRALinear
 from .nn import AdaptedLinear, FusedLoRALinear, scaling_of
@@ -68,9 +68,8 @@ def save_adapter(
         task_type: For the config, one of PEFT's names or None.
     Raises:
         ValueError: no such layers, several dtypes without ``dtype``, a variant in some layers alone, NaN or Inf; stacks whose names
-        mean others, too. TypeError: ``dtype``
-        is none of torch's floating ones. ImportError: no safetensors. OSError: the disk's. In each case what the folder held is as it
-        was.
+        mean others, too. TypeError: ``dtype`` is none of torch's floating ones. UnsupportedError: sharded layers. ImportError: no
+        safetensors. OSError: the disk's. In each case what the folder held is as it was.
     """
     safetensors = safetensors_or_why()
     if dtype is not None and dtype not in DTYPES.values():
@@ -90,7 +89,7 @@ def save_adapter(
                 t = t.to(torch.promote_types(t.dtype, torch.float32)) * scales[name]
             t = t.to("cpu", dtype or held[name][part].dtype, copy=True, memory_format=torch.contiguous_format)
             tensors[f"{PREFIX}{name}.{part}"] = _finite(f"{name}.{part}", t)
-    config["base_model_name_or_path"] = base_model_name_or_path or getattr(model, "name_or_path", None) or None
+    config["base_model_name_or_path"] = base_model_name_or_path or getattr(unwrapped(model), "name_or_path", None) or None
     config["task_type"] = task_type
     write(folder, json.dumps(config, indent=2, sort_keys=True).encode(), tensors, safetensors)
 
@@ -116,8 +115,8 @@ def load_adapter(
         The names of the layers that were in the file, as `apply_lora` gives them.
     Raises:
         FileNotFoundError: no folder, or no such files in it. ValueError: the files are not whole, or do not fit the model.
-        TypeError: dtypes. UnsupportedError: the config asks for more than plain LoRA. RuntimeError: merged layers. ImportError: no
-        safetensors. In each case the model is as it was.
+        TypeError: dtypes. UnsupportedError: the config asks for more than plain LoRA; sharded layers. RuntimeError: merged layers.
+        ImportError: no safetensors. In each case the model is as it was.
     """
     adapter = read(model, folder, slot=slot, partial=partial, cast=cast)
     put(adapter, slot)
@@ -227,11 +226,12 @@ def _layers(model: nn.Module, slot: int | None) -> dict[str, Any]:
 
 
 def _modules(model: nn.Module, aliases: bool = False) -> list[tuple[str, str, Any]]:
-    """Modules below the model, by name in a file's keys, in which torch.compile's wrappers do not show, and by name in a config.
+    """Modules below the model, by name in a file's keys, in which torch's own wrappers do not show, and by name in a config.
 
     A packed layer whose layers have names is those layers.
     """
     found: list[tuple[str, str, Any]] = []
+    model = unwrapped(model)
     for name, m in model.named_modules(remove_duplicate=not aliases):
         key = ".".join(part for part in name.split(".") if part != "_orig_mod")
         if key and isinstance(m, PackedLoRALinear) and m.names is not None:

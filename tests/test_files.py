@@ -11,6 +11,7 @@ import safetensors.torch
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from lora_kernels import (
     FusedLoRALinear,
@@ -388,3 +389,12 @@ def test_a_compiled_models_names_are_the_plain_models(tmp_path):
     for name in (CONFIG, WEIGHTS):
         assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "compiled" / name).read_bytes()
     assert len(load_adapter(compiled, tmp_path / "plain")) == 4
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, AveragedModel, lambda m: torch.compile(nn.DataParallel(m), backend="eager")])
+def test_a_wrapped_models_names_are_the_plain_models(wrap, tmp_path):
+    save_adapter(ours(), tmp_path / "plain")
+    save_adapter(wrap(ours()), tmp_path / "wrapped")
+    for name in (CONFIG, WEIGHTS):
+        assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "wrapped" / name).read_bytes()
+    assert len(load_adapter(wrap(ours()), tmp_path / "plain")) == 4
