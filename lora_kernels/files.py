@@ -222,6 +222,8 @@ def _layers(model: nn.Module, slot: int | None) -> dict[str, Any]:
             raise IndexError(f"slot: wanted an adapter of {name} from 0 to {layer.num_adapters - 1}, got {slot}")
         if layer.lora_A.is_meta:
             raise ValueError(f"model: wanted layers with storage, got {name} on the meta device; call to_empty or load it first")
+        if hasattr(layer.lora_A, "placements"):
+            raise UnsupportedError(f"model: wanted whole layers, got shards in {name}; gather them into a model that is not sharded")
     return found
 
 

@@ -8,8 +8,10 @@ import sys
 import pytest
 import safetensors.torch
 import torch
+import torch.distributed as dist
 from peft import PeftModel
 from test_files import CONFIG, WEIGHTS, Q, X, assert_unchanged, base, config_of, contents, layers, ours, state, stock
+from torch.distributed.fsdp import fully_shard
 
 from lora_kernels import FusedLoRALinear, Segments, UnsupportedError, files, load_adapter, save_adapter, use_segments
 
@@ -361,6 +363,19 @@ def test_a_save_between_the_reading_of_config_and_weights(tmp_path, monkeypatch)
     assert_unchanged(model, before)
     load_adapter(model, tmp_path)
     assert torch.equal(model(X), second(X))
+
+
+def test_shards_are_refused(tmp_path):
+    save_adapter(ours(), tmp_path)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = fully_shard(ours(), mesh=dist.device_mesh.init_device_mesh("cpu", (1,)))
+        for call in (lambda: load_adapter(model, tmp_path), lambda: save_adapter(model, tmp_path / "new")):
+            with pytest.raises(UnsupportedError, match="model: wanted whole layers, got shards in blocks.0.q_proj; gather them"):
+                call()
+    finally:
+        dist.destroy_process_group()
+    assert not (tmp_path / "new").exists()
 
 
 def test_both_files_are_readable_alike(tmp_path):
