@@ -5,6 +5,7 @@ import copy
 
 import pytest
 import torch
+from torch import distributed as dist
 from torch import nn
 
 from lora_kernels import FusedLoRALinear, LoRAConfig, MultiLoRALinear, Segments, UnsupportedError, apply_lora, remove_lora, use_segments
@@ -351,6 +352,16 @@ def test_nothing_to_fuse():
             apply_lora(model, LoRAConfig(target_modules="all-linear"))
     with pytest.raises(TypeError, match="config: wanted a lora_kernels.LoRAConfig or PEFT's LoraConfig, got dict"):
         apply_lora(Net(), {"r": 4})
+
+
+def test_adapters_that_ddp_would_not_reduce_are_refused():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(Net())
+        with unchanged(model), pytest.raises(UnsupportedError, match="model: wanted one that DistributedDataParallel is not around yet"):
+            apply_lora(model, LoRAConfig(target_modules="all-linear"))
+    finally:
+        dist.destroy_process_group()
 
 
 def test_a_parent_that_reads_the_weight_past_the_layer_is_refused():
