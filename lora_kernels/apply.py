@@ -124,7 +124,8 @@ def _targets(model: nn.Module, config: LoRAConfig) -> dict[str, list[str]]:
         return {}
     if all_linear(config.target_modules):
         head = getattr(model, "get_output_embeddings", lambda: None)()
-        chosen = {name for name, module in linears.items() if module is not head}
+        conv1ds = [names for module, names in places.items() if type(module).__module__ == "transformers.pytorch_utils"]
+        chosen = {name for name, module in linears.items() if module is not head}.union(*conv1ds)  # which PEFT means, too
     else:
         chosen = {name for name in every if config.targets(name)}
         numbers: Any = config.layers_to_transform

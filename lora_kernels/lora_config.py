@@ -35,7 +35,8 @@ class LoRAConfig:
 
     Args:
         target_modules: Names of layers or their endings after a dot, ``["q_proj", "layers.0.fc"]``; or a regular expression for the
-            whole name; or ``"all-linear"``, every nn.Linear but the model's ``get_output_embeddings()``. Empty: none.
+            whole name; or ``"all-linear"``, every nn.Linear (and GPT-2's Conv1D, which is refused by its name then) but the model's
+            ``get_output_embeddings()``. Empty: none.
         target_parameters: Names of a mixture's stacks or their endings after a dot, ``["mlp.experts.gate_up_proj"]`` (`LoRAExperts`).
         r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, lora_bias, use_dora: As in `FusedLoRALinear`. A `LoRAExperts` has
             neither of the last two.

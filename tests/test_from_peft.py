@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2ForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from lora_kernels import AdapterPool, FusedLoRALinear, LoRAConfig, MultiLoRALinear, UnsupportedError, apply_lora, load_adapter, remove_lora
 
@@ -118,6 +118,13 @@ def test_what_pefts_own_config_would_train_otherwise_is_refused(changed, match):
         apply_lora(model, config)
     config.inference_mode = True  # as PEFT saves it: a file has the values
     apply_lora(model, config)
+
+
+def test_all_linear_does_not_pass_by_what_peft_means_with_it():
+    model = GPT2ForSequenceClassification(GPT2Config(vocab_size=40, n_embd=32, n_layer=1, n_head=4))
+    with pytest.raises(TypeError, match="transformer.h.0.attn.c_attn: wanted an nn.Linear or a quantised layer, got Conv1D"):
+        apply_lora(model, LoRAConfig(target_modules="all-linear"))
+    assert apply_lora(model, LoRAConfig(target_modules="all-linear", exclude_modules=["c_attn", "c_proj", "c_fc"])) == ["score"]
 
 
 def test_float32_files_on_a_16_bit_base(tmp_path):
