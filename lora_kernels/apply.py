@@ -22,6 +22,15 @@ from .nn import AdaptedLinear, FusedLoRALinear, has_hooks
 from .over import LoRAOver, MultiLoRAOver, Over, quantised
 from .problem import UnsupportedError
 
+# Layers that transformers (5.23) does not call, always or in training on a GPU, but hands their weights to functions and kernels.
+READ_PAST = {
+    **dict.fromkeys(("MambaMixer", "FalconMambaMixer"), ("x_proj", "dt_proj", "out_proj")),
+    **dict.fromkeys(("Mamba2Mixer", "BambaMixer", "FalconH1Mixer", "GraniteMoeHybridMambaLayer"), ("out_proj",)),
+    **dict.fromkeys(("NemotronHMamba2Mixer", "Zamba2MambaMixer"), ("out_proj",)),
+    "JambaMambaMixer": ("dt_proj",),
+    "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
+}
+
 
 def apply_lora(model: nn.Module, config: LoRAConfig, *, num_adapters: int | None = None, adapter_dtype=None) -> list[str]:
     """Turn the linear layers that the config names into `FusedLoRALinear`, in place, and freeze every other parameter.
@@ -199,10 +208,14 @@ def _check_layer(model: nn.Module, module: nn.Module, names: list[str]) -> None:
         hint = "remove_lora(model) first" if isinstance(module, AdaptedLinear) else "name the linear layers alone, or it in exclude_modules"
         raise TypeError(f"{names[0]}: wanted an nn.Linear or a quantised layer, got {type(module).__name__}; {hint}")
     _check_hooks(module, names[0])
-    for parent in {name.rpartition(".")[0] for name in names}:
-        if isinstance(model.get_submodule(parent), nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
+    for name in names:
+        parent, _, own = name.rpartition(".")
+        around = model.get_submodule(parent)
+        if isinstance(around, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
             why = "nn.TransformerEncoderLayer reads its weight past the adapter in inference"
             raise UnsupportedError(f"{names[0]}: {why}; call torch.backends.mha.set_fastpath_enabled(False) first")
+        if own in READ_PAST.get(type(around).__name__, ()):
+            raise UnsupportedError(f"{names[0]}: {type(around).__name__} reads its weight past the adapter; name it in exclude_modules")
 
 
 def _check_hooks(module: nn.Module, name: str) -> None:

@@ -4,7 +4,16 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2ForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    WavLMConfig,
+    WavLMModel,
+)
 
 from lora_kernels import AdapterPool, FusedLoRALinear, LoRAConfig, MultiLoRALinear, UnsupportedError, apply_lora, load_adapter, remove_lora
 
@@ -125,6 +134,20 @@ def test_all_linear_does_not_pass_by_what_peft_means_with_it():
     with pytest.raises(TypeError, match="transformer.h.0.attn.c_attn: wanted an nn.Linear or a quantised layer, got Conv1D"):
         apply_lora(model, LoRAConfig(target_modules="all-linear"))
     assert apply_lora(model, LoRAConfig(target_modules="all-linear", exclude_modules=["c_attn", "c_proj", "c_fc"])) == ["score"]
+
+
+@pytest.mark.parametrize(
+    "model, layer",
+    [
+        (lambda: MambaForCausalLM(MambaConfig(vocab_size=40, hidden_size=32, num_hidden_layers=1)), "backbone.layers.0.mixer.dt_proj"),
+        (lambda: MambaForCausalLM(MambaConfig(vocab_size=40, hidden_size=32, num_hidden_layers=1)), "backbone.layers.0.mixer.out_proj"),
+        (lambda: WavLMModel(WavLMConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4)), "encoder.layers.0.attention.q_proj"),
+    ],
+    ids=["mamba dt", "mamba out", "wavlm"],
+)
+def test_layers_that_transformers_does_not_call_are_refused(model, layer):
+    with pytest.raises(UnsupportedError, match=rf"{layer}: \w+ reads its weight past the adapter; name it in exclude_modules"):
+        apply_lora(model(), LoRAConfig(target_modules=[layer]))
 
 
 def test_float32_files_on_a_16_bit_base(tmp_path):
