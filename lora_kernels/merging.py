@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 
 from . import dispatch
 from .problem import UnsupportedError
@@ -142,6 +143,8 @@ class Mergeable:
             raise ValueError(f"keep: wanted one of {', '.join(KEEP)}, got {keep!r}")
         if self.tied:
             raise ValueError("merge: wanted a weight of its own, got one that another module shares and that would change there, too")
+        if not isinstance(getattr(self, "stack", self.weight), nn.Parameter):
+            raise ValueError("merge: wanted a weight that is a parameter, got one that is computed at each call (parametrized, or pruned)")
         base = self._base_weight
         if base is None:
             base = self.weight.detach().to("cpu" if keep == "cpu" else self.weight.device, copy=True)

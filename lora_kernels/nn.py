@@ -111,7 +111,8 @@ class FusedLoRALinear(AdaptedLinear):
         Args:
             linear: An nn.Linear. The others: as for the class.
         Raises:
-            TypeError: ``linear`` is not exactly an nn.Linear, whose subclasses (quantised ones among them) store other weights.
+            TypeError: ``linear`` is not exactly an nn.Linear, whose subclasses (quantised ones among them) store other weights; or its
+            weight is no parameter but computed at each call, as pruning has it.
         """
         check_linear(linear)
         self = cls.__new__(cls)
@@ -180,7 +181,8 @@ class FusedLoRALinear(AdaptedLinear):
         Args:
             keep: Where the base weight waits for `unmerge`, which gives it back bit for bit: "cpu", or "device" for speed.
         Raises:
-            RuntimeError: the layer is merged. ValueError: the result is not finite, and nothing has changed.
+            RuntimeError: the layer is merged. ValueError: the weight is no parameter of the layer alone, or the result not finite; nothing
+            has changed.
         """
         if self.merged:
             raise RuntimeError("merge: wanted an unmerged layer, got a merged one; call unmerge() first")
@@ -249,6 +251,8 @@ def held(layer: nn.Module, *names: str) -> list:
 def check_linear(linear) -> None:
     if type(linear) is not nn.Linear:
         raise TypeError(f"linear: wanted an nn.Linear, got {type(linear).__name__}; LoRAOver and MultiLoRAOver go over any layer")
+    if not isinstance(linear.weight, nn.Parameter):
+        raise TypeError("linear: wanted an nn.Linear with a weight of its own, got one that computes it (pruned, or normalised)")
 
 
 def check_rank(name: str, r) -> None:

@@ -6,6 +6,8 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import prune
 
 from lora_kernels import FusedLoRALinear, MultiLoRALinear, Segments, UnsupportedError, dispatch, launch
 from lora_kernels.merging import write_merged
@@ -188,3 +190,16 @@ def test_the_kernel_merges_on_a_gpu_and_a_swap_reads_the_base_once(device):
     assert_rounded_once(layer.weight.detach(), base, layer.lora_A.detach(), layer.lora_B.detach(), layer.scaling)
     layer.unmerge()
     assert torch.equal(layer.weight, base)
+
+
+def test_a_weight_that_is_computed_at_each_call_is_not_merged_into():
+    for layer in (FusedLoRALinear(12, 8, r=2, init_lora_weights=False), MultiLoRALinear(12, 8, num_adapters=2, r=2)):
+        prune.l1_unstructured(layer, "weight", 0.5)
+        before = layer.weight.clone()
+        with pytest.raises(ValueError, match="merge: wanted a weight that is a parameter, got one that is computed at each call"):
+            layer.merge(*((0,) if isinstance(layer, MultiLoRALinear) else ()))
+        assert not layer.merged and torch.equal(layer.weight, before)
+    linear = nn.Linear(12, 8).requires_grad_(False)
+    prune.l1_unstructured(linear, "weight", 0.5)
+    with pytest.raises(TypeError, match="linear: wanted an nn.Linear with a weight of its own, got one that computes it"):
+        FusedLoRALinear.from_linear(linear)
