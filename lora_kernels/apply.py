@@ -156,8 +156,10 @@ def _targets(model: nn.Module, config: LoRAConfig) -> dict[str, list[str]]:
 
 
 def _check_asked(config: LoRAConfig, every: list[str], linears: Collection[str], own: list[str]) -> None:
-    """Whatever the config asks for by a name means some module, or parameter where it may mean those."""
+    """Whatever the config asks for by a name means some module, or parameter where it may mean those; of a saved one its stacks do."""
     for label, text, means in _asked(config):
+        if config.inference_mode and label != "target_parameters":
+            continue
         modules = every if label != "target_parameters" else []
         parameters = own if not label.endswith("_modules") else []
         if any(map(means, [*modules, *parameters])):

@@ -21,7 +21,7 @@ CONFIG_FILE = "adapter_config.json"
 CONFIG_LIMIT = 1 << 24  # bytes; patterns for 10,000 layers take less than one MiB
 ALL_LINEAR = "all-linear"
 # Fields that say where an adapter is from or how it was trained, not what its tensors mean.
-PROVENANCE = {"peft_version", "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "megatron_core"}
+PROVENANCE = {"peft_version", "auto_mapping", "base_model_name_or_path", "revision", "task_type", "megatron_core"}
 PROVENANCE |= {"loftq_config", "eva_config", "qalora_group_size", "runtime_config", "ensure_weight_tying"}
 _FIRST_NUMBER = re.compile(r".*?\.[^.]*\.(?P<n>\d+)\.")
 PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")  # PEFT's others change the base weights
@@ -47,6 +47,8 @@ class LoRAConfig:
             number of a name stands behind, but for the name's own beginning.
         rank_pattern, alpha_pattern: r and lora_alpha of single layers and parameters, by a regular expression for the end of the name
             after a dot (``^`` anchors it where the name begins). The first key that matches holds.
+        inference_mode: Whether it is of a saved adapter, whose file says which layers there are: a name of target_modules, exclude_modules
+            or a pattern may then mean nothing in the model, where it is taken for a slip otherwise.
     Raises:
         TypeError, ValueError: a field's type or value. UnsupportedError: a rank outside 1 to 512.
     """
@@ -65,6 +67,7 @@ class LoRAConfig:
     init_lora_weights: bool = True
     lora_bias: bool = False
     use_dora: bool = False
+    inference_mode: bool = False
 
     def __post_init__(self):
         object.__setattr__(self, "target_modules", _names("target_modules", self.target_modules))
@@ -87,7 +90,7 @@ class LoRAConfig:
             raise ValueError(f"layers_pattern: wanted layers_to_transform beside {self.layers_pattern!r}, got None")
         for name in ("rank_pattern", "alpha_pattern"):
             object.__setattr__(self, name, dict(_mapping(name, getattr(self, name))))
-        for name in ("use_rslora", "init_lora_weights", "lora_bias", "use_dora"):
+        for name in ("use_rslora", "init_lora_weights", "lora_bias", "use_dora", "inference_mode"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: wanted True or False, got {getattr(self, name)!r}")
         for name, rank in {"r": self.r, **_labelled("rank_pattern", self.rank_pattern)}.items():
@@ -153,14 +156,14 @@ class LoRAConfig:
 
     @classmethod
     def from_peft(cls, config) -> LoRAConfig:
-        """PEFT's own, by `from_dict`. Unless a file has the values (``inference_mode``), what it says of where training begins counts, too.
+        """PEFT's own, by `from_dict`. Unless it is of a saved adapter (``inference_mode``), where training begins counts, too.
 
         Raises:
             The errors of `from_dict`. UnsupportedError: a task whose head PEFT trains; an initialisation that is not True or False.
         """
         given = dict(config.to_dict())
         plain = cls.from_dict(given)
-        if given.get("inference_mode"):
+        if plain.inference_mode:
             return plain
         init, task = given.get("init_lora_weights", True), next((each for each in WITH_A_HEAD if each == given.get("task_type")), None)
         if task is not None:

@@ -1,5 +1,7 @@
 """What users bring from PEFT and transformers: its config, adapters of a head, float32 files, tied embeddings."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
@@ -148,6 +150,20 @@ def test_all_linear_does_not_pass_by_what_peft_means_with_it():
 def test_layers_that_transformers_does_not_call_are_refused(model, layer):
     with pytest.raises(UnsupportedError, match=rf"{layer}: \w+ reads its weight past the adapter; name it in exclude_modules"):
         apply_lora(model(), LoRAConfig(target_modules=[layer]))
+
+
+def test_a_saved_config_may_name_other_models_modules(tmp_path):
+    config = LoraConfig(target_modules=["q_proj", "c_attn"], r=4, rank_pattern={"c_attn": 2}, init_lora_weights=False)
+    peft = get_peft_model(llama(), config)
+    peft.save_pretrained(tmp_path)
+    model, saved = llama(), LoRAConfig.from_folder(tmp_path)
+    assert apply_lora(model, saved) == ["model.layers.0.self_attn.q_proj"]
+    load_adapter(model, tmp_path)
+    torch.testing.assert_close(model(IDS).logits, peft(IDS).logits)
+    with pytest.raises(ValueError, match="target_modules: wanted layers to fuse, got none"):
+        apply_lora(llama(), replace(saved, target_modules=["c_attn"]))
+    with pytest.raises(ValueError, match="target_modules: wanted what means modules of the model, got 'c_attn', which means none"):
+        apply_lora(llama(), replace(saved, inference_mode=False))
 
 
 def test_float32_files_on_a_16_bit_base(tmp_path):
