@@ -266,6 +266,11 @@ def test_sharded_models(mesh, calls):
         fully_shard(layer.lora_B["default"], mesh=mesh)
     torch.testing.assert_close(parts(X), stock(X))
     assert len(calls) == 2 and "its lora_A is a FSDPLinear" in why_not_fused(layers(parts)[0])
+    for layer in layers(fused):
+        fully_shard(layer, mesh=mesh)
+    with pytest.raises(ValueError, match="wanted one whose layers are not sharded yet .unfuse it first., got a FSDPFusedLoraLinear in it"):
+        unfuse(fused)
+    torch.testing.assert_close(fused(X), stock(X))
     fully_shard(stock, mesh=mesh)
     with pytest.raises(ValueError, match="got a FSDPModule in it"):
         fuse(stock)

@@ -245,8 +245,15 @@ def why_not_fused(layer: Any, x: torch.Tensor | None = None) -> str | None:
 
 
 def unfuse(model: nn.Module) -> int:
-    """Undo `fuse`: every fused layer is PEFT's own again. Returns how many."""
+    """Undo `fuse`: every fused layer is PEFT's own again. Returns how many.
+
+    Raises:
+        ValueError: a layer is sharded by itself, so that its class is FSDP's; nothing is changed.
+    """
     fused: list = [m for m in model.modules() if isinstance(m, Fused)]
+    late = next((type(m).__name__ for m in fused if type(m).__mro__[1] is not Fused), None)
+    if late:
+        raise ValueError(f"model: wanted one whose layers are not sharded yet (unfuse it first), got a {late} in it")
     for module in fused:
         module.__dict__.pop("_shares", None)
         module.__class__ = next(kind for kind in type(module).__mro__ if not issubclass(kind, Fused))
