@@ -52,7 +52,8 @@ def apply_lora(model: nn.Module, config: LoRAConfig, *, num_adapters: int | None
         ValueError: nothing to fuse; names that the model does not have, with near ones; a module named under some of its names only.
         TypeError: a named module is neither exactly an nn.Linear nor quantised, or has an adapter. UnsupportedError: a layer has hooks,
         which would be lost, or its parent passes its forward by; a named parameter is not a stack that `LoRAExperts` serves;
-        num_adapters with target_parameters; DistributedDataParallel is around the model already. In each case the model is as it was.
+        num_adapters with target_parameters; DistributedDataParallel is around the model, or PEFT's layers are in it. In each case the
+        model is as it was.
     """
     given: Any = config
     if getattr(given, "peft_type", None) is not None and callable(getattr(given, "to_dict", None)):
@@ -61,8 +62,7 @@ def apply_lora(model: nn.Module, config: LoRAConfig, *, num_adapters: int | None
         raise TypeError(f"config: wanted a lora_kernels.LoRAConfig or PEFT's LoraConfig, got {type(config).__name__}")
     if config.target_parameters and num_adapters is not None:
         raise UnsupportedError(f"num_adapters: wanted None with target_parameters, whose experts have one adapter, got {num_adapters}")
-    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
-        raise UnsupportedError("model: wanted one that DistributedDataParallel is not around yet, since it reduces no later adapters")
+    _check_model(model)
     targets = _targets(model, config)
     stacks = _stacks(model, config)
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -119,6 +119,15 @@ def remove_lora(model: nn.Module, *, merge: bool = False) -> list[str]:
     stacks = [f"{plain_name(model, name)}.{each.parameter_name}" for name, layer in outermost.items() for each in layer.chain()[::-1]]
     _put(model, {name: _linear(layer) for name, layer in {**linear, **outermost}.items()}, {names[0]: names for names in places.values()})
     return [*linear, *stacks]
+
+
+def _check_model(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            raise UnsupportedError("model: wanted one that DistributedDataParallel is not around yet, since it reduces no later adapters")
+        if any(kind.__name__ == "BaseTunerLayer" for kind in type(module).__mro__):
+            hint = "lora_kernels.integrations.peft.fuse(model) gives them the kernels"
+            raise UnsupportedError(f"model: wanted one without PEFT's layers, which would be frozen, got {name}; {hint}")
 
 
 def _targets(model: nn.Module, config: LoRAConfig) -> dict[str, list[str]]:

@@ -131,6 +131,15 @@ def test_what_pefts_own_config_would_train_otherwise_is_refused(changed, match):
     apply_lora(model, config)
 
 
+def test_pefts_layers_are_fused_not_adapted():
+    peft = get_peft_model(llama(), LoraConfig(target_modules=["q_proj"], r=4))
+    for targets in ("all-linear", ["v_proj"]):
+        with pytest.raises(UnsupportedError, match="model: wanted one without PEFT's layers.*q_proj; .*fuse.model. gives them the kernels"):
+            apply_lora(peft, LoRAConfig(target_modules=targets))
+    assert all(p.requires_grad == ("lora_" in name) for name, p in peft.named_parameters())
+    assert apply_lora(peft.unload(), LoRAConfig(target_modules=["v_proj"])) == ["model.layers.0.self_attn.v_proj"]
+
+
 def test_all_linear_does_not_pass_by_what_peft_means_with_it():
     model = GPT2ForSequenceClassification(GPT2Config(vocab_size=40, n_embd=32, n_layer=1, n_head=4))
     with pytest.raises(TypeError, match="transformer.h.0.attn.c_attn: wanted an nn.Linear or a quantised layer, got Conv1D"):
