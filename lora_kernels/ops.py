@@ -70,8 +70,8 @@ def _unseen(chained: tuple, impl: str, config: str, x: torch.Tensor, *others: to
 
 
 def watched() -> bool:
-    """Whether a compiler or a mode looks on."""
-    return is_compiling() or torch._C._len_torch_dispatch_stack() != 0  # torch has no public name for it
+    """Whether a compiler, torch.jit.trace or a mode looks on."""
+    return is_compiling() or torch._C._is_tracing() or torch._C._len_torch_dispatch_stack() != 0  # torch has no public, quick names
 
 
 def plain(x: torch.Tensor, *others: torch.Tensor | None) -> bool:

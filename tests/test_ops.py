@@ -190,6 +190,15 @@ def test_export():
     assert any("lora_kernels.forward" in str(node.target) for node in exported.graph.nodes)
 
 
+def test_a_trace_takes_other_sizes():
+    layer = FusedLoRALinear(K, N, r=R, init_lora_weights=False).eval()
+    with torch.no_grad():
+        traced = torch.jit.trace(layer, torch.randn(2, 5, K))
+        for lead in ((5, 2), (3, 7), (4,)):
+            x = torch.randn(*lead, K)
+            torch.testing.assert_close(traced(x), layer(x))
+
+
 def test_flops_are_counted():
     args, _ = operands(requires_grad=True)
     with FlopCounterMode(display=False) as counter:
