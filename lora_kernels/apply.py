@@ -148,7 +148,7 @@ def _targets(model: nn.Module, config: LoRAConfig) -> dict[str, list[str]]:
         chosen = {name for name in every if config.targets(name)}
         numbers: Any = config.layers_to_transform
         there = {config.layer_of(name) for name in every if names_mean(config.target_modules, name)} - {None}
-        if numbers and not there.issuperset(numbers):
+        if numbers and not config.inference_mode and not there.issuperset(numbers):
             raise ValueError(f"layers_to_transform: wanted layers that have what target_modules names, of {there}, got {numbers}")
     chosen -= {name for name in every if names_mean(config.exclude_modules, name)}
     if not chosen:

@@ -246,10 +246,6 @@ def _modules(model: nn.Module, aliases: bool = False) -> list[tuple[str, str, An
     return found
 
 
-def _experts(layer: Any) -> int:
-    return layer.num_experts if isinstance(layer, LoRAExperts) else 1
-
-
 def _held(layer: Any, slot: int | None) -> dict[str, torch.Tensor]:
     """A layer's adapter as it stands, by the ends of its keys."""
     if slot is not None:
@@ -261,7 +257,7 @@ def _held(layer: Any, slot: int | None) -> dict[str, torch.Tensor]:
 def _describe(model: nn.Module, layers: dict[str, Any], held, slot: int | None, one_scale: bool) -> tuple[dict[str, Any], dict[str, float]]:
     """The config, and what each lora_B is to be multiplied by."""
     called = {key: name for key, name, _ in _modules(model)}
-    ranks = {name: held[name]["lora_A.weight"].shape[0] // _experts(layer) for name, layer in layers.items()}
+    ranks = {name: held[name]["lora_A.weight"].shape[0] // getattr(layer, "num_experts", 1) for name, layer in layers.items()}
     scalings = {name: float(layer.scaling if slot is None else layer.scaling[slot]) for name, layer in layers.items()}
     wrong = [name for name, scaling in scalings.items() if not math.isfinite(scaling)]
     if wrong:
@@ -364,7 +360,7 @@ def _check_layer(file, config: LoRAConfig, name: str, layer: Any, keys: dict[str
         wanted = f"rank {room}, the layer's" if one else f"a rank from 1 to the stack's {room}"
         raise ValueError(f"{name}: wanted {wanted}, got {r} in {CONFIG_FILE}")
     K, N = layer.in_features, layer.out_features
-    r *= _experts(layer)
+    r *= getattr(layer, "num_experts", 1)
     shapes = {"lora_A.weight": [r, K], "lora_B.weight": [N, r], "lora_B.bias": [N], "lora_magnitude_vector": [N]}
     for part, key in keys.items():
         header = file.get_slice(key)

@@ -269,8 +269,8 @@ def expand(
         late = sms * max(1, RESIDENT // (c.num_stages * (c.block_m + c.block_n) * c.block_k * x_dtype.itemsize))
     uv = "first"  # with segments, a mask or a tile that leaves no registers for more
     if c.u == "given" and load_w is not None and not drop_uv:
-        one = not (adapters.tokens or ends or c.pdl) and aligned and boxes is not None and c.persistent
-        if one and _same_boxes(boxes, u, v, v_strides, x_dtype):
+        one = not (adapters.tokens or ends or c.pdl) and aligned and c.persistent
+        if one and boxes is not None and _same_boxes(boxes, u, v, v_strides, x_dtype):
             uv = "steps"
         elif closes(c, R, x_dtype.itemsize, adapters.tokens > 0, drop_uv):
             uv = "last"

@@ -48,7 +48,7 @@ class LoRAConfig:
         rank_pattern, alpha_pattern: r and lora_alpha of single layers and parameters, by a regular expression for the end of the name
             after a dot (``^`` anchors it where the name begins). The first key that matches holds.
         inference_mode: Whether it is of a saved adapter, whose file says which layers there are: a name of target_modules, exclude_modules
-            or a pattern may then mean nothing in the model, where it is taken for a slip otherwise.
+            or a pattern, or a layer's number, may then mean nothing in the model, where it is taken for a slip otherwise.
     Raises:
         TypeError, ValueError: a field's type or value. UnsupportedError: a rank outside 1 to 512.
     """

@@ -91,7 +91,7 @@ def test_pefts_own_config():
         apply_lora(llama(), config.to_dict())
 
 
-@pytest.mark.parametrize("layers, pattern", [(2, None), ([0, 2], "layers"), ([1], ["h", "lay.*s"]), ([], None)])
+@pytest.mark.parametrize("layers, pattern", [(2, None), ([0, 2, 7], "layers"), ([1], ["h", "lay.*s"]), ([], None)])
 def test_some_layers(layers, pattern, tmp_path):
     targets = ["q_proj", "down_proj", "model.layers.0.self_attn.v_proj"]
     config = LoraConfig(target_modules=targets, r=4, init_lora_weights=False, layers_to_transform=layers, layers_pattern=pattern)
