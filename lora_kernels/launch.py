@@ -2,6 +2,7 @@
 
     forward    U = shrink(x, A), Y = expand(x, W^T, U, B^T)          or one launch, with u in the loop or awaited
     backward   dS = shrink(dY, B^T), dX = expand(dY, W, dS, A), dA = wgrad(x, dS), dB = wgrad(dY, U)
+    add_parts  behind shrink, of a result that is kept, and behind both wgrads, where their long axis was split
 
 Inside the kernels letters are GEMM roles, so a transposition here is a pair of strides in the other order. With segments adapters
 are stacks, ``[E, r, K]`` and ``[E, N, r]``, and each kernel takes its part of the plan. Tokens ``[M, K]`` may have any strides, or be
@@ -21,6 +22,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import launcher, layouts, philox
 from .kernels.expand import expand
+from .kernels.parts import add_parts
 from .kernels.shrink import shrink
 from .kernels.wgrad import wgrad
 from .layouts import Options, cdiv
@@ -106,23 +108,40 @@ def run_shrink(
         return out
     if s.splits > 1:
         z = z[:, : s.M]
-        return out.copy_(z.sum(0)) if out is not None else z if parts else z.sum(0).to(dtype)
+        if parts:
+            return z
+        whole = x.new_empty(s.M, z.shape[2], dtype=dtype) if out is None or not out.is_contiguous() else out
+        add_up((z, whole), kept=kept)
+        return whole if out is None or whole is out else out.copy_(whole)
     return z
+
+
+def add_up(*sums: tuple[torch.Tensor, torch.Tensor], kept: dict | None = None) -> None:
+    """``(parts, out)``, one or two: out, contiguous, := the float32 sum of ``parts [P, ...]`` in their order; each part begins with out's
+    elements in a row. kept: As in `run_shrink`.
+    """
+    alike = tuple((parts.shape[0], parts.stride(0), out.numel(), out.dtype) for parts, out in sums)
+    grid, blocks, options = _known(kept, ("add", *alike), lambda: layouts.add_parts(*(out.numel() for _, out in sums)))
+    args: list[Any] = [each for parts, out in sums for each in ((parts, parts.stride(0)), parts.shape[0], out, out.numel())]
+    args += [None, 0, None, 0] if len(sums) == 1 else []
+    _run(add_parts, grid, (*args, blocks), options)
 
 
 def run_wgrad(*args, **kwargs) -> torch.Tensor:
     """`prepare_wgrad`'s result, launched at once."""
-    start, total = prepare_wgrad(*args, **kwargs)
+    start, out, parts = prepare_wgrad(*args, **kwargs)
     start(False)
-    return total()
+    if parts is not None:
+        add_up((parts, out), kept=kwargs.get("kept"))
+    return out
 
 
 def prepare_wgrad(
     x, g, *, scale: float, adapters: Adapters = ONE, dropout, config: Config, out_transposed: bool, dtype: torch.dtype,
     kept: dict | None = None,
-) -> tuple[Callable[[bool], None], Callable[[], torch.Tensor]]:  # fmt: skip
-    """``start(beside)``, which launches, and ``total()``: ``scale * (D.x)^T g`` as ``[(E,) J, R]``, or ``[(E,) R, J]`` if transposed, in
-    ``dtype``, from float32 sums in a fixed order.
+) -> tuple[Callable[[bool], None], torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    """``start(beside)``, which launches; the result, ``scale * (D.x)^T g`` as ``[(E,) J, R]``, or ``[(E,) R, J]`` if transposed, in
+    ``dtype``; and None, or the float32 parts ``[splits, ...]`` whose sum it is to be (`add_up`).
 
     beside: The launch may run while expand still does. Memory for it is taken here, before expand is launched, for afterwards the
     allocator might hand out what expand yet reads. kept: As in `run_shrink`.
@@ -130,26 +149,25 @@ def prepare_wgrad(
 
     def layout(beside: bool) -> layouts.WgradLayout:
         return _known(kept, ("wgrad", out_transposed, beside), lambda: layouts.wgrad(
-            config, matrix(x), matrix(g), dtype, out_transposed, many(adapters), dropout is not None, precision(x.dtype), beside,
+            config, matrix(x), matrix(g), out_transposed, many(adapters), dropout is not None, precision(x.dtype), beside,
             beside and interpreted(),
         ))  # fmt: skip
 
     w = layout(False)
-    out = x.new_empty(w.shape, dtype=w.dtype)
+    out = x.new_empty(w.shape, dtype=dtype)
+    parts = x.new_empty(w.splits, *w.shape, dtype=torch.float32) if w.splits > 1 else None
+    into = out if parts is None else parts
 
     def start(beside: bool) -> None:
         seed, threshold, inv_keep = _dropout(dropout)
         starts, order = (None, None) if adapters.segments is None else (adapters.segments.starts, adapters.segments.order)
         args = (
-            (x, *w.x), (g, *w.g), (out, *w.out), w.stride_split, starts, order, w.stride_oe, adapters.ranks,
+            (x, *w.x), (g, *w.g), (into, *w.out), w.stride_split, starts, order, w.stride_oe, adapters.ranks,
             seed, threshold, scale * inv_keep, *w.sizes,
         )  # fmt: skip
         _run(wgrad, w.grid, args, layout(True).options if beside else w.options)
 
-    def total() -> torch.Tensor:
-        return out if w.splits == 1 else out.sum(0).to(dtype)
-
-    return start, total
+    return start, out, parts
 
 
 def tile_counters(x: torch.Tensor, N: int, config: Config, widths=()) -> torch.Tensor | None:
@@ -310,11 +328,12 @@ def backward(
                 dy, weight, lora_A, transposed=False, u=ds, base=base, out=base, onto=onto, drop_uv=drop, counters=counters, **shared
             )  # fmt: skip
         with beside(forked):
-            for start, _ in filter(None, (for_a, for_b)):
+            for start, _, _ in filter(None, (for_a, for_b)):
                 start(need_dx and config.wgrad.beside == "pdl")
-        da = for_a[1]() if for_a else None
-        db = for_b[1]() if for_b else None
-    return dx, da, db
+        sums = [(parts, out) for _, out, parts in filter(None, (for_a, for_b)) if parts is not None]
+        if sums:
+            add_up(*sums, kept=kept)
+    return dx, for_a and for_a[1], for_b and for_b[1]
 
 
 def _base_gradient(dy, weight, onto):

@@ -130,11 +130,19 @@ def shrink(
     )
 
 
+ADDED = 1024  # elements of a program of `add_parts`
+
+
+def add_parts(*lengths: int) -> tuple[tuple[int], int, Options]:
+    """The grid, how many of its programs are the first sum's, and the options of `launch.add_up`."""
+    blocks = [cdiv(length, ADDED) for length in lengths]
+    return (sum(blocks),), blocks[0], Options(BLOCK=ADDED, num_warps=4)
+
+
 class WgradLayout(NamedTuple):
-    """shape, dtype: of what is to be made, of each split; out, stride_split, stride_oe: as the kernel's; sizes: its last arguments."""
+    """shape: of the result, of which each split makes a part; out, stride_split, stride_oe: as the kernel's; sizes: its last arguments."""
 
     shape: tuple[int, ...]
-    dtype: torch.dtype
     splits: int
     x: tuple[int, ...]
     g: tuple[int, ...]
@@ -147,7 +155,7 @@ class WgradLayout(NamedTuple):
 
 
 def wgrad(
-    config: Config, x: Matrix, g: Matrix, dtype, out_transposed: bool, adapters: Many, dropout: bool, precision: str, beside: bool,
+    config: Config, x: Matrix, g: Matrix, out_transposed: bool, adapters: Many, dropout: bool, precision: str, beside: bool,
     interpreted: bool,
 ) -> WgradLayout:  # fmt: skip
     """Of `launch.prepare_wgrad`."""
@@ -171,10 +179,9 @@ def wgrad(
     )  # fmt: skip
     if beside:
         options.update(_overlapped(interpreted, LET_GO=let_next_begin, WAIT=wait_for_previous))
-    split, stack = (splits,) if splits > 1 else (), (E,) if adapters.tokens else ()
+    stack = (E,) if adapters.tokens else ()
     return WgradLayout(
-        (*split, *stack, R, J) if out_transposed else (*split, *stack, J, R),
-        torch.float32 if splits > 1 else dtype,
+        (*stack, R, J) if out_transposed else (*stack, J, R),
         splits,
         x_strides,
         g_strides,

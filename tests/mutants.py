@@ -128,7 +128,7 @@ ONE_ADAPTER = [
     Mutant("awaited: item without ticket", EXPAND, TICKET, "turn"),
     Mutant("awaited: first rank block for all", EXPAND, "(item % R_BLOCKS) * BLOCK_R", "0"),
     Mutant("launch: last split missing", LAYOUT, "cdiv(blocks, per_split)", "max(1, blocks // per_split)"),
-    Mutant("launch: 16-bit partial sums", LAYOUT, "torch.float32 if splits > 1 else dtype", "dtype", 2),
+    Mutant("launch: 16-bit partial sums", LAYOUT, "torch.float32 if splits > 1 else dtype", "dtype"),
     Mutant("launch: v not transposed", LAYOUT, "_turned(v[1], transposed)", "v[1]"),
     Mutant("launch: w not transposed", LAYOUT, "_turned(w[1], transposed)", "w[1]"),
     Mutant("launch: a not transposed", LAYOUT, "_turned(a[1], transposed)", "a[1]", count=2),

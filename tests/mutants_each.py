@@ -1,15 +1,27 @@
-"""The slips of `mutation.py` where each token has v of its own adapter, and ranks their neighbours; and all slips up to these."""
+"""The slips of `mutation.py` where each token has v of its own, ranks their neighbours, and parts are added; all slips up to these."""
 
 from __future__ import annotations
 
-import mutants_shared
-from mutants import EXPAND, LOAD, LOW_RANK, SELECTED, SHRINK, SPEED, Mutant
+from dataclasses import replace
 
+import mutants_shared
+from mutants import EXPAND, LAUNCH, LOAD, LOW_RANK, SELECTED, SHRINK, SPEED, Mutant
+
+PARTS = "kernels/parts.py"
 ITS_RANKS, ITS_V = "within_rank(r0 + j, rank, period, 8)", "v[2]) + adapter.to(tl.int64) * stride_ve"
 TOKENS = "tokens = (m0 + tl.arange(0, BLOCK_M))[:, None, None]"
 ITS_U = "LOAD_U(u, m0, first + r0, M, first + R, BLOCK_M, BLOCK_R, False, EVEN_R, WIDE).to(TYPE)\n            uv += each"
 AHEAD = "if WAIT is None:\n            u_tile"
 
+ADDED = [
+    Mutant("parts: 16-bit parts of a gradient", LAUNCH, "*w.shape, dtype=torch.float32) if w.splits", "*w.shape, dtype=dtype) if w.splits"),
+    Mutant("parts: the second sum left out", LAUNCH, "add_up(*sums, kept=kept)", "add_up(sums[0], kept=kept)"),
+    Mutant("parts: the first sum twice", PARTS, "add_block(block - blocks, second_parts,", "add_block(block - blocks, parts,"),
+    Mutant("parts: blocks of the first sum", PARTS, "block - blocks", "block"),
+    Mutant("parts: length of the first sum", PARTS, "second_out, second_length, BLOCK)", "second_out, length, BLOCK)", tests="machine"),
+    Mutant("parts: the last part left out", PARTS, "parts[1], number), 0", "parts[1], number - 1), 0"),
+    Mutant("parts: any sum's layout", LAUNCH, '("add", *alike)', '"add"', tests="launcher"),
+]
 EACH = [
     Mutant("ranks: neighbours rounded up", LOAD, "r // NEIGHBOURS * NEIGHBOURS", "r // NEIGHBOURS * (2 * NEIGHBOURS)"),
     Mutant("ranks: without neighbours", LOAD, "r if NEIGHBOURS == 1 else r // NEIGHBOURS * NEIGHBOURS", "r", note=SPEED),
@@ -31,4 +43,4 @@ EACH = [
     Mutant("each: u ahead of what it waits for", EXPAND, AHEAD, AHEAD.replace("if WAIT is None", "if True"), note=SPEED),
 ]
 
-EVERY = [*mutants_shared.EVERY, *EACH]
+EVERY = [*mutants_shared.EVERY, *ADDED, *(replace(m, tests="segments") if m.tests == "kernels" else m for m in EACH)]

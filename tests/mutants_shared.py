@@ -14,7 +14,7 @@ SHARED = [
     Mutant("shared: what y holds is added by each part", EXPAND, "if part == 0:\n            acc +=", "if True:\n            acc +="),
     Mutant("shared: y is not what was given", LAUNCH, "out = out if onto is None else onto", "out = out"),
     Mutant("shared: launched as if dX were not added to", LAUNCH, "matrix(onto), matrix(all_ds)", "matrix(all_ds)"),
-    Mutant("shared: dS in parts stays there", LAUNCH, "return out.copy_(z.sum(0)) if", "return out if"),
+    Mutant("shared: dS in parts stays there", LAUNCH, "return whole if out is None or whole is out else out.copy_(whole)", "return whole"),
     Mutant("shared: dS written side by side", LAYOUT, "if out is None or not whole else out[1]", "if True else None"),
     Mutant("shared: dA of the last layer's dS", LAUNCH, "ds if all_ds is None else all_ds", "ds"),
     Mutant("shared: library's dX of one layer", LAUNCH, "as_matrix(onto).addmm_(as_matrix(dy), weight)",

@@ -56,9 +56,9 @@ SELECTIONS = {  # a mutant's tests: their files, and which of them run first
     "segments": (
         ["test_refusals.py", "test_segments.py", "test_segments_edges.py"],
         "unvalidated or plan_refused or lengths_refused or brute_force or from_lengths or same_plan or test_mixes[1-mixed] or 16-mixed"
-        " or in_float64 or loop_of_single and (given or masked or awaited or torch)"
-        " or what_is_not_used and (given or masked or awaited or torch) or 40-True or 130-True or sliced"
-        " or diverged and (given-nan or masked-nan or token and given or torch)"
+        " or in_float64 or loop_of_single and (given or masked or each or awaited or torch)"
+        " or what_is_not_used and (given or masked or each or awaited or torch) or 40-True or 130-True or sliced"
+        " or diverged and (given-nan or masked-nan or each-nan or token and given or torch)"
         " or test_segments_edges.py and not in_parts",
     ),
 }

@@ -288,7 +288,7 @@ with launch.intercept(lambda kernel, grid, args, options: launched.add(precompil
             arms, _ = expert_baselines.arms(point, cpu, "triton")
             for name in {"ours", "beside"} & set(arms):
                 (inference if point.forward_alone else training)(arms[name].formula, arms[name].of(o)).run()
-assert launched and {key[0] for key in launched} == {"shrink", "experts", "expand", "wgrad"}
+assert launched and {key[0] for key in launched} == {"shrink", "experts", "expand", "wgrad", "add_parts"}
 assert launched == ahead, (len(launched - ahead), len(ahead - launched))
 """
 

@@ -341,10 +341,12 @@ base = MultiPoint("decode", "small", 24, 40, 32, 8, dtype=torch.float32, loaded=
 for point in (base, replace(base, grid="train", popularity="power", spread=5), replace(base, popularity="distinct", M=5, ranks=(3, 8))):
     o = point.operands(cpu)
     configs, refused = multi_variants.configs(point, o, arch)
-    names = ["given", "given+pdl", "awaited"] + (["overlapped by stream", "overlapped by pdl"] if point.grid == "train" else [])
+    names = ["given", "given+pdl", "awaited", "one after the other", "each beside"]
+    names += ["overlapped by stream", "overlapped by pdl"] if point.grid == "train" else []
     assert list(configs) == [f"triton:{name}" for name in names] and not refused, refused
-    assert [config.expand.u for config in configs.values()][:3] == ["given", "given", "awaited"]
-    assert [config.wgrad.beside for config in configs.values()][3:] == ["stream", "pdl"][: len(names) - 3]
+    assert [config.expand.u for config in configs.values()][:5] == ["given", "given", "awaited", "given", "given"]
+    assert [config.expand.each for config in configs.values()][:5] == [True, True, False, False, True]
+    assert [config.wgrad.beside for config in configs.values()][5:] == ["stream", "pdl"][: len(names) - 5]
     checker, tiny = Checker(cpu), small(point, o.adapters.segments)
     for name, config in configs.items():
         error = checker.wrong(tiny, name, Arm(ours("triton", config), config))

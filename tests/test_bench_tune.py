@@ -268,8 +268,10 @@ def parts(job):
     yield job.backward, "expand", tile(c.expand)
     if not few:
         yield job.backward, "shrink", tile(c.shrink), c.shrink.split > 1
+        yield "add_parts", 1
     if job.backward:
         blocks = -(-job.point.M // c.wgrad.block_m)
+        yield "add_parts", 2
         yield from ((which, "wgrad", tile(c.wgrad), min(c.wgrad.split, blocks) > 1) for which in ("dA", "dB"))
 
 for p in compiles.DROPOUTS:
@@ -296,7 +298,7 @@ def test_kernels_follow_the_configurations_and_not_the_lengths(tmp_path):
     assert [run[0] for run in runs] == list(compiles.DROPOUTS)
     for p, number, by_configuration, bound, counted in runs:
         assert number == by_configuration == counted, f"p={p}: a length specialised a kernel"
-        assert number <= bound <= 20, f"p={p}: {number} kernels"
+        assert number <= bound <= 24, f"p={p}: {number} kernels"
     assert compiled == ["expand"], "a compilation is told of, and once"
 
 

@@ -34,7 +34,16 @@ def test_every_heuristic_config(arch, compilations, capsys):
     out = compilations[arch].result()
     assert out.returncode == 0, out.stdout[-2000:] + out.stderr[-2000:]
     reports = [json.loads(line) for line in out.stdout.splitlines()]
-    assert {r["kernel"].split()[0] for r in reports} == {"shrink", "expand", "experts", "wgrad", "plan_counts", "plan_tokens", "plan_tiles"}
+    assert {r["kernel"].split()[0] for r in reports} == {
+        "shrink",
+        "expand",
+        "experts",
+        "wgrad",
+        "add_parts",
+        "plan_counts",
+        "plan_tokens",
+        "plan_tiles",
+    }
     assert {r["kernel"] for r in reports} >= {"expand given", "expand loop"}
     for r in reports:
         assert r["spills"] == 0 and not r["serialized"], r

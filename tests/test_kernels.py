@@ -1,5 +1,6 @@
 """The three kernels against the reference: every plug, every source of u, odd sizes, ranks, strides, out of bounds, repeats."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -239,16 +240,35 @@ def test_long_sums_stay_in_float32(M, N, K):
 
 
 def test_partial_sums_are_float32():
-    partial = []
+    """And added by one launch, dA and dB together."""
+    names, partial = [], []
 
     def record(kernel, grid, args, options):
-        if kernel.__name__ != "expand" and args[2][0].shape[0] > 1:
-            partial.append(args[2][0].dtype)
+        names.append(kernel.__name__)
+        if kernel.__name__ in ("shrink", "wgrad"):
+            partial.append((args[2][0].shape[0] > 1, args[2][0].dtype))
         kernel[grid](*args, **options)
 
     with launch.intercept(record):
         check(replace(ODD, M=70, K=70, dtype=torch.float16))
-    assert len(partial) == 4 and set(partial) == {torch.float32}
+    assert partial == [(True, torch.float32)] * 4
+    assert names == ["shrink", "add_parts", "expand", "shrink", "add_parts", "expand", "wgrad", "wgrad", "add_parts"]
+
+
+@pytest.mark.parametrize("lengths", [(1,), (1024,), (1000, 3), (5, 2100)])
+def test_parts_are_added_in_their_order(lengths):
+    """One or two sums by one launch, what lies behind a part left alone, and rounded once."""
+    generator = torch.Generator().manual_seed(0)
+    sums, wanted = [], []
+    for number, length in zip((3, 5), lengths, strict=False):
+        parts = torch.randn(number, length + 7, generator=generator).to(DEVICE)
+        parts[:, length:] = float("nan")
+        sums.append((parts[:, :length], torch.full((length,), float("nan"), dtype=torch.float16, device=DEVICE)))
+        wanted.append(functools.reduce(torch.add, parts[:, :length], torch.zeros(length, device=DEVICE)).half())
+    before = launch.launches
+    launch.add_up(*sums)
+    assert launch.launches == before + 1
+    assert all(torch.equal(out, each) for (_, out), each in zip(sums, wanted, strict=True))
 
 
 def test_small_sums_are_scaled_before_they_are_rounded():

@@ -88,7 +88,7 @@ def test_whoever_is_to_be_told_of_launches_is_told():
         step(drawn(M, K), **operands)
     number = 0 if hooks.interpret else launch.launches - before
     assert len(told["enter"]) == len(told["exit"]) == number
-    assert all(metadata.get()["name"] in ("shrink", "expand", "wgrad") for metadata in told["enter"])
+    assert all(metadata.get()["name"] in ("shrink", "expand", "wgrad", "add_parts") for metadata in told["enter"])
     step(drawn(M, K), **operands)
     assert len(told["enter"]) == number
 

@@ -30,8 +30,8 @@ class Log(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
-        if name in ("new_empty", "empty", "zeros", "new_zeros", "sum"):
-            self.events.append("sum" if name == "sum" else "memory")
+        if name in ("new_empty", "empty", "zeros", "new_zeros"):
+            self.events.append("memory")
         return func(*args, **(kwargs or {}))
 
 
@@ -59,7 +59,7 @@ def compiled(monkeypatch):
 @pytest.mark.interpreted
 def test_one_after_the_other(compiled):
     events, launches = backward(TILES)
-    assert [event for event in events if event != "memory"] == ["shrink", "expand", "wgrad", "wgrad", "sum", "sum"]
+    assert [event for event in events if event != "memory"] == ["shrink", "expand", "wgrad", "wgrad", "add_parts"]
     for _, options, _ in launches:
         assert "launch_pdl" not in options and options.get("LET_GO") is None and options.get("WAIT") is None
 
@@ -69,12 +69,13 @@ def test_by_programmatic_dependent_launch(compiled):
     """expand lets go where it has waited for shrink, wgrad at once; and no memory is handed out while two launches may run at a time."""
     events, launches = backward(PDL)
     assert "memory" not in events[events.index("expand") :], events
-    assert events[events.index("expand") :] == ["expand", "wgrad", "wgrad", "sum", "sum"]
-    (_, shrink, _), (_, expand, args), *wgrads = launches
+    assert events[events.index("expand") :] == ["expand", "wgrad", "wgrad", "add_parts"]
+    (_, shrink, _), (_, expand, args), *wgrads, (_, added, _) = launches
     assert shrink["LET_GO"] is layouts.let_next_begin and "launch_pdl" not in shrink
     assert expand["WAIT"] is layouts.wait_then_let_next_begin and expand["launch_pdl"]
     for _, wgrad, _ in wgrads:
         assert wgrad["LET_GO"] is layouts.let_next_begin and wgrad["WAIT"] is layouts.wait_for_previous and wgrad["launch_pdl"]
+    assert "launch_pdl" not in added
     late = args[list(launch.expand.arg_names).index("late")]
     tile = 3 * (16 + 16) * 16 * 4  # bytes of the stages
     assert late == 3 * ((228 << 10) // tile), "three multiprocessors, as many programs on each as fit"
@@ -135,7 +136,7 @@ def test_by_a_second_stream(compiled, monkeypatch):
     backward(STREAM, log=log)
     events = log.events[log.events.index("fork") :]
     assert [event for event in events if event != "memory"] == [
-        "fork", "expand", "second waits for the fork", "to second", "wgrad", "wgrad", "from second", "first waits for second", "sum", "sum"
+        "fork", "expand", "second waits for the fork", "to second", "wgrad", "wgrad", "from second", "first waits for second", "add_parts"
     ]  # fmt: skip
     assert "memory" not in events[events.index("expand") :]
     assert log.events.index("shrink") < log.events.index("fork")
@@ -157,5 +158,5 @@ def test_results_are_those_of_one_after_the_other(config, device):
     plain = replace(config, wgrad=replace(config.wgrad, beside=""))
     before = launch.launches
     pair = [parity.evaluate(replace(case, config=c), tensors, "triton") for c in (config, plain)]
-    assert launch.launches == before + 2 * 6
+    assert launch.launches == before + 2 * 7
     assert all(torch.equal(a, b) for a, b in zip(*pair, strict=True))

@@ -146,7 +146,7 @@ def test_mixes(popularity, M):
 
 @pytest.mark.parametrize("R, mixed", [(1, False), (16, False), (40, True), (100, True), (130, False), (130, True), (512, False)])
 def test_ranks(R, mixed):
-    for config in (TILES, MASKED, AWAITED):
+    for config in (TILES, MASKED, EACH, AWAITED):
         result = run_case(replace(MANY, M=21, N=18, K=20, R=R, adapters=3, mixed_ranks=mixed, config=config), DEVICE)
         assert result.ok, f"{result.name}: {result.detail} {result.errors}"
 
@@ -215,7 +215,7 @@ def rows_alone(monkeypatch):
     monkeypatch.setattr(np, "matmul", matmul)
 
 
-@pytest.mark.parametrize("config", [TILES, MASKED, AWAITED, SPLIT], ids=["given", "masked", "awaited", "split"])
+@pytest.mark.parametrize("config", [TILES, MASKED, EACH, AWAITED, SPLIT], ids=["given", "masked", "each", "awaited", "split"])
 def test_batch_invariance(config, rows_alone):
     """A token's y and dX do not depend on its neighbours, their adapters, its place or the batch's size, bit for bit.
 
