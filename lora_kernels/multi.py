@@ -284,6 +284,7 @@ class MultiLoRALinear(AdaptedLinear):
         self.scaling[i].fill_(scale)
         self._ranks[i] = r
         self._know_ranks(self._ranks)
+        self.writes[i] += 1
         for stack in (self.lora_A, self.lora_B):
             if stack.grad is not None:  # of the adapter that was there
                 stack.grad[i].zero_()
@@ -294,6 +295,11 @@ class MultiLoRALinear(AdaptedLinear):
         scales = [self._scale_for(e, r) for e, r in enumerate(self._built)]
         self.scaling.copy_(torch.tensor(scales, dtype=torch.float32, device="cpu"))  # torch's defaults are the model's, as it is built
         self._know_ranks(list(self._built))
+        self._all_written()
+
+    def _all_written(self) -> None:
+        """Count one more adapter put into each slot: by ``writes`` a pool knows whether what it put there still is."""
+        self.writes = [number + 1 for number in getattr(self, "writes", [0] * self.num_adapters)]
 
     def _know_ranks(self, ranks: list[int]) -> None:
         """Keep ``ranks`` on the host, so that no forward pass asks the device."""
@@ -336,6 +342,7 @@ class MultiLoRALinear(AdaptedLinear):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         if not self.ranks.is_meta:
             self._know_ranks(self.ranks.tolist())
+            self._all_written()
 
     def extra_repr(self) -> str:
         low, high = min(self._ranks), max(self._ranks)

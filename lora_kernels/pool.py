@@ -28,7 +28,8 @@ class AdapterPool:
 
     Args:
         model: A module with `MultiLoRALinear` layers (``apply_lora(model, config, num_adapters=E)``).
-        slots: Those that are the pool's, which alone may write to them; None: all of them.
+        slots: Those that are the pool's; None: all of them. Where others write to them (another pool, `load_adapter`, a state dict),
+            every adapter is put in anew when it is named.
     Raises:
         ValueError, IndexError, TypeError: no such layers; no slots, one twice, or one that a layer does not have.
     """
@@ -48,7 +49,8 @@ class AdapterPool:
         self._adapters: dict[str, files.Adapter] = {}
         self._slots: dict[str, int] = {}  # the adapter named longest ago first
         self._free = slots[::-1]
-        self._number, self._any = len(slots), slots[0]
+        self._own, self._number, self._any = slots, len(slots), slots[0]
+        self._writes = self._written()
 
     @property
     def names(self) -> list[str]:
@@ -116,6 +118,8 @@ class AdapterPool:
         if list(layers.values()) != self._layers:
             raise RuntimeError("model: wanted the layers with which the pool was made, got others; make a new pool")
         with _CHANGING:
+            if self._written() != self._writes:
+                self._slots, self._free = {}, self._own[::-1]
             wanted = dict.fromkeys(self._known(name) for name in names if name is not None)
             if len(wanted) > self._number:
                 raise ValueError(f"names: wanted at most {self._number} adapters at once, for so many slots, got {len(wanted)}")
@@ -126,9 +130,16 @@ class AdapterPool:
                 if name not in self._slots:
                     slot = self._free.pop() if self._free else self._slots.pop(next(iter(self._slots)))
                     self._free.append(slot)  # free until all of it is written
-                    files.put(self._adapters[name], slot, "clear_adapter")  # a reset draws from the generator that samples answers
+                    try:
+                        files.put(self._adapters[name], slot, "clear_adapter")  # a reset draws from the generator that samples answers
+                    finally:
+                        self._writes = self._written()
                     self._slots[name] = self._free.pop()
             return [-1 if name is None else self._slots[name] for name in names]
+
+    def _written(self) -> list[int]:
+        """How often the first layer's slots were, for whoever writes to one layer's writes to all."""
+        return [self._layers[0].writes[slot] for slot in self._own]
 
     def _leave(self, name: str) -> None:
         if name in self._slots:

@@ -34,6 +34,7 @@ NEEDS = {
     "test_from_peft.py": "peft",
     "test_packed_files.py": "peft",
     "test_pool.py": "safetensors",
+    "test_pool_writes.py": "safetensors",
     "test_files_refusals.py": "peft",
     "test_experts_files.py": "peft",
     "test_peft_experts.py": "peft",

@@ -47,7 +47,10 @@ SERVED = [
     Mutant("pool: slots of the largest layer", POOL, "least = min(", "least = max("),
     Mutant("pool: loaded each time", POOL, "if name not in self._slots:\n                    slot", "if 1:\n                    slot"),
     Mutant("pool: None has the last slot", POOL, "[-1 if name is None else", "[self._number - 1 if name is None else"),
-    Mutant("pool: a thread that loads does not wait", POOL, "with _CHANGING:\n            wanted", "if 1:\n            wanted"),
+    Mutant("pool: a thread that loads does not wait", POOL, "with _CHANGING:\n            if self", "if 1:\n            if self"),
+    Mutant("pool: what others wrote serves", POOL, "if self._written() != self._writes:", "if False:"),
+    Mutant("pool: what it wrote itself is not known", POOL, "finally:\n                        self._writes = self._written()",
+           "finally:\n                        pass"),
     Mutant("pool: into slot 0", FILES, "layer.load_adapter(slot, values[name]", "layer.load_adapter(0, values[name]"),
 ]  # fmt: skip
 

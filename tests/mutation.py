@@ -48,7 +48,7 @@ SELECTIONS = {  # a mutant's tests: their files, and which of them run first
     "sum": (["test_expand_sum.py"], "further_steps or behind_the_loop and 12"),
     "launcher": (["test_launcher.py"], "test"),
     "calls": (["test_calls.py"], "test"),
-    "serving": (["test_serving.py", "test_pool.py"], "test"),
+    "serving": (["test_serving.py", "test_pool.py", "test_pool_writes.py"], "test"),
     "merge": (["test_merging.py"], "one_rounding or in_place or blocks or not_finite or merged"),
     "overlap": (["test_overlap.py"], "test"),
     "plan": (["test_plan.py"], "equals or apart or one_adapter or out_of_range or any_block or parts"),
