@@ -60,7 +60,7 @@ class AdapterPool:
     @property
     def resident(self) -> dict[str, int]:
         """The adapters that have a slot, and which; the one named longest ago first."""
-        return dict(self._slots)
+        return dict(self._slots) if self._written() == self._writes else {}
 
     def add(self, name: str, folder: str | os.PathLike, *, partial: bool = False, cast: bool = False) -> None:
         """Read an adapter's files, which are not needed afterwards. One of that name is replaced, from the next batch on.

@@ -39,7 +39,9 @@ def test_what_others_wrote_is_replaced(trained, write):  # noqa: F811
     for name in NAMES:
         pool.add(name, folders[name])
     check(pool, model, models)
+    assert pool.resident.keys() == {"a", "b"}
     write(model, folders)
+    assert not pool.resident
     check(pool, model, models)
     before = model[0].up.writes.copy()
     check(pool, model, models)
