@@ -54,8 +54,9 @@ def test_a_gradient_beyond_a_rank_is_zero_beside_a_diverged_token():
         assert not out[:, 3:].any() and out[1, :3].isnan().any() and out[0].isfinite().all()
 
 
+@pytest.mark.parametrize("each", [False, True])
 @pytest.mark.parametrize("R", [16, 32, 40, 64])
-def test_what_lies_beyond_a_rank_is_not_used_where_the_rank_fills_its_tiles(R):
+def test_what_lies_beyond_a_rank_is_not_used_where_the_rank_fills_its_tiles(R, each):
     """Ranks that need no mask for the stored rank's sake still need one for the adapter's own."""
     case = replace(MANY, M=20, N=18, K=20, R=R, adapters=3)
     t, ids = parity.inputs(case, DEVICE), torch.arange(20, device=DEVICE) % 3
@@ -65,7 +66,7 @@ def test_what_lies_beyond_a_rank_is_not_used_where_the_rank_fills_its_tiles(R):
     for value, impl in ((0.0, "triton"), (NAN, "triton"), (0.0, "reference")):
         x, A, B = t["x"].clone(), t["lora_A"].masked_fill(beyond[:, :, None], value), t["lora_B"].masked_fill(beyond[:, None, :], value)
         leaves = [v.requires_grad_() for v in (x, A, B)]
-        config = TILES if impl == "triton" else None
+        config = replace(TILES, expand=replace(TILES.expand, each=each)) if impl == "triton" else None
         y = lora_linear(x, t["weight"], A, B, t["bias"], segments=plan(ids, 3), ranks=ranks, config=config, impl=impl)
         results.append([y, *torch.autograd.grad(y, leaves, t["dY"])])
     for clean, ours, wanted in zip(*results, strict=True):
@@ -190,9 +191,10 @@ if where == "rows": x = far(x, (1 << 26, 1))
 if where == "columns": x = far(x, (1, 1 << 28))
 if where == "lora_A": A = far(A, (1 << 30, 9, 1))
 if where == "lora_B": B = far(B, (1 << 30, 2, 1))
-config = Config(Shrink(16, 16), Expand(16, 16, 16), Wgrad(16, 16))
-y = lora_linear(x, w, A, B, impl="triton", segments=Segments.from_ids(ids, 3, row_block=16, gather_block=16), config=config)
-torch.testing.assert_close(y, wanted, rtol=2e-3, atol=0)
+for each in (False, True):
+    config = Config(Shrink(16, 16), Expand(16, 16, 16, each=each), Wgrad(16, 16))
+    y = lora_linear(x, w, A, B, impl="triton", segments=Segments.from_ids(ids, 3, row_block=16, gather_block=16), config=config)
+    torch.testing.assert_close(y, wanted, rtol=2e-3, atol=0)
 print("right")
 """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
