@@ -89,6 +89,9 @@ def run_check(args) -> int:
     from . import dispatch, parity
     from .problem import UnsupportedError
 
+    if device.type == "cuda" and not torch.cuda.is_available():
+        print("check: device: wanted cuda, got a torch that sees no GPU; take --device cpu", file=sys.stderr)
+        return 2
     if device.type == "cpu" and not dispatch.interpreting():
         # Triton reads the variable when it is imported, and torch may have imported it already: a process of its own.
         command = [sys.executable, "-m", "lora_kernels", "check", "--device", "cpu", *(["--quick"] if args.quick else [])]

@@ -56,6 +56,12 @@ def test_check_is_red_on_a_wrong_kernel(monkeypatch, capsys):
     assert "BAD  a case" in capsys.readouterr().out
 
 
+def test_check_that_cannot_run_is_not_red(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli.main(["check", "--device", "cuda"]) == 2
+    assert "device: wanted cuda, got a torch that sees no GPU" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("args", [[], ["unknown"], ["compile", "--arch"]])
 def test_usage_errors(args):
     out = run(*args)
