@@ -96,6 +96,13 @@ def test_the_norm_without_the_product(dtype):
     assert ((got.double() - wanted).abs() <= allowed).all()
 
 
+def test_the_norm_is_not_autocast():
+    W, A, B = torch.randn(N, K), torch.randn(R, K), torch.randn(N, R)
+    with torch.autocast("cpu", torch.bfloat16):
+        norm = weight_norm(W, A, B, SCALE)
+    assert torch.equal(norm, weight_norm(W, A, B, SCALE))
+
+
 def test_a_row_that_the_update_cancels_is_zero_not_nan():
     W, A, B = torch.zeros(2, 8), torch.randn(1, 8), torch.tensor([[1.0], [0.0]])
     W[0] = -A[0]
