@@ -39,6 +39,11 @@ def weight_norm(weight, lora_A, lora_B, scale: float) -> torch.Tensor:
     return (own + (B * (2 * scale * cross + scale**2 * update)).sum(1)).clamp_min(0).sqrt()
 
 
+def gain(magnitude: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
+    """``magnitude / norm``; where the norm is 0 the magnitude alone, so that a row of zeros (a padded or pruned one) answers 0, not NaN."""
+    return magnitude.to(norm.dtype) / norm.masked_fill(norm == 0, 1.0)
+
+
 class ScaleColumns(torch.autograd.Function):
     """``t [..., N] * g [N] + bias [N]``, g in float32, rounded once; gradients of g and bias are summed in float32."""
 
@@ -88,6 +93,5 @@ def dora_linear(
         check_vector("bias", bias, weight, weight)
     dropped = F.dropout(x, dropout_p) if training and dropout_p else x
     low = lora_linear(dropped, weight, lora_A, lora_B, scale=scale, config=config, impl=impl)
-    g = magnitude.to(torch.promote_types(x.dtype, torch.float32)) / weight_norm(weight, lora_A, lora_B, scale)
-    y = ScaleColumns.apply(low, g, bias)
+    y = ScaleColumns.apply(low, gain(magnitude, weight_norm(weight, lora_A, lora_B, scale)), bias)
     return y if dropped is x else y + F.linear(x - dropped, weight)

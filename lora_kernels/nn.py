@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .autograd import lora_linear, with_lora_bias
-from .dora import dora_linear, weight_norm
+from .dora import dora_linear, gain, weight_norm
 from .merging import Mergeable
 from .problem import MAX_RANK, UnsupportedError, check_tensor
 from .projections import Projection
@@ -222,8 +222,7 @@ class FusedLoRALinear(AdaptedLinear):
     def _write(self, keep: str, lora_A, lora_B, scaling: float) -> None:
         row_scale = None
         if self.lora_magnitude is not None:
-            norm = weight_norm(self.base_weight(), lora_A, lora_B, scaling)
-            row_scale = self.lora_magnitude.detach() / norm
+            row_scale = gain(self.lora_magnitude.detach(), weight_norm(self.base_weight(), lora_A, lora_B, scaling))
         self._merge(keep, lora_A, lora_B, scaling, row_scale)
 
     def whole_bias(self) -> torch.Tensor | None:

@@ -110,6 +110,18 @@ def test_a_row_that_the_update_cancels_is_zero_not_nan():
     assert torch.isfinite(norm).all() and norm[0] < 1e-3 and norm[1] == 0
 
 
+def test_a_row_of_zeros_stays_one():
+    """Of a padded vocabulary, or of a pruned neuron: 0 / 0 in PEFT's DoRA."""
+    layer = FusedLoRALinear(K, N, r=R, bias=False, lora_dropout=0.5, use_dora=True)
+    layer.weight[2] = 0
+    layer.reset_magnitude()
+    y = layer(torch.randn(3, K))
+    y.square().sum().backward()
+    assert not y[:, 2].any() and all(p.grad.isfinite().all() for p in layer.parameters() if p.requires_grad)
+    layer.eval().merge()
+    assert not layer.weight[2].any() and layer.weight[1].any()
+
+
 def test_the_module_starts_as_the_base_and_trains_its_magnitude():
     layer = FusedLoRALinear(K, N, r=R, use_dora=True)
     x = torch.randn(3, K)
