@@ -56,6 +56,9 @@ class Over:
 
     def _operands(self, x: torch.Tensor) -> tuple:
         base = self.base_layer(x)
+        if not isinstance(base, torch.Tensor) or base.dtype not in FLOATS:
+            given = base.dtype if isinstance(base, torch.Tensor) else type(base).__name__
+            raise TypeError(f"base_layer: wanted a floating-point tensor from the {type(self.base_layer).__name__}, got {given}")
         return x.to(base.dtype), None, None, base
 
     def merge(self, *args, **kwargs) -> None:

@@ -146,6 +146,16 @@ def test_refused(args, kwargs, error, match):
         LoRAOver(*args, **kwargs)
 
 
+@pytest.mark.parametrize("out, given", [(lambda y: (y, None), "tuple"), (lambda y: y.int(), "torch.int32")])
+def test_a_product_that_is_no_tensor_of_floats_is_the_base_s_fault(out, given):
+    base = Packed()
+    layer, many = layer_over(base), MultiLoRAOver(base, num_adapters=E)
+    base.register_forward_hook(lambda module, args, y: out(y))
+    for call in (lambda: layer(torch.randn(M, K)), lambda: many(torch.randn(M, K), Segments.from_ids(torch.zeros(M, dtype=torch.int), E))):
+        with pytest.raises(TypeError, match=f"base_layer: wanted a floating-point tensor from the Packed, got {given}"):
+            call()
+
+
 def test_sizes_may_be_given():
     layer = layer_over(nn.Sequential(nn.Linear(K, 5), nn.Linear(5, N)), in_features=K, out_features=N)
     assert layer(torch.randn(M, K)).shape == (M, N)
