@@ -158,10 +158,13 @@ class LoRAExperts(Mergeable, nn.Module):
         Args:
             keep: Where the base stack waits for `unmerge`, which gives it back bit for bit: "cpu" or "device".
         Raises:
-            RuntimeError: the layer is merged. ValueError: the result is not finite, and nothing has changed.
+            RuntimeError: the layer is merged. ValueError: the result is not finite, and nothing has changed. UnsupportedError: the stack
+            is sharded.
         """
         if self.merged:
             raise RuntimeError("merge: wanted an unmerged layer, got a merged one; call unmerge() first")
+        if hasattr(self.stack, "placements"):
+            raise UnsupportedError(f"merge: wanted a stack that is whole on this rank, got shards of {self.parameter_name}; merge first")
         A, B = mixture.by_expert(self.lora_A.detach(), self.lora_B.detach(), self.num_experts)
         self._merge(keep, A, B, self.scaling)
 

@@ -5,8 +5,10 @@ import pickle
 
 import pytest
 import torch
+import torch.distributed as dist
 from experts_models import INDEX, KINDS, TOP, WEIGHTS, E, Experts, I, K, T, X, adapted, keep, results, truth
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
 import lora_kernels.experts as mixture
@@ -238,6 +240,14 @@ def test_what_is_not_finite_leaves_the_stack(expert):
     assert torch.equal(layer.stack, before) and not layer.merged
     with pytest.raises(ValueError, match="keep: wanted one of cpu, device, got 'disk'"):
         layer.merge("disk")
+
+
+def test_a_sharded_stack_is_not_merged():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    layer = fully_shard(adapted(), mesh=dist.device_mesh.init_device_mesh("cpu", (1,)))
+    with pytest.raises(UnsupportedError, match="merge: wanted a stack that is whole on this rank, got shards of down_proj"):
+        layer.merge()
+    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("kind", [Experts, lambda: Experts(True, True)], ids=["[E, N, K]", "[E, K, N]"])
