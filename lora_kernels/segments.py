@@ -255,7 +255,10 @@ def expert_block(tokens: int, experts: int) -> int:
 
     Then most experts with few rows have one tile, and their weight is read once.
     """
-    return min(128, max(16, 1 << (-(-3 * tokens // (2 * experts)) - 1).bit_length()))
+    block = 16  # by comparisons, of which a compiler guards a range of tokens, not their number
+    while block < 128 and 2 * experts * block < 3 * tokens:
+        block *= 2
+    return block
 
 
 def lengths(tokens: int, num_adapters: int, row_block: int, gather_block: int) -> list[int]:

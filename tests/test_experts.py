@@ -315,6 +315,23 @@ def test_compiles_without_a_break():
         torch.testing.assert_close(a, b)
 
 
+def test_a_compiler_guards_ranges_of_tokens():
+    graphs: list = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        plan = torch.compile(lambda index: Segments.from_top_k(index, E).tile_adapter, fullgraph=True, backend=count)
+        for tokens in (100, *range(101, 120)):
+            index = torch.randint(0, E, (tokens, 4), device=DEVICE)
+            assert torch.equal(plan(index), Segments.from_top_k(index, E).tile_adapter)
+    assert len(graphs) == 2, "one for the first number, one for the others"
+
+
 def test_flops():
     """A product of M rows with one weight each, and the adapter's two."""
     t, index = operands(CASE, "x", "lora_A", "lora_B"), torch.randint(0, E, (M, 2), device=DEVICE)
