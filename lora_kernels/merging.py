@@ -138,7 +138,7 @@ class Mergeable:
         self._base_weight = None
 
     def _merge(self, keep: str, lora_A, lora_B, scale: float, row_scale=None) -> None:
-        """Merge an adapter from the base, whether or not another one is merged; not finite, the layer is left unmerged."""
+        """Merge an adapter from the base, whether or not another one is merged; where that fails the layer is left unmerged."""
         if keep not in KEEP:
             raise ValueError(f"keep: wanted one of {', '.join(KEEP)}, got {keep!r}")
         if self.tied:
@@ -149,14 +149,21 @@ class Mergeable:
         if base is None:
             base = self.weight.detach().to("cpu" if keep == "cpu" else self.weight.device, copy=True)
         self._base_weight = None
-        if self.weight.dim() == 3:
-            write_each(self.weight.detach(), base, lora_A.detach(), lora_B.detach(), scale)
-        elif self.widths:
-            weights, bases, Bs = (t.detach().split(self.widths) for t in (self.weight, base, lora_B))
-            write_each(weights, bases, lora_A.detach(), Bs, scale)
-        else:
-            write_merged(self.weight.detach(), base, lora_A.detach(), lora_B.detach(), scale, row_scale=row_scale)
+        try:
+            self._write_merged(base, lora_A.detach(), lora_B.detach(), scale, row_scale)
+        except BaseException:  # memory that is full, say, with a part of the update written
+            self.weight.detach().copy_(base)
+            raise
         self._base_weight = base
+
+    def _write_merged(self, base, lora_A, lora_B, scale: float, row_scale) -> None:
+        if self.weight.dim() == 3:
+            write_each(self.weight.detach(), base, lora_A, lora_B, scale)
+        elif self.widths:
+            weights, bases, Bs = (t.split(self.widths) for t in (self.weight.detach(), base, lora_B))
+            write_each(weights, bases, lora_A, Bs, scale)
+        else:
+            write_merged(self.weight.detach(), base, lora_A, lora_B, scale, row_scale=row_scale)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]

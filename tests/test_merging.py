@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import prune
 
-from lora_kernels import FusedLoRALinear, MultiLoRALinear, Segments, UnsupportedError, dispatch, launch
+from lora_kernels import FusedLoRALinear, MultiLoRALinear, Segments, UnsupportedError, dispatch, launch, merging
 from lora_kernels.merging import write_merged
 
 N, K = 33, 70
@@ -133,6 +133,27 @@ def test_swap_of_a_merged_layer_starts_from_the_base(keep):
     apart = layer(x)
     layer.swap(fresh.lora_A * 2, fresh.lora_B)
     assert not layer.merged and torch.equal(layer.weight, base) and not torch.equal(layer(x), apart)
+
+
+@pytest.mark.parametrize(
+    "layer", [FusedLoRALinear(K, N, use_dora=True), MultiLoRALinear(K, N, num_adapters=2)], ids=lambda layer: type(layer).__name__
+)
+def test_a_merge_that_fails_half_way_leaves_the_base(layer, monkeypatch):
+    """Of a device whose memory is full: the base would be gone, and the adapter in it taken for none."""
+    args = (1,) if isinstance(layer, MultiLoRALinear) else ()
+    base = layer.weight.clone()
+    if args:  # another one is merged
+        layer.merge(0)
+
+    def full(weight, *others):
+        weight[0] = 7
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(merging, "by_library", full)
+    monkeypatch.setattr(launch, "merge", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        layer.merge(*args)
+    assert not layer.merged and torch.equal(layer.weight, base)
 
 
 def test_a_refused_swap_changes_nothing():
