@@ -196,8 +196,11 @@ class FusedLoRALinear(AdaptedLinear):
             lora_A: ``[r, in_features]``. lora_B: ``[out_features, r]``. Any device; the layer's adapter dtype.
             scaling: None: the layer's own.
         Raises:
-            ValueError, TypeError: shapes or dtypes, or a merged weight that is not finite; nothing has changed. UnsupportedError: DoRA.
+            ValueError, TypeError: shapes or dtypes, or a merged weight that is not finite; nothing has changed. UnsupportedError: DoRA,
+            or shards.
         """
+        if hasattr(self.lora_A, "placements"):
+            raise UnsupportedError(f"swap: wanted a layer that is whole on this rank, got shards ({self.lora_A.placements})")
         if self.lora_magnitude is not None:
             raise UnsupportedError("swap: wanted a layer without DoRA, whose magnitude belongs to the adapter, got use_dora=True")
         for name, own, new in (("lora_A", self.lora_A, lora_A), ("lora_B", self.lora_B, lora_B)):

@@ -309,6 +309,8 @@ def fsdp_merge():
     assert torch.equal(parallel.up.weight.full_tensor(), model.up.weight)
     with torch.no_grad():
         assert torch.equal(parallel(x), model(x))
+    with raises(UnsupportedError, "swap: wanted a layer that is whole on this rank, got shards"):
+        parallel.up.swap(model.up.lora_A, model.up.lora_B)
     saved = parallel.state_dict()["up.weight"]
     assert isinstance(saved, DTensor) and not torch.equal(saved.full_tensor(), model.up.weight), "a checkpoint holds the base apart"
     for layers in (model, parallel):
