@@ -6,7 +6,6 @@ functions see no tensor, so that whatever they return holds for every call with 
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -49,13 +48,13 @@ def wide(*tiles: tuple[tuple[int, ...] | None, int]) -> bool:
     return any(strides is not None and (strides[-2] + strides[-1]) * block >= INT32 for strides, block in tiles)
 
 
-def rank_unit(R: int, near: int, row: int) -> int:
-    """The power of two up to 8 that R and a matrix's rows of ranks are multiples of, where its ranks lie near each other (stride 1).
+def unit(number: int, near: int = 1) -> int:
+    """The power of two up to 8 that a number of ranks, or the stride of rows whose ranks lie near each other (1), is a multiple of.
 
-    Triton itself looks for multiples of 16 alone: of ranks below it, and of 24, it would load one at a time.
+    1 where there is nothing to say: Triton itself looks for multiples of 16, of them alone. Of ranks below it, and of 24, it would load
+    one at a time.
     """
-    whole = math.gcd(R, row)
-    return 1 if near != 1 or whole % 16 == 0 else min(8, whole & -whole)
+    return 1 if near != 1 or number % 16 == 0 else min(8, number & -number)
 
 
 def stack_stride(strides: tuple[int, ...]) -> int:
@@ -110,7 +109,7 @@ def shrink(
         BLOCK_M=c.block_m, BLOCK_K=c.block_k, BLOCK_R=block_r, EVEN_K=even, EVEN_R=R % block_r == 0 and not adapters.ranked,
         WIDE=wide((x_strides, max(c.block_m, c.block_k)), (a_strides, c.block_k)), FAN=M // rows_of_x,
         LET_GO=None if not config.expand.pdl else in_order if interpreted else let_next_begin,
-        UNIT=rank_unit(R, a_strides[-1], a_strides[-2]),
+        UNIT=unit(R), UNIT_A=unit(*a_strides[-2:]),
         num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip
     tiles = adapters.tiles if adapters.tokens else cdiv(M, c.block_m)
@@ -174,7 +173,7 @@ def wgrad(
         SEGMENTS=adapters.tokens > 0, DROPOUT=dropout, PRECISION=precision, BLOCK_M=c.block_m, BLOCK_J=c.block_j, BLOCK_R=block_r,
         EVEN_J=even, EVEN_R=R % block_r == 0 and not adapters.ranked,
         WIDE=wide((x_strides, max(c.block_m, c.block_j)), (strides, c.block_j)), LET_GO=None, WAIT=None,
-        UNIT=rank_unit(R, g_strides[1], g_strides[0]),
+        UNIT=unit(R), UNIT_G=unit(*g_strides),
         FAN=M // rows_of_x, num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip
     if beside:
@@ -231,6 +230,7 @@ def expand(
     (M, K), x_strides, x_dtype = flat(x)
     w_strides, v_strides = None if w is None else _turned(w[1], transposed), _turned(v[1], transposed)
     R, N = v[0][-2:][::-1] if transposed else v[0][-2:]
+    a_strides = () if a is None else _turned(a[1], transposed)
     narrow = exact or (w is None and x_dtype.itemsize == 4)  # float32 products are unrolled as deep as this
     block_r = (
         each_ranks(c, R, x_dtype.itemsize)
@@ -290,12 +290,13 @@ def expand(
         R_BLOCKS=r_blocks, GROUP_M=c.group_m, GATHER_M=adapters.gather_block if adapters.tokens else c.block_m,
         EVEN_N=even, EVEN_K=K % c.block_k == 0, EVEN_R=R % block_r == 0 and not adapters.ranked,
         WIDE=wide(*((strides, blocks) for strides in reached)), PERSISTENT=c.persistent, UV=uv, WAIT=None,
-        UNIT=1 if uv == "steps" else rank_unit(R, v_strides[-2], v_strides[-1]),
+        UNIT=unit(R), UNIT_A=unit(*a_strides[-2:]) if a_strides else 1,
+        UNIT_U=1 if uv == "steps" or u is None is u_shape else unit(*u_args[:2]),
+        UNIT_V=1 if uv == "steps" else unit(v_strides[-1], v_strides[-2]),
         num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip
     if c.pdl:
         options.update(_overlapped(interpreted, WAIT=wait_for_previous if late is None else wait_then_let_next_begin))
-    a_strides = () if a is None else _turned(a[1], transposed)
     return ExpandLayout(
         (*x[0][:-1], N) if out is None else None,
         u_shape,
@@ -344,7 +345,7 @@ def experts(config: Config, x: Matrix, w: Matrix, u: Matrix, v: Matrix, adapters
         BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, BLOCK_R=block_r, R_BLOCKS=cdiv(R, block_r), GROUP_M=c.group_m,
         EVEN_N=N % c.block_n == 0, EVEN_K=K % c.block_k == 0, EVEN_R=R % block_r == 0 and not adapters.ranked,
         WIDE=wide((x_strides, c.block_k), (w[1], max(c.block_n, c.block_k)), (v[1], max(c.block_n, block_r)), ((N, 1), c.block_n)),
-        UNIT=rank_unit(R, v[1][-2], v[1][-1]),
+        UNIT=unit(R), UNIT_U=unit(*u[1]), UNIT_V=unit(v[1][-1], v[1][-2]),
         FAN=fan, num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip
     grid = (adapters.tiles * cdiv(N, c.block_n),)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import mutants_shared
-from mutants import EXPAND, LAUNCH, LOAD, LOW_RANK, SELECTED, SHRINK, SPEED, Mutant
+from mutants import EXPAND, LAUNCH, LAYOUT, LOAD, LOW_RANK, SELECTED, SHRINK, SPEED, Mutant
 
 PARTS = "kernels/parts.py"
 ITS_RANKS, ITS_V = "within_rank(r0 + j, rank, period, 8)", "v[2]) + adapter.to(tl.int64) * stride_ve"
@@ -25,6 +25,8 @@ ADDED = [
 EACH = [
     Mutant("ranks: neighbours rounded up", LOAD, "r // NEIGHBOURS * NEIGHBOURS", "r // NEIGHBOURS * (2 * NEIGHBOURS)"),
     Mutant("ranks: without neighbours", LOAD, "r if NEIGHBOURS == 1 else r // NEIGHBOURS * NEIGHBOURS", "r", note=SPEED),
+    Mutant("units: eights, whatever the number", LAYOUT, "min(8, number & -number)", "8"),
+    Mutant("units: none told", LAYOUT, "min(8, number & -number)", "1", note=SPEED),
     Mutant(
         "shrink: a rank's whole neighbourhoods alone", SHRINK, "within_rank(r, rank, period, 8)", "within_rank(r, rank // 8 * 8, period)"
     ),

@@ -282,6 +282,9 @@ def expand(
     UV: tl.constexpr,
     WAIT: tl.constexpr,
     UNIT: tl.constexpr,
+    UNIT_A: tl.constexpr,
+    UNIT_U: tl.constexpr,
+    UNIT_V: tl.constexpr,
 ):
     """Grid [programs]: as many as there are work items, or fewer (PERSISTENT), each taking every grid-th item or ticket.
 
@@ -294,14 +297,18 @@ def expand(
     ranks, and go through the same loop, which, flattened into that over tiles, begins the next tile's copies before this tile's end.
 
     ends: None, or where the columns of each layer that w packs end; u then has R for each. period: as in `within_rank`, of v's rows.
-    UNIT: of R and, if it is more than 1, of v's columns, whose ranks are neighbours then.
+    UNIT: of R; UNIT_A, UNIT_U, UNIT_V: of the stride from one row of ranks to the next, where those are neighbours, or 1.
 
     With segments: rows: (ids, present, counts), gather_x: x by pointers, gather: as in `gathered_tile`, gathered: how many
     such tiles, of GATHER_M tokens.
     """
-    if UNIT > 1:
-        R = in_units(R, UNIT)
-        v = (v[0], v[1], in_units(v[2], UNIT))
+    R = in_units(R, UNIT)
+    if UNIT_A > 1:
+        a = (a[0], in_units(a[1], UNIT_A), a[2])
+    if UNIT_U > 1:
+        u = (u[0], in_units(u[1], UNIT_U)) + u[2:]
+    if UNIT_V > 1:
+        v = (v[0], v[1], in_units(v[2], UNIT_V))
     num_m = tl.cdiv(M, BLOCK_M)
     num_n = column_blocks(N, ends, BLOCK_N)
     producers = 0

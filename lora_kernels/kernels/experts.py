@@ -46,14 +46,18 @@ def experts(
     WIDE: tl.constexpr,
     FAN: tl.constexpr,
     UNIT: tl.constexpr,
+    UNIT_U: tl.constexpr,
+    UNIT_V: tl.constexpr,
 ):
     """Grid [gathered tiles x column blocks]. gather: as in `gathered_tile`, tiles: how many; bias: [adapters, N], contiguous, or None.
 
-    FAN: how many rows of y, neighbours, a row of x stands for. UNIT: as in `expand`.
+    FAN: how many rows of y, neighbours, a row of x stands for. UNIT, UNIT_U, UNIT_V: as in `expand`.
     """
-    if UNIT > 1:
-        R = in_units(R, UNIT)
-        v = (v[0], v[1], in_units(v[2], UNIT))
+    R = in_units(R, UNIT)
+    if UNIT_U > 1:
+        u = (u[0], in_units(u[1], UNIT_U), u[2])
+    if UNIT_V > 1:
+        v = (v[0], v[1], in_units(v[2], UNIT_V))
     tile, pid_n = grouped_tile(tl.program_id(0), tiles, tl.cdiv(N, BLOCK_N), GROUP_M)
     n0 = pid_n * BLOCK_N
     slot, tokens, row_mask = gathered_tile(gather, tile, BLOCK_M)

@@ -65,8 +65,8 @@ def load_dense(
 
 @triton.jit
 def in_units(number, UNIT: tl.constexpr):
-    """The number itself, a multiple of UNIT, said so that the compiler knows it."""
-    return number // UNIT * UNIT
+    """The number itself, a multiple of UNIT, said so that the compiler knows it; 1: nothing to say."""
+    return number if UNIT == 1 else number // UNIT * UNIT
 
 
 @triton.jit

@@ -124,18 +124,19 @@ def shrink(
     LET_GO: tl.constexpr,
     FAN: tl.constexpr,
     UNIT: tl.constexpr,
+    UNIT_A: tl.constexpr,
 ):
     """Grid [row blocks or gathered tiles, rank blocks, splits of K]. z: [splits, M, R] with stride_split between the partial sums.
 
     LET_GO: None, or a function that lets the next launch begin. FAN: with segments, how many tokens a row of x stands for.
     ends: None, or where the columns in x of each packed layer end: rank blocks are then of one layer after another, R columns of z each.
-    period: as in `within_rank`, of z's columns. UNIT: of R and, if it is more than 1, of a's rows, whose ranks are neighbours then.
+    period: as in `within_rank`, of z's columns. UNIT, UNIT_A: as in `expand`.
     """
     if LET_GO is not None:
         LET_GO()
-    if UNIT > 1:
-        R = in_units(R, UNIT)
-        a = (a[0], in_units(a[1], UNIT), a[2])
+    R = in_units(R, UNIT)
+    if UNIT_A > 1:
+        a = (a[0], in_units(a[1], UNIT_A), a[2])
     r0 = tl.program_id(1) * BLOCK_R
     layer = 0
     begin = 0

@@ -45,18 +45,19 @@ def wgrad(
     WAIT: tl.constexpr,
     FAN: tl.constexpr,
     UNIT: tl.constexpr,
+    UNIT_G: tl.constexpr,
 ):
     """Grid [column blocks of every adapter, rank blocks, splits of the tokens]. out: [splits, adapters, J, R] by strides.
 
     LET_GO, WAIT: None, or functions: the next launch begins beside this one; this one, begun beside the launch before it, ends after it.
     FAN: with segments, how many tokens a row of x stands for. ends: None, or where the columns in x of each packed layer end; g then has R
-    for each. period: as in `within_rank`, of g's columns. UNIT: of R and, if it is more than 1, of g's rows.
+    for each. period: as in `within_rank`, of g's columns. UNIT, UNIT_G: as in `expand`.
     """
     if LET_GO is not None:
         LET_GO()
-    if UNIT > 1:
-        R = in_units(R, UNIT)
-        g = (g[0], in_units(g[1], UNIT), g[2])
+    R = in_units(R, UNIT)
+    if UNIT_G > 1:
+        g = (g[0], in_units(g[1], UNIT_G), g[2])
     adapter = 0
     block = tl.program_id(0)
     r0 = tl.program_id(1) * BLOCK_R
