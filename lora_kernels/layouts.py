@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .kernels.load import load_dense, load_descriptor, load_descriptor_transposed, load_parts
+from .kernels.load import load_8_parts, load_16_parts, load_32_parts, load_dense, load_descriptor, load_descriptor_transposed, load_parts
 from .kernels.overlap import in_order, let_next_begin, wait_for_previous, wait_then_let_next_begin
 from .operands import Many, Matrix, flat, lead
 from .packed import cut
@@ -19,6 +19,7 @@ from .tuning.validity import LOOP_RANK, MIXED_RANK, TILE_RANK, closes, each_rank
 
 INT32 = 1 << 31
 RESIDENT = 228 << 10  # bytes of shared memory of a multiprocessor: an estimate of how many programs begin at once
+PARTS_REGISTERS = 64  # of a thread, for parts of u that are loaded beside its K loop
 SPLIT_ADAPTERS = 64  # so few adapters that their tokens are split over programs, too: partial sums cost a stack of gradients each
 
 
@@ -270,7 +271,9 @@ def expand(
     if u is not None:
         u_args = u[1]
         if len(u[0]) == 3:
-            load_u, u_args = load_parts, (*u[1][1:], u[1][0], u[0][0])
+            walked = adapters.tokens > 0 and not c.each
+            load_u = load_parts if walked else _parts_loader(u[0][0], c.block_m * block_r // (32 * c.num_warps))
+            u_args = (*u[1][1:], u[1][0], u[0][0])
     late = None
     if config.wgrad.beside == "pdl":
         late = sms * max(1, RESIDENT // (c.num_stages * (c.block_m + c.block_n) * c.block_k * x_dtype.itemsize))
@@ -355,6 +358,14 @@ def experts(config: Config, x: Matrix, w: Matrix, u: Matrix, v: Matrix, adapters
 def _turned(strides: tuple[int, ...], transposed: bool) -> tuple[int, ...]:
     """The strides of a matrix, or of each of a stack, the other way round."""
     return (*strides[:-2], strides[-1], strides[-2]) if transposed else strides
+
+
+def _parts_loader(parts: int, registers: int):
+    """The loader that adds so many parts of u, each of this many registers a thread, with all on their way if there is room for them."""
+    for most, loader in ((8, load_8_parts), (16, load_16_parts), (32, load_32_parts)):
+        if parts <= most and most * registers <= PARTS_REGISTERS:
+            return loader
+    return load_parts
 
 
 def _same_boxes(boxes: tuple, u: Matrix | None, v: Matrix, v_strides: tuple[int, ...], dtype) -> bool:

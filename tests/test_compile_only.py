@@ -161,6 +161,34 @@ def test_ranks_do_not_make_loads_narrow():
     assert not [each for each in found if each[1] > (each[0] in ("expand", "experts"))], found
 
 
+PARTS = """
+import torch
+from lora_kernels import compile_only, launch
+from lora_kernels.problem import Problem
+from lora_kernels.segments import Adapters, Segments
+from lora_kernels.tuning import Arch, heuristic
+arch = Arch.parse("sm_90")
+def show(kernel, grid, args, options):
+    if kernel.__name__ == "expand":
+        ptx = kernel.run(*args, grid=grid, warmup=True, **options).asm["ptx"]
+        ahead = ptx[: ptx.index("cp.async")]
+        print(len(args[3]), ahead.count("ld.global") >= 8, ahead.count("bra"))
+for M, K in ((64, 4096), (16, 14336)):
+    config = heuristic(Problem(M, 4096, K, 16, torch.bfloat16, adapters=64, row_block=M, gather_block=16), arch)
+    x, w, A, B = (torch.empty(*shape, dtype=torch.bfloat16) for shape in ((M, K), (4096, K), (64, 16, K), (64, 4096, 16)))
+    plan = Segments.from_ids(torch.zeros(M, dtype=torch.int32), 64, row_block=M, gather_block=16)
+    with compile_only.target(arch), launch.intercept(show):
+        launch.forward(x, w, A, B, None, None, Adapters(plan, torch.empty(64), None, ()), 1.0, 0.0, False, config)
+"""
+
+
+def test_parts_of_u_are_all_on_their_way_before_w_is():
+    """Decode without gradients: shrink's partial sums are loaded ahead of W's first copies, in no loop, which would wait for some."""
+    out = run("-c", PARTS)
+    assert out.returncode == 0, out.stderr[-2000:]
+    assert out.stdout.splitlines() == ["5 True 0"] * 2, out.stdout
+
+
 OVERLAP = """
 import torch
 from lora_kernels import compile_only, launch

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lora_kernels import MultiLoRALinear, Segments, launch, lora_linear, parity
+from lora_kernels import MultiLoRALinear, Segments, launch, layouts, lora_linear, parity
 from lora_kernels.parity import Case, run_case
 from lora_kernels.segments import Adapters
 from lora_kernels.tuning import Config, Expand, Shrink, Wgrad
@@ -117,11 +117,21 @@ def test_a_row_block_is_ready_when_each_of_its_tokens_is():
         assert flags.pop() == [32 * blocks, 5 * blocks]
 
 
-@pytest.mark.parametrize("adapters, masked, split", [(0, False, 1), (6, False, 3), (6, True, 3)])
-def test_without_gradients_u_stays_in_parts(adapters, masked, split):
+@pytest.mark.parametrize(
+    "adapters, tile, parts, loader",
+    [
+        (0, dict(split=1), 3, "load_8_parts"),
+        (0, dict(split=1), 9, "load_16_parts"),
+        (6, dict(split=3), 3, "load_parts"),
+        (6, dict(split=3, masked=True), 3, "load_parts"),
+        (6, dict(split=1, each=True), 3, "load_8_parts"),
+    ],
+)
+def test_without_gradients_u_stays_in_parts(adapters, tile, parts, loader):
     """Nothing keeps u then: expand adds shrink's partial sums of K itself. dX alone does the same with dS."""
-    config = replace(TILES, shrink=replace(TILES.shrink, split=3), expand=replace(TILES.expand, split=split, masked=masked))
-    case, seen = replace(MANY, K=70, N=60, adapters=adapters, config=config), []
+    config = replace(TILES, shrink=replace(TILES.shrink, split=parts), expand=replace(TILES.expand, **tile))
+    size = max(70, parts * TILES.shrink.block_k - 2)
+    case, seen = replace(MANY, K=size, N=size, adapters=adapters, config=config), []
     t = parity.inputs(case, DEVICE)
 
     def record(kernel, grid, args, options):
@@ -140,7 +150,14 @@ def test_without_gradients_u_stays_in_parts(adapters, masked, split):
         ours = run("triton", config)
     for one, wanted in zip(ours, run("reference", None), strict=True):
         torch.testing.assert_close(one, wanted, rtol=1e-4, atol=1e-4)
-    assert seen == ["load_parts"] * 3
+    assert seen == [loader] * 3
+
+
+def test_as_many_parts_of_u_are_on_their_way_as_there_are_registers_for():
+    by_registers = {n: [layouts._parts_loader(parts, n).__name__ for parts in (2, 8, 9, 16, 17, 32, 33)] for n in (2, 4, 8, 9)}
+    few = ["load_8_parts"] * 2 + ["load_16_parts"] * 2 + ["load_32_parts"] * 2
+    assert by_registers[2] == [*few, "load_parts"] and by_registers[4] == [*few[:4], *["load_parts"] * 3]
+    assert by_registers[8] == [*few[:2], *["load_parts"] * 5] and set(by_registers[9]) == {"load_parts"}
 
 
 @pytest.mark.parametrize("ids", [[0, 1, 0], [1, 0, 0, 1], [0, -1, 0, 1, 1]])
