@@ -147,6 +147,8 @@ def unmeasured(p: Problem, arch: Arch) -> tuple[str, str]:
         return "torch", "faster than interpreting the kernels"
     if p.adapters:
         return "triton", "not measured on this device; the chain would wait for the device to tell each adapter's tokens"
+    if p.itemsize == 2 and any(row % 16 for row in ((p.K,) if p.w_major == "k" else (p.K, p.N))):
+        return "torch", "not measured on this device; rows that are no multiple of 16 numbers would be loaded by two bytes each"
     if p.dropout:
         return "triton", "not measured on this device; with dropout the chain would make a mask and a second x"
     if p.M <= FEW_TOKENS:

@@ -201,6 +201,22 @@ def test_dependent_launches_need_a_triton_that_compiles_them(monkeypatch):
         assert ("from 3.5 on and not by 3.4.0" in (dispatch.why_not_here(config, PROBLEM, sm_90) or "")) is refused
 
 
+def test_rows_that_load_by_two_bytes_take_the_chain():
+    """Where W's are along K, outputs are stored alone; going back they are read."""
+    vision = replace(PROBLEM, M=64, N=1280, K=3420, R=8, dtype=torch.bfloat16, dropout="x")
+    other = replace(vision, N=3420, K=1280)
+    for problem, arm in (
+        (vision, "torch"),
+        (vision.backward(), "torch"),
+        (other, "triton"),
+        (other.backward(), "torch"),
+        (replace(vision, K=3424), "triton"),
+        (replace(vision, dtype=torch.float32), "triton"),
+        (replace(vision, adapters=4, row_block=64, gather_block=16), "triton"),
+    ):
+        assert dispatch.unmeasured(problem, Arch.parse("sm_90"))[0] == arm
+
+
 def test_a_row_goes_before_the_heuristic(monkeypatch):
     config = Config(Shrink(16, 64), Expand(64, 64, 64), Wgrad(32, 32))
     row = tables.Row((9, 0), (1, 10000), 4096, 4096, (1, 33), False, 2, "triton", config, "bench/results/x.jsonl")
