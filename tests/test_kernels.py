@@ -39,7 +39,7 @@ def test_parity(case):
 
 
 @pytest.mark.parametrize("u", ["given", "loop", "awaited"])
-@pytest.mark.parametrize("R", [1, 2, 3, 15, 16, 17, 24, 96, 128])
+@pytest.mark.parametrize("R", [1, 2, 3, 4, 15, 16, 17, 24, 96, 128])
 def test_ranks(u, R):
     check(replace(ODD, R=R, N=21, K=33, config=with_u(u)))
 
