@@ -48,7 +48,7 @@ def test_every_heuristic_config(arch, compilations, capsys):
     for r in reports:
         assert r["spills"] == 0 and not r["serialized"], r
         assert r["shared"] <= Arch.parse(arch).shared_memory, r
-        assert r["registers"] > 16 or r["matmul"], f"an empty kernel: {r}"
+        assert r["registers"] > 16 or r["matmul"] or r["kernel"] == "add_parts", f"an empty kernel: {r}"
         if r["dtype"] == "bfloat16":  # v gathered for each token takes none, where the base product is given
             assert r["matmul"] and (r["matmul"] != "fma" or "base given" in r["label"]), r
     segments = [r for r in reports if "segments" in r["kernel"]]
@@ -254,7 +254,7 @@ def test_gradients_beside_dX_find_room_and_wait_where_they_must():
     waits, then lets go, before it reads dS, and late programs at once; wgrad lets go at once and waits when all is stored."""
     out = run("-c", BESIDE)
     assert out.returncode == 0, out.stderr[-2000:]
-    lines = out.stdout.splitlines()
+    lines = [line for line in out.stdout.splitlines() if "add_parts" not in line]  # an ordinary launch, behind all of them
     shrink, expand, *wgrads = [line.split() for line in lines[:4]]
     assert shrink[:2] == ["shrink", "launch_dependents"] and "wait" not in shrink
     assert expand[:5] == ["expand", "wait", "launch_dependents", "cp.async.bulk.tensor", "wgmma.mma"], expand
@@ -312,7 +312,7 @@ def test_planted_rows_show_that_the_check_can_fail():
     planted = good, backward, replace(backward, config=replace(backward.config, expand=spilling)), replace(good, config=too_big)
     reports = compiled_rows(repr(planted))
     by_row = [[r for r in reports if r["label"] == f"row {number}"] for number in range(len(planted))]
-    assert [len(mine) for mine in by_row] == [2, 4, 4, 1]
+    assert [len(mine) for mine in by_row] == [2, 5, 5, 1]
     assert all(r["good"] for mine in by_row[:2] for r in mine)
     assert [(r["kernel"], r["spills"] > 0) for r in by_row[2] if not r["good"]] == [("expand given", True)]
     assert "bytes of shared memory" in by_row[3][0]["why"] and not unserved(by_row[3][0])

@@ -74,7 +74,7 @@ def experts(
         for r0 in tl.range(0, R_BLOCKS * BLOCK_R, BLOCK_R, num_stages=1):
             # u: [BLOCK_M, BLOCK_R], v: [BLOCK_R, BLOCK_N]
             u_tile = load_rows(u, tokens, row_mask, r0, R, BLOCK_R, EVEN_R, WIDE)
-            v_tile = load_v(its_v, r0, n0, R, N, rank, None, ranks_ptr is not None, BLOCK_R, BLOCK_N, EVEN_R, EVEN_N, WIDE)
+            v_tile = load_v(its_v, r0, n0, R, N, rank, None, 0 if ranks_ptr is None else 8, BLOCK_R, BLOCK_N, EVEN_R, EVEN_N, WIDE)
             v_tile = v_tile.to(u_tile.dtype)
             acc = tl.dot(u_tile, v_tile, acc, input_precision=PRECISION)
         if DROP_UV:

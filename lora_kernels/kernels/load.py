@@ -87,14 +87,16 @@ def any_within_rank(r0, rank, period, BLOCK_R: tl.constexpr):
 
 @triton.jit
 def load_v(
-    v, r0, n0, R, N, rank, period, RANKED: tl.constexpr,
+    v, r0, n0, R, N, rank, period, NEIGHBOURS: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, EVEN_R: tl.constexpr, EVEN_N: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """[BLOCK_R, BLOCK_N] of an adapter's v; RANKED: zero beyond its rank. period: as in `within_rank`."""
-    if not RANKED:
+    """[BLOCK_R, BLOCK_N] of an adapter's v, zero beyond its rank. period, NEIGHBOURS: as in `within_rank`; 0: it has all of R."""
+    if NEIGHBOURS == 0:
         return load_dense(v, r0, n0, R, N, BLOCK_R, BLOCK_N, EVEN_R, EVEN_N, WIDE)
     r = (r0 + tl.arange(0, BLOCK_R))[:, None]
-    tile = load_dense(v, r0, n0, R, N, BLOCK_R, BLOCK_N, EVEN_R, EVEN_N, WIDE, within_rank(r, rank, period, 8))
+    tile = load_dense(v, r0, n0, R, N, BLOCK_R, BLOCK_N, EVEN_R, EVEN_N, WIDE, within_rank(r, rank, period, NEIGHBOURS))
+    if NEIGHBOURS == 1:
+        return tile
     return tl.where(within_rank(r, rank, period), tile, 0.0)
 
 

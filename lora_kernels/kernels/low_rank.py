@@ -15,13 +15,13 @@ from .load import load_dense, load_v, tile_base, within_rank
 
 @triton.jit
 def own_product(
-    uv, own, u, v, m0, n0, r0, first, M, N, R, rank, period, RANKED: tl.constexpr,
+    uv, own, u, v, m0, n0, r0, first, M, N, R, rank, period, NEIGHBOURS: tl.constexpr,
     TYPE: tl.constexpr, LOAD_U: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
     EVEN_N: tl.constexpr, EVEN_R: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """``uv + u v`` in the rows ``own`` [BLOCK_M, 1], and uv, unchanged, in the others."""
     u_tile = LOAD_U(u, m0, first + r0, M, first + R, BLOCK_M, BLOCK_R, False, EVEN_R, WIDE, own).to(TYPE)
-    v_tile = load_v(v, r0, n0, R, N, rank, period, RANKED, BLOCK_R, BLOCK_N, EVEN_R, EVEN_N, WIDE).to(TYPE)
+    v_tile = load_v(v, r0, n0, R, N, rank, period, NEIGHBOURS, BLOCK_R, BLOCK_N, EVEN_R, EVEN_N, WIDE).to(TYPE)
     finite = tl.abs(v_tile.to(tl.float32)) < float("inf")
     poison = tl.sum(tl.where(finite, 0.0, float("nan")), 0)
     uv = tl.dot(u_tile, tl.where(finite, v_tile, 0.0), uv, input_precision=PRECISION)
@@ -112,6 +112,9 @@ def low_rank(
             u_tile = LOAD_U(u, m0, first + r0, M, first + R, BLOCK_M, BLOCK_R, False, EVEN_R, WIDE).to(TYPE)
             uv += each_product(u_tile, v_tile)
     elif SEGMENTS:
+        NEIGHBOURS: tl.constexpr = (
+            0 if ranks_ptr is None else 1 if TYPE == tl.float32 else 8
+        )  # numbers of 4 bytes are copied one by one, too
         if R_BLOCKS == 1 and not MASKED:
             u_tile = LOAD_U(u, m0, first, M, first + R, BLOCK_M, BLOCK_R, False, EVEN_R, WIDE).to(TYPE)
         # One step an adapter; where products are selected, one for each block of its rank, so that no inner loop ends the pipeline.
@@ -125,13 +128,13 @@ def low_rank(
             own = (ids == adapter)[:, None]
             if MASKED and R_BLOCKS == 1:
                 uv = own_product(
-                    uv, own, u, its_v, m0, n0, 0, first, M, N, R, rank, period, ranks_ptr is not None,
+                    uv, own, u, its_v, m0, n0, 0, first, M, N, R, rank, period, NEIGHBOURS,
                     TYPE, LOAD_U, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R, EVEN_N, EVEN_R, WIDE,
                 )  # fmt: skip
             elif MASKED:
                 for r0 in tl.range(0, rank if period is None else R, BLOCK_R, num_stages=1):
                     uv = own_product(
-                        uv, own, u, its_v, m0, n0, r0, first, M, N, R, rank, period, ranks_ptr is not None,
+                        uv, own, u, its_v, m0, n0, r0, first, M, N, R, rank, period, NEIGHBOURS,
                         TYPE, LOAD_U, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R, EVEN_N, EVEN_R, WIDE,
                     )  # fmt: skip
             else:
@@ -139,7 +142,7 @@ def low_rank(
                 r0 = i % STEPS * BLOCK_R
                 if R_BLOCKS > 1:
                     u_tile = LOAD_U(u, m0, first + r0, M, first + R, BLOCK_M, BLOCK_R, False, EVEN_R, WIDE).to(TYPE)
-                v_tile = load_v(its_v, r0, n0, R, N, rank, period, ranks_ptr is not None, BLOCK_R, BLOCK_N, EVEN_R, EVEN_N, WIDE).to(TYPE)
+                v_tile = load_v(its_v, r0, n0, R, N, rank, period, NEIGHBOURS, BLOCK_R, BLOCK_N, EVEN_R, EVEN_N, WIDE).to(TYPE)
                 product = tl.dot(u_tile, v_tile, input_precision=PRECISION)
                 uv += tl.where(own, product, 0.0)
     else:
