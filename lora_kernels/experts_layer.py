@@ -15,7 +15,7 @@ from . import experts as mixture
 from .experts import Factors
 from .merging import Mergeable
 from .nn import check_dropout, check_rank, hooked, init_adapter, scaling_of
-from .problem import UnsupportedError
+from .problem import UnsupportedError, sharded
 
 WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)
 
@@ -163,7 +163,7 @@ class LoRAExperts(Mergeable, nn.Module):
         """
         if self.merged:
             raise RuntimeError("merge: wanted an unmerged layer, got a merged one; call unmerge() first")
-        if hasattr(self.stack, "placements"):
+        if sharded(self.stack):
             raise UnsupportedError(f"merge: wanted a stack that is whole on this rank, got shards of {self.parameter_name}; merge first")
         A, B = mixture.by_expert(self.lora_A.detach(), self.lora_B.detach(), self.num_experts)
         self._merge(keep, A, B, self.scaling)

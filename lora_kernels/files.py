@@ -25,7 +25,7 @@ from .lora_config import CONFIG_FILE, LoRAConfig, by_peft_before_0_19, names_mea
 from .multi import MultiLoRALinear
 from .nn import AdaptedLinear, FusedLoRALinear, scaling_of
 from .packed_layer import PackedLoRALinear, PackedPart
-from .problem import UnsupportedError
+from .problem import UnsupportedError, sharded
 
 PREFIX = "base_model.model."
 ATTRIBUTES = {"lora_A.weight": "lora_A", "lora_B.weight": "lora_B", "lora_B.bias": "lora_bias", "lora_magnitude_vector": "lora_magnitude"}
@@ -222,7 +222,7 @@ def _layers(model: nn.Module, slot: int | None) -> dict[str, Any]:
             raise IndexError(f"slot: wanted an adapter of {name} from 0 to {layer.num_adapters - 1}, got {slot}")
         if layer.lora_A.is_meta:
             raise ValueError(f"model: wanted layers with storage, got {name} on the meta device; call to_empty or load it first")
-        if hasattr(layer.lora_A, "placements"):
+        if sharded(layer.lora_A):
             raise UnsupportedError(f"model: wanted whole layers, got shards in {name}; gather them into a model that is not sharded")
     return found
 

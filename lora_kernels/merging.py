@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from . import dispatch
-from .problem import UnsupportedError
+from .problem import UnsupportedError, sharded
 
 KEEP = ("cpu", "device")
 LIBRARY = (torch.bfloat16, torch.float32, torch.float64)  # which addmm sums in float32 or more and rounds once, on a CPU too
@@ -36,7 +36,7 @@ def write_merged(weight, base, lora_A, lora_B, scale: float, *, row_scale=None, 
         raise ValueError(f"impl: wanted one of auto, triton, torch, got {impl!r}")
     if impl == "triton" and reason:
         raise UnsupportedError(f"impl: 'triton' cannot merge here: {reason}")
-    before = base.clone() if base is weight or (not _sharded(weight) and base.is_set_to(weight)) else base
+    before = base.clone() if base is weight or (not sharded(weight) and base.is_set_to(weight)) else base
     source = base.to(weight.device)
     if impl == "triton" or (impl == "auto" and weight.is_cuda and not reason):
         from . import launch
@@ -49,25 +49,8 @@ def write_merged(weight, base, lora_A, lora_B, scale: float, *, row_scale=None, 
         raise ValueError("merge: wanted a finite merged weight, got NaN or Inf in base + scale * B A; the weight is unchanged")
 
 
-def write_each(weights, bases, As, Bs, scale: float) -> None:
-    """`write_merged` for each of several matrices, ``[N, K]``, with its base, A and B: all of them or none."""
-    written = []
-    for weight, base, A, B in zip(weights, bases, As, Bs, strict=True):
-        written.append((weight, base))
-        try:
-            write_merged(weight, base, A, B, scale)
-        except BaseException:
-            for each, its_base in written:
-                each.copy_(its_base)
-            raise
-
-
-def _sharded(weight) -> bool:
-    return hasattr(weight, "placements")
-
-
 def _finite(weight) -> bool:
-    if _sharded(weight):  # merged on all ranks or on none
+    if sharded(weight):  # merged on all ranks or on none
         others: Any = (~torch.isfinite(weight)).sum()  # torch 2.8 takes a sharded tensor's all() for its any()
         return not others.full_tensor()
     # NaN shows in both ends; one pass without a tensor of its own, on a CPU 50 times as fast as isfinite
@@ -75,7 +58,7 @@ def _finite(weight) -> bool:
 
 
 def _why_not_kernel(weight, row_scale) -> str | None:
-    if _sharded(weight):
+    if sharded(weight):
         return "the weight is a DTensor, whose own operations merge it"
     arch, why_not_here = dispatch.arch_of(weight.device)
     if arch is None:
@@ -92,12 +75,12 @@ def _why_not_kernel(weight, row_scale) -> str | None:
 def by_library(weight, base, lora_A, lora_B, scale: float, row_scale) -> None:
     """The library's arm of `write_merged`: one product where that rounds once, else blocks of rows widened to float32."""
     one_dtype = lora_A.dtype == lora_B.dtype == weight.dtype == base.dtype
-    if row_scale is None and one_dtype and weight.dtype in LIBRARY and not _sharded(weight):
+    if row_scale is None and one_dtype and weight.dtype in LIBRARY and not sharded(weight):
         torch.addmm(base, lora_B, lora_A, alpha=scale, out=weight)
         return
     wide = torch.promote_types(weight.dtype, torch.float32)
     A, B = lora_A.to(wide), lora_B.to(wide)
-    if _sharded(weight):
+    if sharded(weight):
         merged = torch.addmm(base.to(wide), B, A, alpha=scale)
         weight.copy_(merged if row_scale is None else merged * row_scale[:, None])
         return
@@ -157,13 +140,14 @@ class Mergeable:
         self._base_weight = base
 
     def _write_merged(self, base, lora_A, lora_B, scale: float, row_scale) -> None:
+        matrices: Any = [(self.weight.detach(), base, lora_A, lora_B)]
         if self.weight.dim() == 3:
-            write_each(self.weight.detach(), base, lora_A, lora_B, scale)
+            matrices = zip(*matrices[0], strict=True)
         elif self.widths:
             weights, bases, Bs = (t.split(self.widths) for t in (self.weight.detach(), base, lora_B))
-            write_each(weights, bases, lora_A, Bs, scale)
-        else:
-            write_merged(self.weight.detach(), base, lora_A, lora_B, scale, row_scale=row_scale)
+            matrices = zip(weights, bases, lora_A, Bs, strict=True)
+        for weight, its_base, A, B in matrices:
+            write_merged(weight, its_base, A, B, scale, row_scale=row_scale)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from .autograd import lora_linear
 from .nn import AdaptedLinear, check_linear, check_rank, held, init_adapter, scaling_of
-from .problem import UnsupportedError, check_tensor
+from .problem import UnsupportedError, check_tensor, sharded
 from .segments import Segments, check_int
 from .slots import SlotParameter
 
@@ -248,7 +248,7 @@ class MultiLoRALinear(AdaptedLinear):
             raise TypeError(f"i: wanted an adapter's number, an int, got {type(i).__name__}")
         if not 0 <= i < self.num_adapters:
             raise IndexError(f"i: wanted an adapter from 0 to {self.num_adapters - 1}, got {i}")
-        if hasattr(self.lora_A, "placements"):
+        if sharded(self.lora_A):
             raise UnsupportedError(
                 f"i: wanted stacks that are whole on this rank, to take adapter {i} of them, got shards ({self.lora_A.placements}); "
                 "do it before fully_shard or parallelize_module, or gather the state"

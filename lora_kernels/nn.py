@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from .autograd import lora_linear, with_lora_bias
 from .dora import dora_linear, gain, weight_norm
 from .merging import Mergeable
-from .problem import MAX_RANK, UnsupportedError, check_tensor
+from .problem import MAX_RANK, UnsupportedError, check_tensor, sharded
 from .projections import Projection
 
 
@@ -199,7 +199,7 @@ class FusedLoRALinear(AdaptedLinear):
             ValueError, TypeError: shapes or dtypes, or a merged weight that is not finite; nothing has changed. UnsupportedError: DoRA,
             or shards.
         """
-        if hasattr(self.lora_A, "placements"):
+        if sharded(self.lora_A):
             raise UnsupportedError(f"swap: wanted a layer that is whole on this rank, got shards ({self.lora_A.placements})")
         if self.lora_magnitude is not None:
             raise UnsupportedError("swap: wanted a layer without DoRA, whose magnitude belongs to the adapter, got use_dora=True")

@@ -49,7 +49,7 @@ class AdapterPool:
         self._adapters: dict[str, files.Adapter] = {}
         self._slots: dict[str, int] = {}  # the adapter named longest ago first
         self._free = slots[::-1]
-        self._own, self._number, self._any = slots, len(slots), slots[0]
+        self._own = slots
         self._writes = self._written()
 
     @property
@@ -73,7 +73,7 @@ class AdapterPool:
         """
         if not isinstance(name, str):
             raise TypeError(f"name: wanted a str, got {type(name).__name__}")
-        adapter = files.read(self.model, folder, slot=self._any, partial=partial, cast=cast)  # they have the same room
+        adapter = files.read(self.model, folder, slot=self._own[0], partial=partial, cast=cast)  # they have the same room
         # copied: what safetensors gives is the file itself, in memory
         values = {layer: {part: t.clone() for part, t in parts.items()} for layer, parts in adapter.values.items()}
         with _CHANGING:
@@ -121,8 +121,8 @@ class AdapterPool:
             if self._written() != self._writes:
                 self._slots, self._free = {}, self._own[::-1]
             wanted = dict.fromkeys(self._known(name) for name in names if name is not None)
-            if len(wanted) > self._number:
-                raise ValueError(f"names: wanted at most {self._number} adapters at once, for so many slots, got {len(wanted)}")
+            if len(wanted) > len(self._own):
+                raise ValueError(f"names: wanted at most {len(self._own)} adapters at once, for so many slots, got {len(wanted)}")
             for name in wanted:  # first those that are there, so that none of them loses its slot to another
                 if name in self._slots:
                     self._slots[name] = self._slots.pop(name)
@@ -151,4 +151,4 @@ class AdapterPool:
         return name
 
     def __repr__(self) -> str:
-        return f"AdapterPool({len(self._adapters)} adapters, {len(self._slots)} of them in {self._number} slots)"
+        return f"AdapterPool({len(self._adapters)} adapters, {len(self._slots)} of them in {len(self._own)} slots)"

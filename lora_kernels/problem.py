@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any, TypeGuard
 
 import torch
 
@@ -176,10 +177,15 @@ def check_tensor(name: str, t, what: str) -> None:
         raise TypeError(f"{name}: wanted float16, bfloat16, float32 or float64, got {t.dtype}")
 
 
+def sharded(t) -> TypeGuard[Any]:
+    """Whether it is a DTensor, whose module takes a while to import."""
+    return hasattr(t, "placements")
+
+
 def _check_class(name: str, t, what: str) -> None:
     if not isinstance(t, torch.Tensor):
         raise TypeError(f"{name}: wanted {what}, got {type(t).__name__}")
-    if hasattr(t, "placements"):
+    if sharded(t):
         raise UnsupportedError(
             f"{name}: wanted a plain tensor, got a {type(t).__name__} with placements {t.placements}; parallelize the layer by ColwiseLoRA "
             "or RowwiseLoRA of lora_kernels.integrations.tensor_parallel, or under fully_shard call the module that was given to it"

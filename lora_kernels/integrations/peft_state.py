@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..experts import Factors
 from ..nn import held, hooked
-from ..problem import FLOATS, MAX_RANK, PLAIN, UnsupportedError
+from ..problem import FLOATS, MAX_RANK, PLAIN, UnsupportedError, sharded
 from ..projections import Projection
 
 DROPOUTS = (nn.Dropout, nn.Identity)
@@ -50,7 +50,7 @@ def base_of(layer: lora.LoraLayer, x: torch.Tensor | None) -> Base | Beside | st
     module = layer._modules["base_layer"]
     parameters = module._parameters
     weight: Any = parameters["weight"] if "weight" in parameters else getattr(module, "weight", None)
-    if hasattr(weight, "placements"):
+    if sharded(weight):
         return f"its base layer's weight is a {type(weight).__name__}"
     if x is not None:
         if type(x) not in PLAIN:

@@ -288,9 +288,9 @@ def expand(
 ):
     """Grid [programs]: as many as there are work items, or fewer (PERSISTENT), each taking every grid-th item or ticket.
 
-    EACH: stages of the loop over a row block's adapters, or None. SPLIT: parts: as in `expand_tile`, blocks_per_part: of K. WAIT: None, or
-    a function that waits for the launch that writes u, for which the base product does not wait. late: None, or the first program that
-    calls it at once, having its room from one that has waited.
+    EACH: as in `low_rank`. SPLIT: parts: as in `expand_tile`, blocks_per_part: of K. WAIT: None, or a function that waits for the launch
+    that writes u, for which the base product does not wait. late: None, or the first program that calls it at once, having its room from
+    one that has waited.
 
     UV: where u v, u given, joins the sum. "first". "last": u and v, one block of ranks, are on their way while the K loop runs; ahead of
     it the first copies of x and w would wait for their product. "steps": u and v are descriptors with x's and w's boxes, zero beyond the
