@@ -78,7 +78,11 @@ def _expands(problem: Problem, arch: Arch, own: Expand) -> Iterator[Expand]:
     if problem.M <= FEW_TOKENS:
         yield from _few_tokens(problem, arch, own)
         return
-    modes = list(_modes(own.tma))
+    tiles = -(-problem.M // own.block_m) * -(-problem.N // 128)
+    if tiles < arch.sms:
+        narrow = [replace(own, block_n=128, num_stages=stages) for stages in (3, 4)]
+        yield from (replace(tile, split=split) for tile in narrow for split in _splits(tiles, problem.K, own.block_k, arch) if split <= 16)
+    own, modes = replace(own, split=1), list(_modes(own.tma))
     wide = problem.itemsize == 2 and arch.shared_memory >= 160 << 10
     for (m, n, k), stages, mode in itertools.product(EXPAND_TILES if wide else SMALL_TILES, (2, 3, 4, 5), modes):
         if stages > 2 or not wide:

@@ -12,7 +12,7 @@ from lora_kernels.segments import ONE, Adapters
 LLAMA_8B = {"8B q,o": (4096, 4096), "8B gate,up": (4096, 14336), "8B down": (14336, 4096), "8B k,v": (4096, 1024)}
 LLAMA_70B = {"70B q,o": (8192, 8192), "70B gate,up": (8192, 28672), "70B down": (28672, 8192), "70B k,v": (8192, 1024)}
 TOKENS = (8192, 2048, 512)
-FEW_TOKENS = (1, 2, 4, 8, 16, 32, 64)
+FEW_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def tune(cuda: bool, quick: bool) -> list[Point]:
         return [replace(point, dtype=torch.float32) for point in (*tokens, *few)]
     if quick:
         return gpu_single(quick)
-    few, q_o = (16, 64, 1), {"8B q,o": LLAMA_8B["8B q,o"]}
+    few, q_o = (16, 64, 128, 1), {"8B q,o": LLAMA_8B["8B q,o"]}
     found = [
         *train(q_o, (8192,), (16,)),
         *train(q_o, few, (16,), "decode", (0.0,)),

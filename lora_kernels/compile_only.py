@@ -199,6 +199,13 @@ def heuristic_problems() -> Iterator[tuple[str, Problem, bool]]:
             label = f"M={M} r={R}{' dropout' if dropout else ''}"
             yield f"forward {label}", problem, False
             yield f"backward {label}", problem.backward(), True
+    for M, N, K in ((32, 14336, 4096), (64, 14336, 4096), (64, 4096, 14336), (128, 4096, 4096)):  # wide tiles, and K split in large ones
+        for dropout in ("", "x") if M > 64 else ("",):
+            problem = Problem(M, N, K, 16, torch.bfloat16, dropout)
+            label = f"M={M} {K}->{N}{' dropout' if dropout else ''}"
+            yield f"forward {label}", problem, False
+            if M > 32:
+                yield f"backward {label}", replace(problem, N=K, K=N).backward(), True
 
 
 def segment_problems() -> Iterator[tuple[str, Problem, bool]]:
@@ -217,9 +224,11 @@ def segment_problems() -> Iterator[tuple[str, Problem, bool]]:
             label = f"segments M={M} r{'<' if mixed else ''}={R}{' dropout' if dropout else ''}"
             yield f"forward {label}", problem, False
             yield f"backward {label}", problem.backward(), True
-    for M in (16, 64):  # few tiles, so that K is split
-        narrow = Problem(M, 1024, 4096, 16, torch.bfloat16, adapters=64, row_block=M, gather_block=16)
-        yield f"forward segments M={M} N=1024", narrow, False
+    for M, N, K, block in ((16, 1024, 8192, 16), (64, 1024, 4096, 64), (256, 4096, 4096, 64), (512, 1024, 4096, 128)):
+        narrow = Problem(M, N, K, 16, torch.bfloat16, adapters=64, row_block=block, gather_block=16)  # few tiles: K is split; or wide ones
+        yield f"forward segments M={M} {K}->{N}", narrow, False
+        if M > 256:
+            yield f"backward segments M={M} {N}->{K} dropout", replace(narrow, N=K, K=N, dropout="x").backward(), True
 
 
 def base_problems() -> Iterator[tuple[str, Problem, bool]]:

@@ -71,6 +71,8 @@ def test_candidates_hold_what_is_to_be_decided():
     few = candidates.candidates("expand", replace(many, M=64), SM_90)
     assert {c.expand.u for c in few} == {"given", "loop"} and len({c.expand.split for c in few}) > 1
     assert {c.expand.block_m for c in few} == {32, 64} and {c.expand.block_n for c in few} == {16, 32, 64, 128}
+    some = {(c.expand.split, c.expand.persistent) for c in candidates.candidates("expand", replace(many, M=128), SM_90)}
+    assert some == {(1, False), (1, True), (4, False), (5, False), (9, False)}, "32 tiles, as one wave of them and two, four"
 
 
 # What a kernel has to compute.
@@ -265,7 +267,7 @@ def launches(jobs, found):
 def parts(job):
     c, few = job.config, job.config.expand.u != "given"
     tile = lambda part: tuple(value for name, value in vars(part).items() if name != "split")
-    yield job.backward, "expand", tile(c.expand)
+    yield job.backward, "expand", tile(c.expand), c.expand.split > 1
     if not few:
         yield job.backward, "shrink", tile(c.shrink), c.shrink.split > 1
         yield "add_parts", 1

@@ -46,10 +46,29 @@ def test_the_heuristic_serves_every_plan(arch):
             assert why_not(config, each, arch) is None and config.expand.u == "given"
 
 
-def test_narrow_layers_of_few_tokens_split_k():
-    decode = Problem(16, 1024, 4096, 16, torch.bfloat16, adapters=64, row_block=16, gather_block=16)
-    assert heuristic(decode, Arch.parse("sm_90")).expand.split == 4
-    assert heuristic(replace(decode, N=14336), Arch.parse("sm_90")).expand.split == 1
+@pytest.mark.parametrize(
+    "M, K, N, adapters, tile",
+    [
+        (16, 4096, 4096, 0, (16, 32, 1, "loop")),
+        (64, 4096, 4096, 0, (64, 32, 1, "loop")),
+        (64, 4096, 14336, 0, (64, 128, 1, "loop")),  # 32 columns would fetch x three times for each W
+        (64, 14336, 4096, 0, (64, 64, 2, "given")),
+        (128, 4096, 4096, 0, (128, 128, 4, "given")),  # 32 tiles
+        (256, 4096, 14336, 0, (128, 256, 1, "given")),
+        (1024, 4096, 4096, 0, (128, 256, 1, "given")),  # 128 tiles are a wave, 256 smaller ones two
+        (1024, 4096, 1024, 0, (128, 128, 2, "given")),
+        (8192, 4096, 1024, 0, (128, 256, 1, "given")),
+        (16, 8192, 1024, 16, (16, 32, 4, "given")),
+        (16, 4096, 14336, 16, (16, 32, 1, "given")),
+        (64, 4096, 14336, 64, (64, 64, 1, "given")),
+        (512, 4096, 1024, 128, (128, 128, 4, "given")),
+    ],
+)
+def test_tiles_fill_the_chip_and_fetch_little(M, K, N, adapters, tile):
+    """K is split where tiles are few; columns are as many as rows where those are many; adapters: rows of the plan's blocks, or none."""
+    plan = dict(adapters=64, row_block=adapters, gather_block=16) if adapters else {}
+    e = heuristic(Problem(M, N, K, 16, torch.bfloat16, **plan), Arch.parse("sm_90")).expand
+    assert (e.block_m, e.block_n, e.split, e.u) == tile
 
 
 def test_a_row_for_one_adapter_is_not_one_for_many(monkeypatch):

@@ -1,8 +1,9 @@
 """A configuration for any problem on any GPU, from first principles and what the compiler says; measured rows go before it.
 
-Few tokens: the base product streams W once, the tile is small, u is computed in the loop (one launch). Many tokens: the
-largest tile whose stages fit the chip's shared memory, u given by a shrink that reads x at memory speed. Many adapters: the tiles
-are the plan's, and u is given; where products are selected, which keeps a second accumulator, the tile is at most 128 x 128.
+Few tokens: the base product streams W once, and u is computed in the loop (one launch). Many tokens: the largest tile whose stages
+fit the chip's shared memory, u given by a shrink that reads x at memory speed. Many adapters: the tiles are the plan's, and u is given;
+where products are selected, which keeps a second accumulator, the tile is at most 128 x 128. Between tiles, and whether K is split over
+programs, decides what the busiest multiprocessor fetches (`_fetched`).
 """
 
 from __future__ import annotations
@@ -11,12 +12,18 @@ from dataclasses import replace
 
 from ..problem import Problem
 from .arch import Arch
-from .config import Config, Expand, Shrink, Wgrad
-from .validity import why_not
+from .config import Config, Expand, Shrink, Wgrad, rank_block
+from .validity import closes, why_not
 
 # Stages where W is streamed once by narrow tiles: seven of 4 KiB on their way are 28 KiB a program. What a multiprocessor's share of the
 # memory's bandwidth takes is 18 to 23 KiB on an H100 (3 TB/s, 132 of them, 0.8 to 1 us), and there may be one program on it.
 STREAMED = 8
+# What a multiprocessor fetches from the L2 cache while it could have fetched one byte of its share from memory (an H100: 70 to 75 KB a
+# microsecond, as its published 128 x 256 products need, against 23 to 32 KB), and while a launch, or a split with its counters zeroed and
+# its last program waiting for sums, takes 3.5 us. Estimates, to be replaced by measured rows.
+OVER_MEMORY = 2.5
+LAUNCH = SPLIT = 256 << 10
+SPLITS = (2, 4, 8)
 # W is read and written once, whatever its size; float32 products without a matmul instruction, for which small tiles hold.
 MERGE = Config(expand=Expand(block_m=32, block_n=128, base="library", num_warps=4, num_stages=1))
 
@@ -75,48 +82,76 @@ def _expand(problem: Problem, arch: Arch) -> Expand:
     if problem.adapters:
         return _segments(problem, arch)
     if problem.M <= 64:
-        return _few_tokens(problem)
+        return _few_tokens(problem, arch)
     if problem.itemsize == 4:
         return Expand(64, 64, 32, num_warps=4, num_stages=3)
     return _many_tokens(problem, arch)
 
 
+def _least(first: Expand, others: list[Expand], problem: Problem, arch: Arch) -> Expand:
+    """The first of some tiles, unless another fetches a tenth less; of small ones that leave multiprocessors idle K may be split, too."""
+    small = [tile for tile in (first, *others) if tile.u == "given" and tile.block_n < 256 and not (tile.each and tile.block_n > 32)]
+    idle = [tile for tile in small if _tiles(tile, problem) < arch.sms]
+    split = [replace(tile, split=s) for tile in idle for s in SPLITS if problem.K >= 4 * s * tile.block_k]
+    return min([first, *others, *split], key=lambda tile: _fetched(tile, problem, arch) * (0.9 if tile is first else 1.0))
+
+
+def _tiles(tile: Expand, problem: Problem) -> int:
+    return -(-problem.M // tile.block_m) * -(-problem.N // tile.block_n)
+
+
+def _fetched(e: Expand, problem: Problem, arch: Arch) -> float:
+    """What the busiest multiprocessor fetches of x, W and, in the loop, A, or could have while it waits: bytes. Not less than W takes from
+    memory. A tile narrower than its rows fetches more of x than of W, again for each of its neighbours.
+    """
+    rows, ranks = min(e.block_m, problem.M), rank_block(problem.tile_rank) if e.u == "loop" else 0
+    own = (rows + e.block_n + ranks) * problem.K / e.split + (rows * e.block_n * problem.tile_rank if e.each else 0)
+    programs = _tiles(e, problem) * e.split
+    fetched = max(-(-programs // arch.sms) * own, OVER_MEMORY * problem.N * problem.K / arch.sms) * problem.itemsize
+    sums = SPLIT + 8 * (e.split + 1) * problem.M * problem.N / arch.sms if e.split > 1 else 0  # float32, written and read
+    return fetched + sums + (LAUNCH if e.u == "given" else 0)
+
+
 def _many_tokens(problem: Problem, arch: Arch) -> Expand:
     if arch.kind == "hip":
         return Expand(128, 128, 32, num_warps=8, num_stages=2)
-    tma = _tma(problem, arch)
     roomy = arch.shared_memory >= 160 << 10
+    tile = Expand(128, 128, 64 if roomy else 32, num_warps=8, num_stages=4, tma=_tma(problem, arch))
     if problem.dropout == "uv":
         # The mask of the output tile is regenerated in registers: a smaller tile leaves room for it.
-        return Expand(128, 128, 64 if roomy else 32, num_warps=8, num_stages=3, tma=tma)
-    wide_tile = roomy and problem.N >= 256 and -(-problem.M // 128) * -(-problem.N // 256) >= arch.sms
-    if wide_tile and arch.capability >= (9, 0):
-        return Expand(128, 256, 64, num_warps=8, num_stages=4, tma=tma)
-    return Expand(128, 128, 64 if roomy else 32, num_warps=8, num_stages=4, tma=tma)
+        tile = replace(tile, num_stages=3)
+    elif roomy and problem.N >= 256 and arch.capability >= (9, 0):
+        return _least(replace(tile, block_n=256), [tile], problem, arch)
+    return _least(tile, [], problem, arch)
 
 
-def _few_tokens(problem: Problem) -> Expand:
+def _few_tokens(problem: Problem, arch: Arch) -> Expand:
     block_m = 16 if problem.M <= 16 else 32 if problem.M <= 32 else 64
     # One launch is right where the rank accumulator is small, and where no mask has to be regenerated beside a large tile.
     loop = problem.tile_rank <= 64 and problem.packed != "k" and (not problem.dropout or (problem.dropout == "x" and block_m < 64))
     block_k = 32 if problem.itemsize == 4 else 64
-    return Expand(block_m, 32 if loop else 64, block_k, num_warps=4, num_stages=STREAMED, u="loop" if loop else "given")
+    tile = Expand(block_m, 32 if loop else 64, block_k, num_warps=4, num_stages=STREAMED, u="loop" if loop else "given")
+    if problem.itemsize == 4 or arch.kind != "cuda":
+        return tile
+    wider = [replace(tile, block_n=n, num_warps=8 if block_m * n > 64 * 64 else 4) for n in (64, 128) if loop]
+    given = [replace(tile, block_n=n, u="given", num_warps=8 if block_m * n > 64 * 64 else 4) for n in (64, 128)]
+    return _least(tile, [*wider, *given], problem, arch)
 
 
 def _segments(problem: Problem, arch: Arch) -> Expand:
     block_m = problem.row_block
     if block_m <= 64:
-        # W is streamed by narrow tiles, and where those are fewer than the chip takes, K is split.
-        block_k = 32 if problem.itemsize == 4 else 64
-        tiles = -(-problem.M // block_m) * -(-problem.N // 32)
-        split = max(1, min(arch.sms // tiles, problem.K // (4 * block_k), 8))
-        return _each(Expand(block_m, 32, block_k, split=split, num_warps=4, num_stages=STREAMED), problem)
+        tile = _each(Expand(block_m, 32, 32 if problem.itemsize == 4 else 64, num_warps=4, num_stages=STREAMED), problem)
+        wider = replace(tile, block_n=64)  # if v of all ranks is gathered at once, and needs no masks
+        fits = tile.each and not problem.mixed_ranks and closes(wider, problem.tile_rank, problem.itemsize, True, False)
+        return _least(tile, [wider] if fits else [], problem, arch)
     if problem.itemsize == 4:
         return Expand(block_m, 32, 32, num_warps=8, num_stages=3)
     if arch.kind == "hip":
         return Expand(block_m, 64, 32, num_warps=8, num_stages=2)
     if arch.has_tcgen05:  # where masked products do not compile; a select leaves no room for the mask of a wide tile
-        return Expand(block_m, 64 if problem.dropout == "uv" else 128, 64, num_warps=8, num_stages=3, tma=_tma(problem, arch))
+        tile = Expand(block_m, 64 if problem.dropout == "uv" else 128, 64, num_warps=8, num_stages=3, tma=_tma(problem, arch))
+        return _least(tile, [], problem, arch)
     return replace(_many_tokens(problem, arch), block_m=block_m, masked=True)
 
 
