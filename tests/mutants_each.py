@@ -7,7 +7,7 @@ from dataclasses import replace
 import mutants_shared
 from mutants import EXPAND, LAUNCH, LAYOUT, LOAD, LOW_RANK, SELECTED, SHRINK, SPEED, Mutant
 
-PARTS = "kernels/parts.py"
+PARTS, HEURISTIC = "kernels/parts.py", "tuning/heuristic.py"
 ITS_RANKS, ITS_V = "within_rank(r0 + j, rank, period, 8)", "v[2]) + adapter.to(tl.int64) * stride_ve"
 TOKENS = "tokens = (m0 + tl.arange(0, BLOCK_M))[:, None, None]"
 ITS_U = "LOAD_U(u, m0, first + r0, M, first + R, BLOCK_M, BLOCK_R, False, EVEN_R, WIDE).to(TYPE)\n            uv += each"
@@ -45,5 +45,19 @@ EACH = [
     Mutant("each: lost behind the loop", EXPAND, "acc += each_product(u_tile, v_tile)", "pass"),
     Mutant("each: u ahead of what it waits for", EXPAND, AHEAD, AHEAD.replace("if WAIT is None", "if True"), note=SPEED),
 ]
+TILES = [
+    Mutant("tiles: split where there are many", HEURISTIC, "_tiles(tile, problem) < arch.sms", "_tiles(tile, problem) > arch.sms"),
+    Mutant("tiles: large ones split, too", HEURISTIC, 'tile.u == "given" and tile.block_n < 256', 'tile.u == "given"'),
+    Mutant("tiles: x for nothing", HEURISTIC, "own = (rows + e.block_n + ranks)", "own = (e.block_n + ranks)"),
+    Mutant(
+        "tiles: a split for nothing", HEURISTIC, "sums = SPLIT + 8 * (e.split + 1) * problem.M * problem.N / arch.sms if", "sums = 0 if"
+    ),
+    Mutant("tiles: memory as fast as the L2 cache", HEURISTIC, "OVER_MEMORY = 2.5", "OVER_MEMORY = 1.0"),
+]
 
-EVERY = [*mutants_shared.EVERY, *ADDED, *(replace(m, tests="segments") if m.tests == "kernels" else m for m in EACH)]
+EVERY = [
+    *mutants_shared.EVERY,
+    *ADDED,
+    *(replace(m, tests="tuning") for m in TILES),
+    *(replace(m, tests="segments") if m.tests == "kernels" else m for m in EACH),
+]

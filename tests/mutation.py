@@ -47,6 +47,7 @@ SELECTIONS = {  # a mutant's tests: their files, and which of them run first
     ),
     "sum": (["test_expand_sum.py"], "further_steps or behind_the_loop and 12"),
     "launcher": (["test_launcher.py"], "test"),
+    "tuning": (["test_tuning.py"], "tiles_fill"),
     "calls": (["test_calls.py"], "test"),
     "serving": (["test_serving.py", "test_pool.py", "test_pool_writes.py"], "test"),
     "merge": (["test_merging.py"], "one_rounding or in_place or blocks or not_finite or merged"),
