@@ -34,6 +34,12 @@ def test_python_blocks(name, blocks):
         exec(compile("\n" * lines_above + block[1], str(DOCS / name), "exec"), namespace)  # a traceback names the document's line
 
 
+def test_the_order_of_reading_names_files_that_there_are():
+    part = (DOCS / "design.md").read_text().split("## Reading the code")[1].split("## ")[0]
+    named = re.findall(r"`([\w/]+\.py)`", part)
+    assert len(named) > 30 and [name for name in named if not (DOCS.parent / "lora_kernels" / name).exists()] == []
+
+
 @pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="README's blocks are about PEFT's models")
 def test_readme_blocks(tmp_path, monkeypatch):
     """As they stand, with what a reader has: a PEFT model and a plain one, a batch, and two adapters' folders."""
