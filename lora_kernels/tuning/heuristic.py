@@ -114,7 +114,7 @@ def _fetched(e: Expand, problem: Problem, arch: Arch) -> float:
 
 def _many_tokens(problem: Problem, arch: Arch) -> Expand:
     if arch.kind == "hip":
-        return Expand(128, 128, 32, num_warps=8, num_stages=2)
+        return _least(Expand(128, 128, 32, num_warps=8, num_stages=2), [], problem, arch)
     roomy = arch.shared_memory >= 160 << 10
     tile = Expand(128, 128, 64 if roomy else 32, num_warps=8, num_stages=4, tma=_tma(problem, arch))
     if problem.dropout == "uv":
@@ -148,7 +148,7 @@ def _segments(problem: Problem, arch: Arch) -> Expand:
     if problem.itemsize == 4:
         return Expand(block_m, 32, 32, num_warps=8, num_stages=3)
     if arch.kind == "hip":
-        return Expand(block_m, 64, 32, num_warps=8, num_stages=2)
+        return _least(Expand(block_m, 64, 32, num_warps=8, num_stages=2), [], problem, arch)
     if arch.has_tcgen05:  # where masked products do not compile; a select leaves no room for the mask of a wide tile
         tile = Expand(block_m, 64 if problem.dropout == "uv" else 128, 64, num_warps=8, num_stages=3, tma=_tma(problem, arch))
         return _least(tile, [], problem, arch)
