@@ -61,7 +61,11 @@ def interpreted() -> bool:
 
 def precision(dtype: torch.dtype) -> str:
     """`tl.dot`'s input precision: float32 products follow torch's own switch, so that they are TF32 only where torch's are."""
-    return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
+    if dtype != torch.float32:
+        return "ieee"
+    # From torch 2.9 on it has this name, under which either way of setting it shows; `get_float32_matmul_precision` then fails, or lags.
+    switch = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    return "tf32" if (torch.get_float32_matmul_precision() != "highest" if switch is None else switch == "tf32") else "ieee"
 
 
 def _known(kept: dict | None, name: Any, work_out: Callable[[], Any]) -> Any:

@@ -360,6 +360,26 @@ def test_precision_follows_torchs_switch():
         torch.set_float32_matmul_precision(before)
 
 
+def test_precision_follows_the_switch_that_torch_has_from_2_9_on():
+    """Set by it, or for all at once as transformers does, torch's older question raises, or answers for itself alone."""
+    matmul, before = torch.backends.cuda.matmul, torch.get_float32_matmul_precision()
+    if not hasattr(matmul, "fp32_precision"):
+        return
+    try:
+        torch.set_float32_matmul_precision("highest")
+        for switch in (torch.backends, matmul):
+            matmul.fp32_precision = "none"
+            for setting, wanted in (("ieee", "ieee"), ("tf32", "tf32"), ("ieee", "ieee")):
+                switch.fp32_precision = setting
+                assert launch.precision(torch.float32) == wanted, (switch, setting)
+            switch.fp32_precision = "none"
+        torch.set_float32_matmul_precision("high")
+        matmul.fp32_precision = "ieee"
+        assert launch.precision(torch.float32) == "ieee"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def test_no_dropout_reads_no_seed():
     assert launch._dropout(None) == (None, 0, 1.0)
     seed = torch.tensor(1)
