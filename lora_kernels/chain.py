@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from . import philox
 from .operands import as_matrix, like_tokens
 from .packed import layers_of
-from .problem import is_stack
+from .problem import is_stack, sharded
 from .segments import CPU, Adapters, Segments
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -86,12 +86,13 @@ def _unread(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
 
 
 def grad_mm(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """``a @ b`` accumulated in float32 and returned in ``dtype``, without a 16-bit rounding in between."""
+    """``a @ b`` accumulated in float32 (float64 of float64) and returned in ``dtype``, without a 16-bit rounding in between."""
     if dtype == a.dtype:
         return torch.mm(a, b)
-    if a.is_cuda:
+    if a.is_cuda and a.dtype.itemsize == 2 and not sharded(a):  # all that torch has a float32 result of
         return torch.mm(a, b, out_dtype=dtype)
-    return torch.mm(a.to(dtype), b.to(dtype))
+    wide = torch.promote_types(a.dtype, dtype)
+    return torch.mm(a.to(wide), b.to(wide)).to(dtype)
 
 
 def kept_bits(seed: torch.Tensor, tokens: int, features: int, p: float, dtype: torch.dtype) -> torch.Tensor:

@@ -3,9 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from lora_kernels import explain, lora_linear, parity, reference
+from lora_kernels import chain, explain, lora_linear, parity, reference
 from lora_kernels.parity import Case
 
 ARMS = ("torch", "triton")
@@ -268,11 +269,23 @@ def test_float64_takes_the_torch_arm(device):
     torch.testing.assert_close(lora_linear(*args), lora_linear(*args, impl="reference"))
 
 
+def test_a_gpu_is_asked_for_what_torch_has():
+    """mm's ``out_dtype`` is float32 of 16-bit operands alone, and not of DTensors, of which a merge of DoRA makes products."""
+    with FakeTensorMode():
+        for given in (torch.float16, torch.bfloat16, torch.float64):
+            a, b = (torch.empty(3, 3, dtype=given, device="cuda") for _ in range(2))
+            assert chain.grad_mm(a, b, torch.float32).dtype == torch.float32
+
+    class Sharded(torch.Tensor):
+        is_cuda, placements = True, ()
+
+    a, b = torch.randn(2, 5, 5).bfloat16()
+    torch.testing.assert_close(chain.grad_mm(a.as_subclass(Sharded), b, torch.float32).as_subclass(torch.Tensor), a.float() @ b.float())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_onednn_is_the_same_product(dtype, monkeypatch):
     """The CPU's faster library gives linear's result within the budget; without it torch's own linear runs."""
-    from lora_kernels import chain
-
     x, w, b = torch.randn(40, 64).to(dtype), torch.randn(48, 64).to(dtype), torch.randn(48).to(dtype)
     truth = F.linear(x.double(), w.double(), b.double())
     assert parity.budget_used(chain.base_linear(x, w, b), F.linear(x, w, b), truth) <= 1
