@@ -76,13 +76,7 @@ def scaled_mm(a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
     """``scale * (a @ b)``, the scale applied to the accumulator where the library allows it."""
     if scale == 1.0:
         return torch.mm(a, b)
-    return torch.addmm(_unread(a.dtype, a.device), a, b, beta=0, alpha=scale)
-
-
-@functools.cache
-def _unread(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """A summand for an addmm with beta = 0, which does not read it."""
-    return torch.zeros(1, dtype=dtype, device=device)
+    return a.new_empty(a.shape[0], b.shape[1]).addmm_(a, b, beta=0, alpha=scale)  # which beta = 0 does not read
 
 
 def grad_mm(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -1,9 +1,11 @@
 """The autograd Function: what is computed, what is saved, and how it behaves in torch's corners. Both handwritten arms."""
 
+import gc
+
 import pytest
 import torch
 import torch.nn.functional as F
-from torch._subclasses import FakeTensorMode
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from lora_kernels import chain, explain, lora_linear, parity, reference
@@ -267,6 +269,21 @@ def test_float64_takes_the_torch_arm(device):
     choice = explain(*args)
     assert choice.arm == "torch" and "float64" in choice.why["triton"]
     torch.testing.assert_close(lora_linear(*args), lora_linear(*args, impl="reference"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_scaled_product_reads_nothing_else_and_keeps_nothing(dtype, device, monkeypatch):
+    """What a call keeps on a GPU lies in the memory of a CUDA graph, if one is recorded then, and torch.compile's refuse to record it."""
+    a, b = torch.randn(40, 64, device=device).to(dtype), torch.randn(64, 16, device=device).to(dtype)
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.Tensor, "new_empty", lambda self, *size: self.new_full(size, float("nan")))
+        found = chain.scaled_mm(a, b, 0.3)
+    assert parity.budget_used(found, (a @ b) * 0.3, a.double() @ b.double() * 0.3) <= 1
+    with FakeTensorMode():
+        a, b = (torch.empty(3, 3, dtype=dtype, device="cuda") for _ in range(2))
+        chain.scaled_mm(a, b, 2.0)
+    del a, b
+    assert not [each for each in gc.get_objects() if type(each) is FakeTensor]
 
 
 def test_a_gpu_is_asked_for_what_torch_has():
