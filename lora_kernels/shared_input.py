@@ -18,6 +18,7 @@ from torch import nn
 from .problem import autocasts
 from .projections import Projection, lora_linears, seen
 from .reference import as_seed
+from .streams import kept_for
 
 GROUPS = (
     ("q_proj", "k_proj", "v_proj"),
@@ -158,9 +159,9 @@ def _as_drawn(x: torch.Tensor, drawn: tuple[torch.Tensor, torch.Tensor] | None) 
 
 
 def _state(x: torch.Tensor) -> tuple:
-    """What a result depends on besides x and the layer."""
+    """What a result depends on besides x and the layer. The stream: another one does not wait for what this one makes."""
     autocast = torch.get_autocast_dtype(x.device.type) if autocasts(x.device) else None
-    return x._version, x.requires_grad, torch.is_grad_enabled(), autocast
+    return x._version, x.requires_grad, torch.is_grad_enabled(), autocast, kept_for(x.device)
 
 
 def _stamp(one: Projection) -> tuple:

@@ -11,7 +11,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from lora_kernels import FusedLoRALinear, LoRAConfig, apply_lora, remove_lora, share_inputs
+from lora_kernels import FusedLoRALinear, LoRAConfig, apply_lora, remove_lora, share_inputs, shared_input
 from lora_kernels.parity import budget_used
 
 M, K = 11, 24
@@ -360,6 +360,14 @@ def test_threads_do_not_take_each_others(groups):
             thread.join()
     for y, right in zip(found, wanted, strict=True):
         torch.testing.assert_close(y, right)
+
+
+def test_another_stream_takes_nothing(groups, monkeypatch):
+    """It would have to wait for the one on which the first call made it."""
+    (model, x), streams = (adapted(Attention), x_of()), iter(range(9))
+    monkeypatch.setattr(shared_input, "kept_for", lambda device: next(streams))
+    model.q_proj(x), model.k_proj(x)
+    assert groups == [3, 3]
 
 
 def test_alone_where_it_must_be(groups):
