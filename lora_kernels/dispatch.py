@@ -7,6 +7,7 @@ chain's vendor matmul is the safe choice until a measurement on the device says 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import os
@@ -243,13 +244,17 @@ def arm_of(weight: torch.Tensor | None):
     return launch
 
 
+def without_autocast(device: torch.device):
+    """Inside, products have their operands' dtype."""
+    on = device.type != "meta" and problem.autocasts(device)
+    return torch.autocast(device.type, enabled=False) if on else contextlib.nullcontext()
+
+
 def _without_autocast(which: str):
     """The chain's pass of this name for operands that have their dtypes already, whose gradients accumulate in theirs."""
 
     def run(first, *args, **others):
-        if not problem.autocasts(first.device):
-            return getattr(chain, which)(first, *args, **others)
-        with torch.autocast(first.device.type, enabled=False):
+        with without_autocast(first.device):
             return getattr(chain, which)(first, *args, **others)
 
     return run

@@ -15,7 +15,8 @@ from torch.autograd.function import once_differentiable
 
 from .autograd import autocast, lora_linear
 from .chain import grad_mm
-from .problem import autocasts, check_vector
+from .dispatch import without_autocast
+from .problem import check_vector
 
 
 @torch.no_grad()
@@ -27,16 +28,14 @@ def weight_norm(weight, lora_A, lora_B, scale: float) -> torch.Tensor:
     Accuracy:
         A float32 rounding of ``||W||^2 + ||scale B A||^2``: a row that the update all but cancels keeps fewer digits.
     """
-    if not weight.is_meta and autocasts(weight.device):
-        with torch.autocast(weight.device.type, enabled=False):
-            return weight_norm(weight, lora_A, lora_B, scale)
     wide = torch.promote_types(weight.dtype, torch.float32)
     A, B = lora_A.to(weight.dtype), lora_B.to(weight.dtype)
-    own = torch.linalg.vector_norm(weight, dim=1, dtype=wide).square()
-    cross = grad_mm(weight, A.t(), wide)
-    A, B = A.to(wide), B.to(wide)
-    update = torch.mm(B, torch.mm(A, A.t()))
-    return (own + (B * (2 * scale * cross + scale**2 * update)).sum(1)).clamp_min(0).sqrt()
+    with without_autocast(weight.device):
+        own = torch.linalg.vector_norm(weight, dim=1, dtype=wide).square()
+        cross = grad_mm(weight, A.t(), wide)
+        A, B = A.to(wide), B.to(wide)
+        update = torch.mm(B, torch.mm(A, A.t()))
+        return (own + (B * (2 * scale * cross + scale**2 * update)).sum(1)).clamp_min(0).sqrt()
 
 
 def gain(magnitude: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from .autograd import lora_linear
-from .problem import FLOATS, PLAIN, UnsupportedError, autocasts
+from .dispatch import without_autocast
+from .problem import FLOATS, PLAIN, UnsupportedError
 from .segments import Segments
 
 INTERFACE = ("num_experts", "has_gate", "has_bias", "is_transposed", "_apply_gate")
@@ -114,15 +115,10 @@ def _projection(experts: Any, name: str, x: torch.Tensor, plan: Segments, adapte
         one, ranks = weight.new_zeros(1), torch.zeros(E, dtype=torch.int32, device=weight.device)
         adapters = (Factors(one.expand(E, 1, K), one.expand(E, N, 1), 1.0),)
     A, B, scale, p, training = adapters[0] if len(adapters) == 1 else together(adapters)
-    dropout: Any = dict(dropout_p=p, training=training)
-
-    def call() -> torch.Tensor:
-        return lora_linear(x.to(weight.dtype), weight, A, B, bias, scale=scale, segments=plan, ranks=ranks, **dropout)
-
-    if not autocasts(x.device):
-        return call()
-    with torch.autocast(x.device.type, enabled=False):  # as torch's grouped products, which know no autocast
-        return call()
+    with without_autocast(x.device):  # as torch's grouped products, which know no autocast
+        return lora_linear(
+            x.to(weight.dtype), weight, A, B, bias, scale=scale, segments=plan, ranks=ranks, dropout_p=p, training=training
+        )  # fmt: skip
 
 
 def together(adapters: Sequence[Factors]) -> Factors:

@@ -341,10 +341,12 @@ def backward(
 
 
 def _base_gradient(dy, weight, onto):
-    """``dY W``, added to ``onto`` where there is one, by the library."""
+    """``dY W``, added to ``onto`` where there is one, by the library; in place, where autocast has no say."""
     if onto is None:
-        return torch.matmul(dy, weight)
-    as_matrix(onto).addmm_(as_matrix(dy), weight)
+        onto = dy.new_empty(*dy.shape[:-1], weight.shape[1])
+        torch.mm(as_matrix(dy), weight, out=as_matrix(onto))
+    else:
+        as_matrix(onto).addmm_(as_matrix(dy), weight)
     return onto
 
 

@@ -43,7 +43,8 @@ def write_merged(weight, base, lora_A, lora_B, scale: float, *, row_scale=None, 
 
         launch.merge(weight, source, lora_A, lora_B, scale)
     else:
-        by_library(weight, source, lora_A, lora_B, scale, row_scale)
+        with dispatch.without_autocast(weight.device):
+            by_library(weight, source, lora_A, lora_B, scale, row_scale)
     if not _finite(weight):
         weight.copy_(before)
         raise ValueError("merge: wanted a finite merged weight, got NaN or Inf in base + scale * B A; the weight is unchanged")

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .autograd import lora_linear, with_lora_bias
+from .dispatch import without_autocast
 from .dora import dora_linear, gain, weight_norm
 from .merging import Mergeable
 from .problem import MAX_RANK, UnsupportedError, check_tensor, sharded
@@ -173,7 +174,9 @@ class FusedLoRALinear(AdaptedLinear):
     def delta_weight(self) -> torch.Tensor:
         """``scaling * B A`` as float32 ``[out_features, in_features]`` (float64 for a float64 base)."""
         wide = torch.promote_types(self.lora_A.dtype if self.weight is None else self.weight.dtype, torch.float32)
-        return torch.addmm(self.lora_B.new_zeros((), dtype=wide), self.lora_B.to(wide), self.lora_A.to(wide), beta=0, alpha=self.scaling)
+        A, B = self.lora_A.to(wide), self.lora_B.to(wide)
+        with without_autocast(A.device):
+            return torch.addmm(B.new_zeros(()), B, A, beta=0, alpha=self.scaling)
 
     def merge(self, keep: str = "cpu") -> None:
         """Write ``W + scaling B A`` (with DoRA ``m / norm`` of it) into the weight: from here on the layer costs what nn.Linear costs.

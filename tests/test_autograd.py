@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_kernels import chain, explain, lora_linear, parity, reference
 from lora_kernels.parity import Case
+from lora_kernels.tuning import Config, Expand, Shrink, Wgrad
 
 ARMS = ("torch", "triton")
 M, N, K, R = 9, 12, 20, 3
@@ -284,6 +285,17 @@ def test_a_scaled_product_reads_nothing_else_and_keeps_nothing(dtype, device, mo
         chain.scaled_mm(a, b, 2.0)
     del a, b
     assert not [each for each in gc.get_objects() if type(each) is FakeTensor]
+
+
+@pytest.mark.parametrize("config", [None, Config(Shrink(16, 16), Expand(16, 16, 16, base="library"), Wgrad(16, 16))])
+def test_a_backward_pass_under_autocast_is_the_same(config, device):
+    """Of a forward pass outside of it: the arm's library products keep their dtype."""
+    args, grads = leaves(operands(device)), []
+    for enabled in (True, False):
+        y = lora_linear(*args, impl="triton" if config else "torch", config=config)
+        with torch.autocast(device.type, torch.float16 if device.type == "cuda" else torch.bfloat16, enabled=enabled):
+            grads.append(torch.autograd.grad(y.square().sum(), [args[i] for i in (0, 2, 3, 4)]))
+    assert all(torch.equal(one, other) for one, other in zip(*grads, strict=True))
 
 
 def test_a_gpu_is_asked_for_what_torch_has():

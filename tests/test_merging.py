@@ -71,6 +71,21 @@ def test_tf32_is_not_for_merging(device):
     assert_rounded_once(out, weight, A, B, 0.7)
 
 
+@pytest.mark.parametrize("row_scale", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_autocast_is_not_for_merging(dtype, row_scale, device):
+    """Under it the library's products would be rounded to 16 bits, and with them the weight that is kept."""
+    weight, A, B = operands(N, K, 6, dtype, dtype, device)
+    scales, merged = torch.rand(N, device=device) if row_scale else None, []
+    layer = FusedLoRALinear(K, N, r=6, init_lora_weights=False, device=device, dtype=dtype)
+    for enabled in (True, False):
+        out = torch.empty_like(weight)
+        with torch.autocast(device.type, torch.bfloat16, enabled=enabled):
+            write_merged(out, weight, A, B, 0.7, row_scale=scales, impl="torch")
+            merged.append((out, layer.delta_weight()))
+    assert all(torch.equal(one, other) for one, other in zip(*merged, strict=True))
+
+
 @pytest.mark.parametrize("impl", ["triton", "torch"])
 def test_in_place_is_the_same(impl, device):
     weight, A, B = operands(N, K, 6, torch.float16, torch.float32, device)
