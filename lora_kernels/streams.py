@@ -48,9 +48,11 @@ def beside(forked: torch.cuda.Event | None):
     first = torch.cuda.current_stream()
     second = _second(first.device)
     second.wait_event(forked)
-    with torch.cuda.stream(second):
-        yield
-    first.wait_stream(second)
+    try:
+        with torch.cuda.stream(second):
+            yield
+    finally:  # what was launched before an error, too: its memory is let go then
+        first.wait_stream(second)
 
 
 @functools.cache

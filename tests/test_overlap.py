@@ -142,6 +142,17 @@ def test_by_a_second_stream(compiled, monkeypatch):
     assert log.events.index("shrink") < log.events.index("fork")
 
 
+def test_after_an_error_the_second_stream_is_joined(monkeypatch):
+    """The first gradient's launch may be on it when the second's fails, and its memory is then let go on the first stream."""
+    events: list[str] = []
+    monkeypatch.setattr(streams, "_second", lambda device: FakeStream("second", events))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: FakeStream("first", events))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    with pytest.raises(MemoryError), streams.beside("the fork"):
+        raise MemoryError
+    assert events == ["second waits for the fork", "first waits for second"]
+
+
 def test_without_a_gpu_there_is_no_second_stream():
     forked = streams.fork(torch.zeros(1))
     assert forked is None
