@@ -190,8 +190,13 @@ def graphed(step: Step) -> Step:
     try:
         with torch.cuda.graph(graph):
             output = step.forward()
-    finally:
-        torch.cuda.set_stream(current)  # where a capture fails, torch leaves its stream the current one
+    except Exception:
+        # Where a capture fails, torch leaves its stream the current one, and before 2.12 its generator in capture: until another has come
+        # to its end no number can be drawn on the device, and no graph replayed.
+        torch.cuda.set_stream(current)
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            torch.zeros(1, device=current.device)
+        raise
 
     def replay():
         graph.replay()

@@ -162,11 +162,11 @@ def test_a_check_is_made_once_for_equal_small_points(tmp_path, monkeypatch):
 
 
 class FakeStreams:
-    """torch.cuda's streams, and a capture that leaves its stream the current one when it fails, as torch's does."""
+    """torch.cuda's streams, and a capture that when it fails leaves its stream the current one and draws no number, as torch's does."""
 
     def __init__(self, monkeypatch):
-        self.current = "default"
-        stream = type("Stream", (), {"wait_stream": lambda self, other: None})
+        self.current, self.drawn = "default", True
+        stream = type("Stream", (), {"wait_stream": lambda self, other: None, "device": CPU})
         self.default, self.capture = stream(), stream()
         self.current = self.default
         fake = self
@@ -176,12 +176,12 @@ class FakeStreams:
                 pass
 
             def __enter__(self):
-                fake.current = fake.capture
+                fake.current, fake.drawn = fake.capture, False
 
             def __exit__(self, kind, *rest):
                 if kind is not None:
                     raise RuntimeError("capture was invalidated")
-                fake.current = fake.default
+                fake.current, fake.drawn = fake.default, True
 
         class Use:
             def __init__(self, stream):
@@ -209,9 +209,11 @@ def test_a_failed_capture_leaves_the_stream_as_it_was(monkeypatch):
             raise RuntimeError("it waits for the device")
 
     clock = type("Clock", (), {"settle": lambda self: None})()
+    graphs, failed = single.captured({"waits": timing.Step(fails)}, clock)
+    assert not graphs and fake.drawn, "random numbers are drawn again, and graphs replayed"
     graphs, failed = single.captured({"waits": timing.Step(fails), "works": timing.Step(lambda: 7)}, clock)
     assert set(graphs) == {"works"} and failed["waits"].startswith("capture: RuntimeError") and graphs["works"].forward() == 7
-    assert len(calls) == 4 and fake.current is fake.default
+    assert len(calls) == 8 and fake.current is fake.default
 
 
 def as_on_a_gpu(monkeypatch, small: list[Point], many: list) -> None:
