@@ -13,6 +13,7 @@ import functools
 import itertools
 import multiprocessing
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -120,7 +121,15 @@ def run(jobs: list, arch: Arch, seconds: float) -> int:
 @functools.cache
 def _pool() -> concurrent.futures.ProcessPoolExecutor:
     """One for all sections, since its processes take seconds to begin. Not forked: a fork would share this process's GPU context."""
-    return concurrent.futures.ProcessPoolExecutor(processes(), mp_context=multiprocessing.get_context("spawn"))
+    spawn = multiprocessing.get_context("spawn")
+    return concurrent.futures.ProcessPoolExecutor(processes(), mp_context=spawn, initializer=_end_with_parent)
+
+
+def _end_with_parent() -> None:
+    """Have this process end when the one that began it has: a section that hangs is ended without a word to others, which would stay, and
+    with them the ends of its output's pipe, for whose reader it would not have ended."""
+    parent: Any = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def close() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -104,3 +105,11 @@ def test_a_short_section_measures_its_points_shortly():
     assert session.share(420.0, 100, most=1.0) == 1.0
     assert session.share(100.0, 100, most=1.0) == 0.5
     assert session.share(10.0, 100, most=1.0) == session.LEAST_SHARE
+
+
+def test_a_section_that_is_ended_takes_its_compilers_with_it():
+    """Whoever reads its output, by a pipe, waits for all that hold it."""
+    code = "import os; from bench import precompile; precompile.processes = lambda: 1; "
+    code += "precompile._pool().submit(os.getpid).result(); os._exit(7)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=120)
+    assert done.returncode == 7, done.stderr
