@@ -105,9 +105,9 @@ def offsets_pass_int32(*tensors: torch.Tensor | None) -> bool:
 
 
 def tma_aligned(t: torch.Tensor) -> bool:
-    """Whether a matrix can be read by a TMA descriptor: one axis contiguous, everything else a multiple of 16 bytes."""
-    strides = sorted(t.stride())
-    return strides[0] == 1 and (strides[1] * t.element_size()) % 16 == 0 and t.data_ptr() % 16 == 0
+    """Whether a matrix can be read by a TMA descriptor: one axis contiguous, the rest multiples of 16 bytes, rows that do not overlap."""
+    (near, size), (far, _) = sorted(zip(t.stride(), t.shape, strict=True))
+    return near == 1 and far >= size and (far * t.element_size()) % 16 == 0 and t.data_ptr() % 16 == 0
 
 
 def descriptors_possible(x: torch.Tensor, w: torch.Tensor, *adapters: torch.Tensor | None) -> bool:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lora_kernels import calls, dispatch
-from lora_kernels.problem import Problem
+from lora_kernels.problem import Problem, tma_aligned
 from lora_kernels.tuning import Arch, Config, Expand, Shrink, Wgrad, heuristic, lookup, rank_block, resolve, tables, why_not
 
 ARCHS = [Arch.parse(name) for name in ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx90a", "interpreter")]
@@ -235,6 +235,15 @@ def test_rows_that_load_by_two_bytes_take_the_chain():
         (replace(vision, adapters=4, row_block=64, gather_block=16), "triton"),
     ):
         assert dispatch.unmeasured(problem, Arch.parse("sm_90"))[0] == arm
+
+
+def test_which_matrices_have_a_descriptor():
+    """Windows over a signal are rows that overlap: the driver's documentation makes a stride of the row's bytes and some padding."""
+    signal = torch.zeros(4096, dtype=torch.bfloat16)
+    for x in (signal.view(8, 512), signal.view(8, 512)[:, :64], signal.view(1, 4096), signal.unfold(0, 64, 64)):
+        assert tma_aligned(x) and tma_aligned(x.t())
+    for x in (signal.unfold(0, 512, 64), signal[1:513].view(8, 64), signal[:4088].view(8, 511), signal[:512].expand(8, 512)):
+        assert not tma_aligned(x) and not tma_aligned(x.t())
 
 
 def test_a_row_goes_before_the_heuristic(monkeypatch):
