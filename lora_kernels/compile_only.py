@@ -153,7 +153,7 @@ def compile_pass(
 
 def heuristic_reports(arch: Arch, progress=lambda done, total, what: None) -> list[Report]:
     """Every kernel of every heuristic configuration worth telling apart, compiled for ``arch``; the same kernel once."""
-    problems = [*heuristic_problems(), *segment_problems(), *base_problems(), *expert_problems(), *packed_problems()]
+    problems = [*heuristic_problems(), *segment_problems(), *base_problems(), *expert_problems(), *packed_problems(), *wider_problems()]
     calls: list[tuple[str, Callable[[], list[Report]]]] = []
     for label, problem, backward in problems:
         calls.append((label, functools.partial(compile_pass, problem, arch, heuristic(problem, arch), label, backward)))
@@ -289,6 +289,22 @@ def packed_problems() -> Iterator[tuple[str, Problem, bool]]:
         yield f"forward {label}", problem, False
         if M > 64:
             yield f"backward {label}", problem.backward(), True
+
+
+def wider_problems() -> Iterator[tuple[str, Problem, bool]]:
+    """float32 adapters on a 16-bit base, as PEFT makes them: where their tiles take the most room, and batches of many."""
+    many: dict[str, Any] = dict(adapters=64, mixed_ranks=True)
+    for M, r, plan in (
+        (16, 64, {}),
+        (64, 64, {}),
+        (8192, 128, {}),
+        (64, 16, many | dict(row_block=64, gather_block=16)),
+        (8192, 64, many | dict(row_block=128, gather_block=32)),
+    ):
+        problem = Problem(M, 4096, 4096, r, torch.bfloat16, adapter_dtype=torch.float32, **plan)
+        label = f"float32 adapters M={M} r={r}{' segments' if plan else ''}"
+        yield f"forward {label}", problem, False
+        yield f"backward {label}", problem.backward(), True
 
 
 def _first_tensor(args) -> torch.Tensor:

@@ -219,6 +219,7 @@ def _describe_dx(dy, x, weight, lora_A, lora_B, u, *, dropout: bool, adapters: A
         w_major=problem.contiguous_axis(w, "k", "n"),
         aligned=problem.descriptors_possible(dy, w, lora_A, lora_B),
         wide=problem.offsets_pass_int32(dy, w),
+        adapter_dtype=None if lora_A is None and lora_B is None else (lora_B if lora_A is None else lora_A).dtype,
         base=weight is None and lora_A is not None,
         experts=problem.is_stack(weight),
         packed="k" if adapters.widths else "",

@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from lora_kernels import calls, dispatch
-from lora_kernels.problem import Problem, tma_aligned
+from lora_kernels.problem import Problem, describe, tma_aligned
+from lora_kernels.segments import ONE
 from lora_kernels.tuning import Arch, Config, Expand, Shrink, Wgrad, heuristic, lookup, rank_block, resolve, tables, why_not
 
 ARCHS = [Arch.parse(name) for name in ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx90a", "interpreter")]
 PROBLEM = Problem(4096, 4096, 4096, 16, torch.bfloat16)
+FLOAT32_ADAPTERS = replace(PROBLEM, R=64, adapter_dtype=torch.float32)
 
 
 def test_a_config_survives_its_key():
@@ -98,6 +100,8 @@ def test_an_unknown_gpu_is_answered_too():
         (Config(expand=Expand(base="library", u="loop")), PROBLEM, "sm_90", "no K loop"),
         (Config(expand=Expand(256, 256, 128, num_stages=4)), PROBLEM, "sm_90", "bytes of shared memory"),
         (Config(expand=Expand(128, 256, 64, num_stages=4)), PROBLEM, "sm_86", "bytes of shared memory"),
+        (Config(Shrink(64, num_stages=4)), replace(PROBLEM, R=128, adapter_dtype=torch.float32), "sm_90", "shrink needs at least 294912"),
+        (Config(expand=Expand(32, 32, num_stages=8, u="loop")), FLOAT32_ADAPTERS, "sm_80", "expand needs at least 172032 bytes"),
         (Config(shrink=Shrink(64)), replace(PROBLEM, dropout="x"), "sm_90", "triton #9433|register operand"),
         (Config(wgrad=Wgrad(64, 64)), replace(PROBLEM, dropout="uv"), "sm_90", "wgrad with dropout"),
         (Config(expand=Expand(pdl=True)), PROBLEM, "sm_89", "programmatic dependent launch of sm_90"),
@@ -120,6 +124,14 @@ def test_an_unknown_gpu_is_answered_too():
 def test_why_not(config, problem, arch, sentence):
     answer = why_not(config, problem, Arch.parse(arch))
     assert answer and re.search(sentence, answer), answer
+
+
+def test_a_backward_pass_is_described_as_its_forward_pass_is():
+    x, W = torch.empty(32, 64, dtype=torch.bfloat16), torch.empty(128, 64, dtype=torch.bfloat16)
+    A, B, dy = torch.empty(16, 64), torch.empty(128, 16), torch.empty(32, 128, dtype=torch.bfloat16)
+    forward = describe(x, W, A, B, dropout=True)
+    assert forward.adapter_dtype == torch.float32
+    assert dispatch._describe_dx(dy, x, W, A, B, None, dropout=True, adapters=ONE) == forward.backward()
 
 
 @pytest.mark.parametrize("rank, wanted", [(1, 16), (16, 16), (17, 32), (64, 64), (65, 128), (512, 128)])

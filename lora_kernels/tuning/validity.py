@@ -6,7 +6,7 @@ import torch
 
 from ..problem import Problem
 from .arch import Arch
-from .config import Config, Expand, rank_block
+from .config import Config, Expand, Shrink, rank_block
 
 LOOP_RANK = 128  # u in the loop keeps the whole rank in one accumulator
 TILE_RANK = 64  # otherwise expand takes the rank in blocks of at most this, for u and v sit beside the stages of x and w
@@ -137,10 +137,23 @@ def _dropout(config: Config, problem: Problem, arch: Arch) -> str | None:
     return None
 
 
+def _asynchronous(rows: int, warps: int, problem: Problem, arch: Arch) -> bool:
+    """Whether matmul instructions read shared memory while the program goes on."""
+    return (arch.has_wgmma or arch.has_tcgen05) and rows >= 64 and warps >= 4 and problem.itemsize == 2
+
+
 def _tiles_in_flight(stages: int, rows: int, warps: int, problem: Problem, arch: Arch) -> int:
     """How many tiles a pipeline of that many stages holds: one fewer where each matmul instruction is waited for at once."""
-    asynchronous = (arch.has_wgmma or arch.has_tcgen05) and rows >= 64 and warps >= 4 and problem.itemsize == 2
-    return stages if asynchronous else max(1, stages - 1)
+    return stages if _asynchronous(rows, warps, problem, arch) else max(1, stages - 1)
+
+
+def _a_in_flight(part: Shrink | Expand, rank: int, problem: Problem, arch: Arch) -> int:
+    """Bytes of a's tiles in the pipeline; those of wider adapters are rounded as they leave it, into one more where wgmma reads that."""
+    tile, wider = rank * part.block_k, (problem.adapter_dtype or problem.dtype).itemsize
+    if wider == problem.itemsize:
+        return _tiles_in_flight(part.num_stages, part.block_m, part.num_warps, problem, arch) * tile * problem.itemsize
+    rounded = tile * problem.itemsize if _asynchronous(part.block_m, part.num_warps, problem, arch) else 0
+    return max(1, part.num_stages - 1) * tile * wider + rounded
 
 
 def expand_shared_memory(e: Expand, problem: Problem, arch: Arch) -> int:
@@ -148,8 +161,10 @@ def expand_shared_memory(e: Expand, problem: Problem, arch: Arch) -> int:
     if e.base == "library":
         return 0
     rank = rank_block(problem.tile_rank, LOOP_RANK if e.u == "loop" else TILE_RANK)
-    columns = e.block_m + e.block_n + (rank if e.u == "loop" else 0)
-    stages = _tiles_in_flight(e.num_stages, e.block_m, e.num_warps, problem, arch) * columns * e.block_k * problem.itemsize
+    stages = _tiles_in_flight(e.num_stages, e.block_m, e.num_warps, problem, arch)
+    stages *= (e.block_m + e.block_n) * e.block_k * problem.itemsize
+    if e.u == "loop":
+        stages += _a_in_flight(e, rank, problem, arch)
     beside = 0  # behind the K loop u and v take the place of tiles that were multiplied
     ahead = not closes(e, problem.tile_rank, problem.itemsize, bool(problem.adapters), problem.dropout == "uv")
     if arch.has_wgmma and e.u == "given" and e.block_m >= 64 and ahead:
@@ -179,7 +194,7 @@ def _memory(config: Config, problem: Problem, arch: Arch) -> str | None:
     w_tiles = _tiles_in_flight(w.num_stages, w.block_j, w.num_warps, problem, arch)
     for name, need in (
         ("expand", expand_shared_memory(config.expand, problem, arch)),
-        ("shrink", s_tiles * (s.block_m + rank) * s.block_k * problem.itemsize),
+        ("shrink", s_tiles * s.block_m * s.block_k * problem.itemsize + _a_in_flight(s, rank, problem, arch)),
         ("wgrad", w_tiles * (w.block_j + rank) * w.block_m * problem.itemsize),
     ):
         if need > arch.shared_memory:
