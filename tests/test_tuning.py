@@ -287,6 +287,8 @@ def test_backward_problem_swaps_and_comes_back():
         ({"R": 64, "M": 4096}, 32, 1),  # 64 of 64 rows do not, 128 of 32 do
         ({"M": 3000}, 32, 3),
         ({"R": 64, "dropout": "x"}, 32, 2),
+        ({"dropout": "uv"}, 32, 1),  # no mask is made of dS
+        ({"R": 64, "dropout": "uv"}, 64, 1),
         ({"M": 2048}, 16, 3),  # which have too little on its way
         ({"M": 16}, 16, 8),
     ],

@@ -43,14 +43,15 @@ def heuristic(problem: Problem, arch: Arch) -> Config:
 def _shrink(problem: Problem, arch: Arch) -> Shrink:
     # Memory-bound: x is read once, so rows per program are few enough to fill the chip, and few row blocks share K. From rank 64 on a
     # program would read more of A than of x: twice the rows, where they still fill it.
-    tall = problem.tile_rank >= 64 and problem.itemsize == 2 and not problem.dropout and not problem.gather_block
+    drops = problem.dropout == "x"  # dS is of all dY
+    tall = problem.tile_rank >= 64 and problem.itemsize == 2 and not drops and not problem.gather_block
     tall = tall and _fill(-(-problem.M // 64), arch)
     block_m = problem.gather_block or (64 if tall else 16 if problem.M <= 16 * arch.sms else 32)
     blocks = -(-problem.M // block_m)
-    block_k = 64 if problem.itemsize == 4 or problem.dropout or (problem.adapters and problem.R > 32) else 128
-    stages = 1 if block_m > 32 and problem.dropout == "x" else 3  # the dropped tile is a register operand: see why_not
+    block_k = 64 if problem.itemsize == 4 or drops or (problem.adapters and problem.R > 32) else 128
+    stages = 1 if block_m > 32 and drops else 3  # the dropped tile is a register operand: see why_not
     split = _split(blocks, problem.K, 4 * block_k, arch)
-    if block_m >= 32 and _fill(blocks, arch) and not problem.dropout:
+    if block_m >= 32 and _fill(blocks, arch) and not drops:
         # One or two programs a multiprocessor fetch enough by more stages, and partial sums would be two launches more. A mask wants warps.
         split, stages = 1, 3 if arch.shared_memory < 160 << 10 else 5 if problem.tile_rank <= 32 else 4
     return Shrink(block_m, block_k, split=split, num_warps=4, num_stages=stages)
