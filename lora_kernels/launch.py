@@ -254,16 +254,21 @@ def _dropout(dropout) -> tuple:
     return seed, philox.threshold_of(p), philox.inv_keep(p)
 
 
+def _in_parts(keep: bool, adapters: Adapters, config: Config) -> bool:
+    """Whether expand adds the parts of u, which nobody keeps: not where it reads u for each adapter of a row block, in no pipeline then."""
+    return not keep and (adapters.segments is None or config.expand.each)
+
+
 def down(x, lora_A, adapters: Adapters, scale: float, save_u: bool, config: Config, kept: dict | None = None):
-    """``u = scale x A^T [M, R]``, in parts unless ``save_u``: of several layers of one x, for their `forward`, where none drops.
+    """``u = scale x A^T [M, R]``, or `_in_parts`: of several layers of one x, for their `forward`, where none drops.
 
     kept: As in `forward`, of the arm of one of these layers.
     """
     kept = _among(kept, "down", precision(x.dtype), matrix(lora_A))
     with on_device(x):
         return run_shrink(
-            x, lora_A, transposed=True, scale=scale, adapters=adapters, dropout=None, config=config, dtype=x.dtype, parts=not save_u,
-            kept=kept,
+            x, lora_A, transposed=True, scale=scale, adapters=adapters, dropout=None, config=config, dtype=x.dtype,
+            parts=_in_parts(save_u, adapters, config), kept=kept,
         )  # fmt: skip
 
 
@@ -283,7 +288,8 @@ def forward(
         if config.expand.u == "given":
             counters = tile_counters(x, lora_B.shape[-2], config, adapters.widths)
             if u is None:
-                u = run_shrink(x, lora_A, scale=scale, dropout=drop, dtype=x.dtype, parts=not save_u, **shared)
+                parts = _in_parts(save_u, adapters, config)
+                u = run_shrink(x, lora_A, scale=scale, dropout=drop, dtype=x.dtype, parts=parts, **shared)
             if base is not None:
                 return run_expand(x, None, lora_B, u=u, base=base, **shared)
             if config.expand.base == "library":
@@ -314,7 +320,8 @@ def backward(
         counters = tile_counters(dy, lora_A.shape[-1], config) if need_dx else None
         if (need_dx or keep_ds) and not one_launch:
             ds = run_shrink(
-                dy, lora_B, scale=scale, dropout=None, dtype=dy.dtype, parts=not keep_ds, out=ds, widths=adapters.widths, **shared
+                dy, lora_B, scale=scale, dropout=None, dtype=dy.dtype, parts=_in_parts(keep_ds, adapters, config), out=ds,
+                widths=adapters.widths, **shared,
             )  # fmt: skip
         if one_launch and keep_ds and ds is None:
             ds = dy.new_empty(tokens(dy), lora_B.shape[-1])

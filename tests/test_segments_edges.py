@@ -122,13 +122,14 @@ def test_a_row_block_is_ready_when_each_of_its_tokens_is():
     [
         (0, dict(split=1), 3, "load_8_parts"),
         (0, dict(split=1), 9, "load_16_parts"),
-        (6, dict(split=3), 3, "load_parts"),
-        (6, dict(split=3, masked=True), 3, "load_parts"),
+        (6, dict(split=3), 3, "load_dense"),
+        (6, dict(split=3, masked=True), 3, "load_dense"),
         (6, dict(split=1, each=True), 3, "load_8_parts"),
     ],
 )
 def test_without_gradients_u_stays_in_parts(adapters, tile, parts, loader):
-    """Nothing keeps u then: expand adds shrink's partial sums of K itself. dX alone does the same with dS."""
+    """Nothing keeps u then: expand adds shrink's partial sums of K itself, but where it would for each adapter of a row block. dX alone
+    does the same with dS."""
     config = replace(TILES, shrink=replace(TILES.shrink, split=parts), expand=replace(TILES.expand, **tile))
     size = max(70, parts * TILES.shrink.block_k - 2)
     case, seen = replace(MANY, K=size, N=size, adapters=adapters, config=config), []
