@@ -94,7 +94,7 @@ ONE_ADAPTER = [
     Mutant("expand: dX without mask", LOW_RANK, KEEP, "uv = uv * inv_keep"),
     Mutant("expand: dX mask coordinates swapped", LOW_RANK, KEEP, KEEP.replace("tokens, n0", "tokens - m0 + n0, m0")),
     Mutant("expand: dX in the loop without 1 / (1 - p)", EXPAND, KEEP_LOOP, KEEP_LOOP.replace("uv * inv_keep", "uv")),
-    Mutant("expand: low rank lost on library base", EXPAND, "acc += LOAD_X(x, m0, n0", "acc = 0.0 + LOAD_X(x, m0, n0"),
+    Mutant("expand: low rank lost on library base", EXPAND, "acc += x_tile", "acc = 0.0 + x_tile"),
     Mutant("expand: low rank lost when awaited", EXPAND, 'if U == "awaited" or (U ==', 'if (U =='),
     Mutant("expand: low rank lost in the loop", EXPAND, U_DOT_V, "pass"),
     Mutant("expand: loop without scale", EXPAND, "(u_acc * scale)", "u_acc"),

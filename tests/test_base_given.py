@@ -1,5 +1,8 @@
 """The base product given by another layer: `lora_linear(x, None, A, B, base=layer(x))` adds the adapter alone, and passes dY on."""
 
+import os
+import subprocess
+import sys
 import warnings
 from dataclasses import replace
 
@@ -212,3 +215,32 @@ def test_flops_leave_the_base_out():
     with FlopCounterMode(display=False) as counter:
         y.sum().backward()
     assert counter.get_total_flops() == 2 * M * R * (2 * N + 2 * K)  # dS and dB, dX and dA
+
+
+AHEAD = """
+import torch
+from lora_kernels import compile_only, launch
+from lora_kernels.compile_only import compile_pass
+from lora_kernels.problem import Problem
+from lora_kernels.tuning import Arch, heuristic
+arch = Arch.parse("sm_90")
+def show(run, arch, label, only):
+    def order(kernel, grid, args, options):
+        if kernel.__name__ == only:
+            ptx = kernel.run(*args, grid=grid, warmup=True, **options).asm["ptx"]
+            print("cp.async" in ptx, ptx.rindex("ld.global") < ptx.index("bar.sync"))
+    with compile_only.target(arch), launch.intercept(order):
+        run()
+    return []
+compile_only.compile_calls = show
+for M in (16, 8192):
+    problem = Problem(M, 4096, 4096, 16, torch.bfloat16, base=True)
+    compile_pass(problem, arch, heuristic(problem, arch))
+"""
+
+
+def test_the_base_product_is_on_its_way_beside_u_and_v():
+    """All three are loaded before any is waited for."""
+    env = {**os.environ, "TRITON_INTERPRET": "0"}
+    out = subprocess.run([sys.executable, "-c", AHEAD], capture_output=True, text=True, env=env, timeout=900)
+    assert out.stdout.splitlines() == ["False True"] * 2, out.stdout + out.stderr[-2000:]

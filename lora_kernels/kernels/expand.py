@@ -91,6 +91,9 @@ def expand_tile(
         k_begin = (part - 1) * blocks_per_part * BLOCK_K
         k_end = tl.where(part == 0, k_begin, tl.minimum(k_begin + blocks_per_part * BLOCK_K, K))
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if LOAD_X is not None and LOAD_W is None:  # on its way beside u and v, for which their product waits
+        # x: [BLOCK_M, BLOCK_N]
+        x_tile = LOAD_X(x, m0, n0, M, N, BLOCK_M, BLOCK_N, False, EVEN_N, WIDE)
     if UV == "last":
         # u: [BLOCK_M, BLOCK_R], v: [BLOCK_R, BLOCK_N], or [BLOCK_M, BLOCK_N, BLOCK_R]
         if EACH:
@@ -115,8 +118,7 @@ def expand_tile(
     if LOAD_X is None:
         pass
     elif LOAD_W is None:
-        # x: [BLOCK_M, BLOCK_N]
-        acc += LOAD_X(x, m0, n0, M, N, BLOCK_M, BLOCK_N, False, EVEN_N, WIDE)
+        acc += x_tile
     elif UV == "steps":
         k_steps = tl.cdiv(K, BLOCK_K)
         for i in tl.range(0, k_steps + tl.cdiv(R, BLOCK_K)):

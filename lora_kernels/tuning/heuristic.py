@@ -163,7 +163,8 @@ def _beside_base(problem: Problem, arch: Arch) -> Expand:
         return _each(Expand(block_m, 32, base="library", num_warps=4, num_stages=1), problem)
     wide = block_m == 64 < problem.M and problem.itemsize == 2 and problem.dropout != "uv"
     block_n = 32 if problem.itemsize == 4 else 128 if wide else 64  # a row block of a plan selects: a second accumulator
-    return Expand(block_m, block_n, base="library", num_warps=8 if block_m > 64 else 4, num_stages=2)
+    stages = 2 if problem.adapters else 1  # of a walk; else there is a loop of one turn, which waits for u and v ahead of its loads
+    return Expand(block_m, block_n, base="library", num_warps=8 if block_m > 64 else 4, num_stages=stages)
 
 
 def _experts(problem: Problem, arch: Arch) -> Expand:
