@@ -105,8 +105,9 @@ def _fetched(e: Expand, problem: Problem, arch: Arch) -> float:
     """What the busiest multiprocessor fetches of x, W and, in the loop, A, or could have while it waits: bytes. Not less than W takes from
     memory. A tile narrower than its rows fetches more of x than of W, again for each of its neighbours.
     """
-    rows, ranks = min(e.block_m, problem.M), rank_block(problem.tile_rank) if e.u == "loop" else 0
-    own = (rows + e.block_n + ranks) * problem.K / e.split + (rows * e.block_n * problem.tile_rank if e.each else 0)
+    rows, wider = min(e.block_m, problem.M), (problem.adapter_dtype or problem.dtype).itemsize // problem.itemsize
+    ranks = wider * rank_block(problem.tile_rank) if e.u == "loop" else 0
+    own = (rows + e.block_n + ranks) * problem.K / e.split + (rows * e.block_n * problem.tile_rank * wider if e.each else 0)
     programs = _tiles(e, problem) * e.split
     fetched = max(-(-programs // arch.sms) * own, OVER_MEMORY * problem.N * problem.K / arch.sms) * problem.itemsize
     sums = SPLIT + 8 * (e.split + 1) * problem.M * problem.N / arch.sms if e.split > 1 else 0  # float32, written and read
@@ -143,8 +144,9 @@ def _segments(problem: Problem, arch: Arch) -> Expand:
     block_m = problem.row_block
     if block_m <= 64:
         tile = _each(Expand(block_m, 32, 32 if problem.itemsize == 4 else 64, num_warps=4, num_stages=STREAMED), problem)
-        wider = replace(tile, block_n=64)  # if v of all ranks is gathered at once, and needs no masks
-        fits = tile.each and not problem.mixed_ranks and closes(wider, problem.tile_rank, problem.itemsize, True, False)
+        wider = replace(tile, block_n=64)  # if v of all ranks is gathered at once, as it is, and needs no masks
+        fits = tile.each and not problem.mixed_ranks and problem.adapter_dtype in (None, problem.dtype)
+        fits = fits and closes(wider, problem.tile_rank, problem.itemsize, True, False)
         return _least(tile, [wider] if fits else [], problem, arch)
     if problem.itemsize == 4:
         return Expand(block_m, 32, 32, num_warps=8, num_stages=3)
