@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from . import calls, dispatch, ops, problem, reference
@@ -73,6 +74,11 @@ class LoRALinearFunction(torch.autograd.Function):
         )
 
 
+def recorded(trained: bool) -> bool:
+    """Whether autograd is to see a call: for a backward pass, or to refuse a forward-mode derivative, which the arms would pass by."""
+    return (trained and torch.is_grad_enabled()) or forward_ad._current_level >= 0
+
+
 def lora_linear(
     x,
     weight,
@@ -124,7 +130,8 @@ def lora_linear(
         ``[..., N]`` in x's dtype, contiguous; accumulated in float32 and rounded once, besides ``u = scale * drop(x) A^T``.
         Under torch.autocast, x, weight and bias are cast as F.linear casts them; with base, x to base's dtype.
     Gradients:
-        For x, lora_A, lora_B, bias, base and lora_bias, in each one's dtype; not for weight. Not differentiable twice, except "reference".
+        For x, lora_A, lora_B, bias, base and lora_bias, in each one's dtype; not for weight. Not differentiable twice, nor forward, nor
+        by torch.func, except "reference".
     Raises:
         ValueError: shapes, devices or values disagree. TypeError: dtypes or types. UnsupportedError: legal, but not here.
     Source: Hu et al. 2021, arXiv:2106.09685, eq. 3; gradients in docs/math.md.
@@ -151,7 +158,7 @@ def lora_linear(
         arm = calls.remember(call, x, weight, lora_A, lora_B, bias, base, adapters, p, impl, key)
     added = bias if base is None else base
     trained = x.requires_grad or lora_A.requires_grad or lora_B.requires_grad or (added is not None and added.requires_grad)
-    if trained and torch.is_grad_enabled():
+    if recorded(trained):
         scales, _, plan, geometry = adapters.flat()
         return LoRALinearFunction.apply(
             x, weight, lora_A, lora_B, bias, base, drawn, float(factor), p, impl, key, arm, geometry, scales, ranks, *plan

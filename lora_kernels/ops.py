@@ -70,8 +70,10 @@ def _unseen(chained: tuple, impl: str, config: str, x: torch.Tensor, *others: to
 
 
 def watched() -> bool:
-    """Whether a compiler, torch.jit.trace or a mode looks on."""
-    return is_compiling() or torch._C._is_tracing() or torch._C._len_torch_dispatch_stack() != 0  # torch has no public, quick names
+    """Whether a compiler, torch.jit.trace, a mode or one of torch.func's transforms looks on."""
+    if is_compiling() or torch._C._is_tracing() or torch._C._len_torch_dispatch_stack():  # torch has no public, quick names
+        return True
+    return torch._C._are_functorch_transforms_active()  # whose tensors are of torch's own class, without an address
 
 
 def plain(x: torch.Tensor, *others: torch.Tensor | None) -> bool:

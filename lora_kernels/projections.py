@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import dispatch, ops, reference
-from .autograd import carried, lora_linear, prepare, refused_twice
+from .autograd import carried, lora_linear, prepare, recorded, refused_twice
 from .operands import as_matrix, even, like_tokens, tokens
 from .problem import MAX_RANK, UnsupportedError
 from .segments import Adapters
@@ -190,7 +190,7 @@ def lora_linears(x, projections: Sequence[Projection], *, training=False, config
         layers.append(_Layer(adapters, float(scale), p))
         tensors.append((*each[:4], reference.as_seed(each.seed, x.device) if p else None))
     trained = x.requires_grad or any(t is not None and t.requires_grad for five in tensors for t in five)
-    if trained and torch.is_grad_enabled():
+    if recorded(trained):
         return LoRALinearsFunction.apply(x, tuple(layers), impl, key, *(t for five in tensors for t in five))
     return tuple(_forward(x, tensors, layers, impl, key, [False] * len(layers))[0])
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
-from lora_kernels import chain, explain, lora_linear, parity, reference
+from lora_kernels import Projection, chain, explain, lora_linear, lora_linears, parity, reference
 from lora_kernels.parity import Case
 from lora_kernels.tuning import Config, Expand, Shrink, Wgrad
 
@@ -114,6 +115,32 @@ def test_double_backward_is_refused(impl, device):
     (dx,) = torch.autograd.grad(lora_linear(*args, impl=impl).square().sum(), args[0], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dx.sum().backward()
+
+
+@pytest.mark.parametrize("call", [lora_linear, lambda x, *four, **how: lora_linears(x, [Projection(*four)] * 2, **how)[1]])
+@pytest.mark.parametrize("impl", ARMS)
+def test_a_forward_mode_derivative_is_refused(impl, call, device):
+    """No kernel sees it, nor oneDNN's linear, and torch would take its absence for zeros."""
+    x, *others = operands(device)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises(NotImplementedError, match="to use it with forward mode AD"):
+            call(dual, *others, impl=impl)
+        torch.testing.assert_close(call(x, *others, impl=impl), call(x, *others, impl="reference"))
+        derivative = forward_ad.unpack_dual(call(dual, *others, impl="reference")).tangent
+    torch.testing.assert_close(derivative, lora_linear(torch.ones_like(x), *others[:3], impl="reference"))
+
+
+@pytest.mark.parametrize("impl", ARMS)
+def test_torch_func_differentiates_the_reference_alone(impl, device):
+    x, *others = operands(device)
+    derivative = torch.func.grad(lambda x: lora_linear(x, *others, impl="reference").sum())(x)
+    torch.testing.assert_close(derivative, lora_linear(torch.ones(M, N, device=device), others[0].T, others[2].T, others[1].T))
+    for transform in (torch.func.grad, torch.func.jacfwd):
+        with pytest.raises(RuntimeError, match="functorch transforms"):
+            transform(lambda x: lora_linear(x, *others, impl=impl).sum())(x)
+    with pytest.raises(RuntimeError, match="Batching rule not implemented for lora_kernels::forward"):
+        torch.func.vmap(lambda x: lora_linear(x, *others, impl=impl))(x[None])
 
 
 @pytest.mark.parametrize("impl", ARMS)
