@@ -18,9 +18,9 @@ from torch import nn
 from .experts_layer import LoRAExperts, plain_name, why_not_adapted
 from .lora_config import LoRAConfig, all_linear, names_mean, pattern_means
 from .multi import MultiLoRALinear
-from .nn import AdaptedLinear, FusedLoRALinear, has_hooks
+from .nn import AdaptedLinear, FusedLoRALinear, has_hooks, sharding
 from .over import LoRAOver, MultiLoRAOver, Over, quantised
-from .problem import UnsupportedError
+from .problem import UnsupportedError, sharded
 
 # Layers that transformers (5.23) does not call, always or in training on a GPU, but hands their weights to functions and kernels.
 READ_PAST = {
@@ -52,8 +52,8 @@ def apply_lora(model: nn.Module, config: LoRAConfig, *, num_adapters: int | None
         ValueError: nothing to fuse; names that the model does not have, with near ones; a module named under some of its names only.
         TypeError: a named module is neither exactly an nn.Linear nor quantised, or has an adapter. UnsupportedError: a layer has hooks,
         which would be lost, or its parent passes its forward by; a named parameter is not a stack that `LoRAExperts` serves;
-        num_adapters with target_parameters; DistributedDataParallel is around the model, or PEFT's layers are in it. In each case the
-        model is as it was.
+        num_adapters with target_parameters; DistributedDataParallel is around the model, FSDP has it, or PEFT's layers are in it. In
+        each case the model is as it was.
     """
     given: Any = config
     if getattr(given, "peft_type", None) is not None and callable(getattr(given, "to_dict", None)):
@@ -98,15 +98,18 @@ def remove_lora(model: nn.Module, *, merge: bool = False) -> list[str]:
         The names that `apply_lora` gave.
     Raises:
         ValueError: no such layer; a merged layer with ``merge=False``, which could mean either; with ``merge=True`` a stack of
-        adapters, a weight that another module shares, or an adapter with NaN or Inf. UnsupportedError: a layer has hooks, or with
-        ``merge=True`` a quantised base. In each case the model is as it was.
+        adapters, a weight that another module shares, or an adapter with NaN or Inf. UnsupportedError: a layer has hooks or is
+        sharded, or with ``merge=True`` a quantised base. In each case the model is as it was.
     """
+    _check_not_sharded(model)
     places = _places(model, (AdaptedLinear, LoRAExperts))
     if not places:
         raise ValueError("model: wanted one with FusedLoRALinear or MultiLoRALinear layers, got none")
     layers: dict[str, Any] = {names[0]: layer for layer, names in places.items()}
     for name, layer in layers.items():
         _check_hooks(layer, name)
+        if sharded(layer.lora_A):
+            raise UnsupportedError(f"model: wanted whole layers, got shards in {name}")
     merged = [name for name, layer in layers.items() if layer.merged]
     if merged and not merge:
         raise ValueError(f"merge: wanted unmerged layers, got merged ones ({some(merged)}); call unmerge() first, or pass merge=True")
@@ -122,12 +125,20 @@ def remove_lora(model: nn.Module, *, merge: bool = False) -> list[str]:
 
 
 def _check_model(model: nn.Module) -> None:
+    _check_not_sharded(model)
     for name, module in model.named_modules():
         if isinstance(module, nn.parallel.DistributedDataParallel):
             raise UnsupportedError("model: wanted one that DistributedDataParallel is not around yet, since it reduces no later adapters")
         if any(kind.__name__ == "BaseTunerLayer" for kind in type(module).__mro__):
             hint = "lora_kernels.integrations.peft.fuse(model) gives them the kernels"
             raise UnsupportedError(f"model: wanted one without PEFT's layers, which would be frozen, got {name}; {hint}")
+
+
+def _check_not_sharded(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if by := sharding(module):
+            given = f"a {by}, {name or 'itself'}, which knows its old parameters alone"
+            raise UnsupportedError(f"model: wanted one that is not sharded, got {given}")
 
 
 def _targets(model: nn.Module, config: LoRAConfig) -> dict[str, list[str]]:

@@ -23,7 +23,7 @@ from .apply import some
 from .experts_layer import LoRAExperts, config_name, unwrapped
 from .lora_config import CONFIG_FILE, LoRAConfig, by_peft_before_0_19, names_mean, pattern_of, read_config
 from .multi import MultiLoRALinear
-from .nn import AdaptedLinear, FusedLoRALinear, scaling_of
+from .nn import AdaptedLinear, FusedLoRALinear, scaling_of, sharding
 from .packed_layer import PackedLoRALinear, PackedPart
 from .problem import UnsupportedError, sharded
 
@@ -139,6 +139,8 @@ def read(model: nn.Module, folder: str | os.PathLike, *, slot: int | None, parti
     """All of `load_adapter` but the writing."""
     safetensors_or_why()
     layers = _layers(model, slot)
+    if by := next(filter(None, map(sharding, model.modules())), ""):
+        raise UnsupportedError(f"model: wanted one that is not sharded, got a {by}, whose parameters are whole in passing; load it first")
     merged = [name for name, layer in layers.items() if layer.merged]
     if merged:
         raise RuntimeError(f"model: wanted unmerged layers to load into, got merged ones ({some(merged)}); call unmerge() first")

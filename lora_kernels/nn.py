@@ -293,3 +293,9 @@ def has_hooks(module: nn.Module) -> bool:
 def hooked(module: nn.Module) -> bool:
     """Whether calling the module does more than its class's forward: torch's hooks, or a forward of its own as accelerate gives it."""
     return has_hooks(module) or "forward" in module.__dict__
+
+
+def sharding(module: nn.Module) -> str:
+    """The class by which torch's FSDP has a module, or "". It knows the parameters that were there before, and makes them whole in passing:
+    none that comes later is gathered or reduced, and what is written to the whole ones is lost."""
+    return next((kind.__name__ for kind in type(module).__mro__ if kind.__name__ in ("FSDPModule", "FullyShardedDataParallel")), "")

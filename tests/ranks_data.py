@@ -20,7 +20,17 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from lora_kernels import MultiLoRALinear, Segments, UnsupportedError, lora_linear
+from lora_kernels import (
+    LoRAConfig,
+    MultiLoRALinear,
+    Segments,
+    UnsupportedError,
+    apply_lora,
+    load_adapter,
+    lora_linear,
+    remove_lora,
+    save_adapter,
+)
 
 LENGTHS = (5, 0, 9, 2)  # tokens of each rank's batch; rank 1 has none
 
@@ -204,6 +214,25 @@ def hybrid_sharding():
     backward(parallel, dist.get_rank())
     hold(of(parallel), model, mean_step)
     assert parallel.up.weight.to_local().shape[0] == 40 // 2
+
+
+@case(2)
+def fsdp_has_what_it_was_given():
+    """Layers do not come and go under it, nor is a file read into parameters that a root keeps whole after its forward, in passing."""
+    config = LoRAConfig(target_modules=["0"], r=4)
+    plain, adapted, x = nn.Sequential(nn.Linear(24, 8)), nn.Sequential(nn.Linear(24, 8)), torch.randn(2, 24)
+    apply_lora(adapted, config)
+    with tempfile.TemporaryDirectory() as folder:
+        save_adapter(adapted, folder)
+        fully_shard(plain), fully_shard(adapted)
+        for said in ("got shards in 0; gather them", "got a FSDPModule, whose parameters are whole in passing"):
+            for change in (lambda: apply_lora(plain, config), lambda: remove_lora(adapted)):
+                with raises(UnsupportedError, "model: wanted one that is not sharded, got a FSDPModule, itself"):
+                    change()
+            with raises(UnsupportedError, said):
+                load_adapter(adapted, folder)
+            plain(x), adapted(x)
+        save_adapter(adapted, folder)
 
 
 @case(2)

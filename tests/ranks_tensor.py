@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInput, RowwiseParallel, parallelize_module
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_kernels import FusedLoRALinear, MultiLoRALinear, Segments, UnsupportedError, parity, use_adapters
+from lora_kernels import FusedLoRALinear, MultiLoRALinear, Segments, UnsupportedError, parity, remove_lora, use_adapters
 from lora_kernels.integrations import tensor_parallel
 from lora_kernels.integrations.tensor_parallel import ColwiseLoRA, RowwiseLoRA
 
@@ -313,6 +313,8 @@ def refusals():
         ColwiseLoRA()._apply(layer(), init_device_mesh("cpu", (2, 1)))
     with raises(UnsupportedError, "call it before parallelize_module"):
         parallel(layer(), ColwiseLoRA()).reset_adapter()
+    with raises(UnsupportedError, "model: wanted whole layers, got shards in down"):
+        remove_lora(parallel(Mlp(K, N, r=R), {"down": RowwiseLoRA()}))
     x = DTensor.from_local(torch.randn(2, K), mesh, [Replicate()])
     with raises(UnsupportedError, "x: wanted a plain tensor, got a DTensor with placements"):
         layer()(x)

@@ -27,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..autograd import lora_linear
 from ..experts import Factors, together
+from ..nn import sharding
 from ..problem import PLAIN
 from ..projections import Projection
 from .peft_experts import routed, why_not_routed
@@ -315,5 +316,4 @@ def _too_late(module: nn.Module) -> str:
     """The name of what has already taken the module's forward, or ''."""
     if module._compiled_call_impl is not None or "_orig_mod" in module._modules:
         return "a compiled module"
-    sharded = {"FullyShardedDataParallel", "FSDPModule"} & {kind.__name__ for kind in type(module).__mro__}
-    return f"a {sharded.pop()}" if sharded else ""
+    return f"a {kind}" if (kind := sharding(module)) else ""
