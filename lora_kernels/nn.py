@@ -277,7 +277,12 @@ def scaling_of(lora_alpha: float, r: int, use_rslora: bool) -> float:
 
 
 def init_adapter(A: torch.Tensor, B: torch.Tensor, init_lora_weights: bool) -> None:
-    """Fill A and B in place; see `FusedLoRALinear`'s ``init_lora_weights``."""
+    """Fill A and B in place; see `FusedLoRALinear`'s ``init_lora_weights``. Shards: on a GPU alone."""
+    if sharded(A) and A.device.type == "cpu":  # where ranks that are seeded alike draw the same rows
+        raise UnsupportedError(
+            "reset_adapter: wanted a layer on a GPU, where DTensor keeps random numbers in step, got shards on cpu; "
+            "call it before parallelize_module or fully_shard"
+        )
     nn.init.kaiming_uniform_(A, a=math.sqrt(5))
     if init_lora_weights:
         nn.init.zeros_(B)

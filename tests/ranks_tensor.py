@@ -311,8 +311,9 @@ def refusals():
         parallelize_module(more, mesh, RowwiseLoRA())
     with raises(ValueError, "device_mesh: wanted one dimension, got 2"):
         ColwiseLoRA()._apply(layer(), init_device_mesh("cpu", (2, 1)))
-    with raises(UnsupportedError, "call it before parallelize_module"):
-        parallel(layer(), ColwiseLoRA()).reset_adapter()
+    for shards in (parallel(layer(), ColwiseLoRA()), fully_shard(layer())):
+        with raises(UnsupportedError, "call it before parallelize_module or fully_shard"):
+            shards.reset_adapter()
     with raises(UnsupportedError, "model: wanted whole layers, got shards in down"):
         remove_lora(parallel(Mlp(K, N, r=R), {"down": RowwiseLoRA()}))
     x = DTensor.from_local(torch.randn(2, K), mesh, [Replicate()])

@@ -94,15 +94,6 @@ class ParallelLoRALinear(FusedLoRALinear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return run(self, x, self.weight if self.enabled else self.base_weight(), self.enabled and not self.merged, scale=self.scaling)
 
-    def reset_adapter(self, init_lora_weights: bool = True) -> None:
-        """Initialise A and B again, on a GPU, where DTensor draws the same numbers for all ranks that hold a tensor whole."""
-        if self.weight.device.type == "cpu":
-            raise UnsupportedError(
-                "reset_adapter: wanted a layer on a GPU, where DTensor keeps random numbers in step, got one on cpu; "
-                "call it before parallelize_module"
-            )
-        super().reset_adapter(init_lora_weights)
-
 
 class ParallelMultiLoRALinear(MultiLoRALinear):
     """What the styles turn a `MultiLoRALinear` into. Its slots are filled before: taking one raises UnsupportedError."""
