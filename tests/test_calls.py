@@ -297,11 +297,12 @@ def test_launches_are_those_of_a_call_made_first():
 
 
 @pytest.mark.parametrize("impl", ["triton", "torch"])
+@pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("which", ["x", "weight", "lora_A", "lora_B", "bias", "dy"])
-def test_tensors_that_torch_negates_as_it_reads_them(which, impl):
+def test_tensors_that_torch_negates_as_it_reads_them(which, p, impl):
     """The imaginary part of a conjugate has such a bit, and its memory the other sign."""
     x, weight, A, B = operands(3, 2)
-    good = dict(x=x, weight=weight, lora_A=A, lora_B=B, bias=drawn(N))
+    good = dict(x=x, weight=weight, lora_A=A, lora_B=B, bias=drawn(N), dropout_p=p, training=True, seed=5)
     wanted = lora_linear(**good, impl=impl)
     if which == "dy":
         x.requires_grad_()
