@@ -13,7 +13,6 @@ from collections.abc import Callable
 
 import torch
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 
 from . import calls, dispatch, ops, problem, reference
 from .problem import UnsupportedError
@@ -23,12 +22,45 @@ from .tuning import Config
 IMPLS = ("auto", "triton", "torch", "reference")
 
 
+class Once(torch.autograd.Function):
+    """Gradients, whose own derivatives are refused; ``sources``: all that they depend on.
+
+    torch's `once_differentiable` ties them to nothing, so that torch.autograd.grad passes its error by, and what is missing is zeros.
+    """
+
+    @staticmethod
+    def forward(ctx, gradients, *sources):
+        return tuple(gradients)
+
+    @staticmethod
+    def backward(ctx, *ddys):
+        raise UnsupportedError("create_graph: wanted gradients that are not differentiated themselves; impl='reference' can be, twice")
+
+
+class _Unpacked:
+    """A ctx whose saved tensors, which a checkpoint hands out once, were read."""
+
+    def __init__(self, ctx):
+        self.ctx, self.saved_tensors = ctx, ctx.saved_tensors
+
+    def __getattr__(self, name: str):
+        return getattr(self.ctx, name)
+
+
 def refused_twice(gradients: Callable) -> Callable:
-    """torch's `once_differentiable` where a graph of the gradients is made (create_graph=True); nobody else pays for it."""
-    guarded = once_differentiable(gradients)
+    """A backward pass with `Once` around it where a graph of the gradients is made (create_graph=True); nobody else pays for it."""
 
     def backward(ctx, *dys):
-        return guarded(ctx, *dys) if torch.is_grad_enabled() else gradients(ctx, *dys)
+        if not torch.is_grad_enabled():
+            return gradients(ctx, *dys)
+        ctx = _Unpacked(ctx)
+        with torch.no_grad():
+            found = gradients(ctx, *dys)
+        sources = [t for t in (*dys, *ctx.saved_tensors) if t is not None and t.requires_grad]
+        if not sources:
+            return found
+        once = iter(Once.apply([g for g in found if g is not None], *sources))
+        return tuple(None if g is None else next(once) for g in found)
 
     return backward
 

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
-from .autograd import autocast, lora_linear
+from .autograd import autocast, lora_linear, refused_twice
 from .chain import grad_mm
 from .dispatch import without_autocast
 from .problem import check_vector
@@ -56,7 +55,7 @@ class ScaleColumns(torch.autograd.Function):
         return y.to(t.dtype)
 
     @staticmethod
-    @once_differentiable
+    @refused_twice
     def backward(ctx, dy):
         t, g = ctx.saved_tensors
         need_t, need_g, need_bias = ctx.needs_input_grad

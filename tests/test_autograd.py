@@ -9,7 +9,7 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
-from lora_kernels import Projection, chain, explain, lora_linear, lora_linears, parity, reference
+from lora_kernels import Projection, UnsupportedError, chain, explain, lora_linear, lora_linears, parity, reference
 from lora_kernels.parity import Case
 from lora_kernels.tuning import Config, Expand, Shrink, Wgrad
 
@@ -113,8 +113,23 @@ def test_in_place_change_of_a_saved_tensor_is_torchs_error(impl, changed, device
 def test_double_backward_is_refused(impl, device):
     args = leaves(operands(device))
     (dx,) = torch.autograd.grad(lora_linear(*args, impl=impl).square().sum(), args[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="wanted gradients that are not differentiated"):
         dx.sum().backward()
+
+
+@pytest.mark.parametrize("reentrant", [None, False])
+@pytest.mark.parametrize("impl", ARMS)
+def test_no_second_derivative_is_left_out_unasked(impl, reentrant, device):
+    """torch.autograd.grad passes by an error that leads to none of its inputs; and dB depends on A, whatever dY does."""
+    args = leaves(operands(device))
+    called = lambda x, *others: lora_linear(x, *others, impl=impl)  # noqa: E731
+    call = called if reentrant is None else lambda *args: checkpoint(called, *args, use_reentrant=reentrant)
+    with pytest.raises(UnsupportedError, match="wanted gradients that are not differentiated"):
+        torch.autograd.functional.hessian(lambda x: call(x, *args[1:]).square().sum(), args[0])
+    (db,) = torch.autograd.grad(call(*args).sum(), args[3], create_graph=True)
+    with pytest.raises(UnsupportedError, match="wanted gradients that are not differentiated"):
+        torch.autograd.grad(db.sum() + args[2].sum(), args[2])
+    torch.testing.assert_close(db, torch.autograd.grad(call(*args).sum(), args[3])[0])
 
 
 @pytest.mark.parametrize("call", [lora_linear, lambda x, *four, **how: lora_linears(x, [Projection(*four)] * 2, **how)[1]])
