@@ -132,6 +132,15 @@ def a_trained_bias():
         hold({"y": y, "dX": dX, **gradients(module)}, one, plain_step)
 
 
+@case(2)
+def an_infinite_bias():
+    """It masks an output, and a rank that is not to add it adds no NaN."""
+    one = layer()
+    one.bias.detach()[3] = -torch.inf
+    x, module = batch(5, *SHAPE, K)[0], parallel(one, RowwiseLoRA(input_layouts=Replicate()))
+    torch.testing.assert_close(module(x), one(x))
+
+
 @case(2, 4)
 def a_pair_of_layers():
     """Column then row, over an activation: one all-reduce forward and one backward, as the base has, and two small ones."""

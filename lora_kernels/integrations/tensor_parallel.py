@@ -115,7 +115,7 @@ def run(layer: Any, x: torch.Tensor, weight: Any, adapted: bool, **adapter) -> t
     A, B = local_parameter(layer.lora_A), local_parameter(layer.lora_B)
     bias = None if layer.bias is None else local_parameter(layer.bias)
     if bias is not None and layout is ROW and rank:
-        bias = bias * 0  # the sum over ranks adds it once
+        bias = bias.masked_fill(torch.ones_like(bias, dtype=torch.bool), 0)  # the sum over ranks adds it once, an infinite one too
     if not isinstance(x, DTensor):
         x = DTensor.from_local(x, mesh, style.input_layouts, run_check=False)
     if x.placements != (layout.x,):  # not always: where layers share an x their parts of dX are summed before they are sent
