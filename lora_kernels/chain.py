@@ -296,5 +296,6 @@ def _grad_B(dy, u, dtype, widths=()):
     if widths:
         return torch.cat([_grad_B(dy[:, own], u[:, ranks], dtype) for own, ranks in layers_of(widths, u.shape[1] // len(widths))])
     if dtype == torch.float32:  # the long matrix untransposed: in float32 faster by more than the small copy
-        return grad_mm(u.t(), dy, dtype).t().contiguous()
+        # cloned: to torch a row turned into a column is contiguous as it is, and DDP warns of its strides
+        return grad_mm(u.t(), dy, dtype).t().clone(memory_format=torch.contiguous_format)
     return grad_mm(dy.t(), u, dtype)

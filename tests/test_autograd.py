@@ -99,6 +99,15 @@ def test_retain_graph_and_x_used_twice(impl, device):
 
 
 @pytest.mark.parametrize("impl", ARMS)
+def test_gradients_of_rank_1_have_their_parameters_strides(impl, device):
+    """As DDP's buckets and the operators' fake kernels have them."""
+    x, weight, A, B, bias = operands(device)
+    args = leaves([x, weight, A[:1].clone(), B[:, :1].clone(), bias])
+    lora_linear(*args, impl=impl).sum().backward()
+    assert args[2].grad.stride() == (K, 1) and args[3].grad.stride() == (1, 1)
+
+
+@pytest.mark.parametrize("impl", ARMS)
 @pytest.mark.parametrize("changed", [0, 2, 3])
 def test_in_place_change_of_a_saved_tensor_is_torchs_error(impl, changed, device):
     args = leaves(operands(device))
