@@ -29,6 +29,14 @@ READ_PAST = {
     **dict.fromkeys(("NemotronHMamba2Mixer", "Zamba2MambaMixer"), ("out_proj",)),
     "JambaMambaMixer": ("dt_proj",),
     "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
+    **dict.fromkeys(("DetrMHAttentionMap", "ConditionalDetrMHAttentionMap", "MaskFormerDetrMHAttentionMap"), ("k_proj",)),
+    "DabDetrMHAttentionMap": ("k_linear",),
+    **dict.fromkeys(("LayoutLMv2Encoder", "LayoutLMv3Encoder"), ("rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias")),
+    "PPDocLayoutV2ReadingOrderEncoder": ("rel_pos_bias",),
+    "LongcatFlashTopkRouter": ("classifier",),
+    "MobileBertLMPredictionHead": ("dense", "decoder"),
+    "NeoMMEForMaskedLM": ("unembedding_projection",),
+    "TDNNLayer": ("kernel",),  # of Wav2Vec2's kin, for speakers
 }
 
 

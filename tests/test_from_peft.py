@@ -6,22 +6,33 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import (
     GPT2Config,
     GPT2ForSequenceClassification,
+    LayoutLMv3Config,
+    LayoutLMv3Model,
     LlamaConfig,
     LlamaForCausalLM,
+    LongcatFlashConfig,
     MambaConfig,
     MambaForCausalLM,
+    MobileBertConfig,
+    MobileBertForMaskedLM,
+    Wav2Vec2Config,
+    Wav2Vec2ForXVector,
     WavLMConfig,
     WavLMModel,
 )
+from transformers.models.detr.modeling_detr import DetrMHAttentionMap
+from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashTopkRouter
 
 from lora_kernels import AdapterPool, FusedLoRALinear, LoRAConfig, MultiLoRALinear, UnsupportedError, apply_lora, load_adapter, remove_lora
 
 pytestmark = pytest.mark.usefixtures("as_on_a_users_cpu")
 
 IDS = torch.arange(12).view(2, 6)
+SMALL = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
 HEAD = "base_model.model.lm_head.base_layer.weight"
 
 
@@ -152,9 +163,14 @@ def test_all_linear_does_not_pass_by_what_peft_means_with_it():
     [
         (lambda: MambaForCausalLM(MambaConfig(vocab_size=40, hidden_size=32, num_hidden_layers=1)), "backbone.layers.0.mixer.dt_proj"),
         (lambda: MambaForCausalLM(MambaConfig(vocab_size=40, hidden_size=32, num_hidden_layers=1)), "backbone.layers.0.mixer.out_proj"),
-        (lambda: WavLMModel(WavLMConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4)), "encoder.layers.0.attention.q_proj"),
+        (lambda: WavLMModel(WavLMConfig(**SMALL)), "encoder.layers.0.attention.q_proj"),
+        (lambda: LayoutLMv3Model(LayoutLMv3Config(**SMALL, vocab_size=40)), "encoder.rel_pos_x_bias"),
+        (lambda: MobileBertForMaskedLM(MobileBertConfig(**SMALL, embedding_size=16, vocab_size=40)), "cls.predictions.dense"),
+        (lambda: Wav2Vec2ForXVector(Wav2Vec2Config(**SMALL)), "tdnn.0.kernel"),
+        (lambda: nn.ModuleList([DetrMHAttentionMap(32, 4)]), "0.k_proj"),
+        (lambda: nn.ModuleList([LongcatFlashTopkRouter(LongcatFlashConfig(hidden_size=32))]), "0.classifier"),
     ],
-    ids=["mamba dt", "mamba out", "wavlm"],
+    ids=["mamba dt", "mamba out", "wavlm", "layoutlmv3", "mobilebert", "tdnn", "detr", "longcat"],
 )
 def test_layers_that_transformers_does_not_call_are_refused(model, layer):
     with pytest.raises(UnsupportedError, match=rf"{layer}: \w+ reads its weight past the adapter; name it in exclude_modules"):
