@@ -139,11 +139,11 @@ def sizes(layer: nn.Module) -> tuple[int, int] | None:
 
 
 def quantised(layer: nn.Module) -> bool:
-    """Whether a linear layer stores its weight otherwise than as a matrix of floats."""
+    """Whether a linear layer stores its weight otherwise than as a matrix of floats that products are made of."""
     if sizes(layer) is None or isinstance(layer, AdaptedLinear):
         return False
     weight = getattr(layer, "weight", None)
-    if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
+    if not isinstance(weight, torch.Tensor) or weight.dtype not in FLOATS:  # 8-bit floats have a scale somewhere, or are cast by hooks
         return True
     by_torchao = any(kind.__module__.startswith("torchao.") for kind in type(weight).__mro__)
     return by_torchao or tuple(weight.shape) != (layer.out_features, layer.in_features)  # packed, perhaps into words of floats

@@ -191,6 +191,26 @@ class Net(nn.Module):
         return self.second(torch.tanh(self.first(x)))
 
 
+class Eight(nn.Linear):
+    """Floats of eight bits with a scale a row, in a weight of the usual shape: DeepSeek's format, in transformers an FP8Linear."""
+
+    def __init__(self):
+        super().__init__(K, N, bias=False)
+        self.scales = nn.Parameter(self.weight.detach().abs().amax(1, keepdim=True) / 448)
+        self.weight = nn.Parameter((self.weight.detach() / self.scales.detach()).to(torch.float8_e4m3fn), requires_grad=False)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight.to(x.dtype) * self.scales)
+
+
+def cast_by_hooks():
+    """A plain layer whose storage is of eight bits but while it is called, as diffusers' layerwise casting has it."""
+    layer = nn.Linear(K, N).to(torch.float8_e4m3fn)
+    layer.register_forward_pre_hook(lambda layer, args: layer.to(torch.float32) and None)
+    layer.register_forward_hook(lambda layer, args, y: layer.to(torch.float8_e4m3fn) and None)
+    return layer
+
+
 CONFIG = LoRAConfig(target_modules=["first", "second"], r=4, lora_alpha=8, init_lora_weights=False)
 
 
@@ -220,6 +240,20 @@ def test_apply_with_many_adapters():
     assert not torch.isclose(y[ids >= 0], before[ids >= 0]).all()
 
 
+@pytest.mark.parametrize("base", [Eight, cast_by_hooks])
+def test_apply_over_floats_of_eight_bits(base):
+    model, x = nn.ModuleDict({"fp8": base()}), torch.randn(M, K)
+    before, first = model["fp8"](x), model["fp8"]
+    assert apply_lora(model, LoRAConfig(target_modules="all-linear", r=4, lora_alpha=8, init_lora_weights=False)) == ["fp8"]
+    layer = model["fp8"]
+    assert type(layer) is LoRAOver and layer.lora_A.dtype is torch.float32
+    torch.testing.assert_close(layer(x), before + 2 * (x @ layer.lora_A.T) @ layer.lora_B.T)
+    layer(x).sum().backward()
+    assert layer.lora_A.grad.any() and layer.lora_B.grad.any()
+    remove_lora(model)
+    assert model["fp8"] is first and torch.equal(first(x), before)
+
+
 def test_variants_are_refused_by_name():
     model = Net()
     with pytest.raises(UnsupportedError, match="use_dora: wanted False, which is what LoRAOver computes, got True"):
@@ -238,6 +272,6 @@ def test_what_counts_as_quantised():
     class Other(nn.Linear):
         pass
 
-    assert quantised(Packed()) and quantised(Words())
+    assert quantised(Packed()) and quantised(Words()) and quantised(Eight())
     for dense in (nn.Linear(K, N), Other(K, N), nn.MultiheadAttention(8, 2).out_proj, nn.Embedding(2, 2), nn.ReLU(), FusedLoRALinear(2, 2)):
         assert not quantised(dense), dense
