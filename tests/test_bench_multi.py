@@ -27,8 +27,6 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SECTIONS = ("multi", "decode", "mtrain")
 GRIDS = {"multi": workloads.prefill, "decode": workloads.decode, "mtrain": workloads.train}
 SMALL = MultiPoint("prefill", "small", 40, 64, 48, 8, dtype=torch.float32, loaded=8, spread=3)
-
-
 pytestmark = pytest.mark.usefixtures("as_on_a_users_cpu")  # interpreted kernels would be timed too
 
 
