@@ -108,7 +108,7 @@ class LoRALinearFunction(torch.autograd.Function):
 
 def recorded(trained: bool) -> bool:
     """Whether autograd is to see a call: for a backward pass, or to refuse a forward-mode derivative, which the arms would pass by."""
-    return (trained and torch.is_grad_enabled()) or forward_ad._current_level >= 0
+    return (trained and torch.is_grad_enabled()) or (forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled())
 
 
 def lora_linear(

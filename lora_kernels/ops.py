@@ -134,6 +134,14 @@ def _forward_kernel(
     x, weight, lora_A, lora_B, bias, seed, scales, ranks, plan, geometry, scale, dropout_p, save_u, impl, config, base=None
 ):  # fmt: skip
     adapters = Adapters.from_flat(scales, ranks, plan, geometry)
+    from .autograd import LoRALinearFunction, recorded
+
+    if recorded(any(t is not None and t.requires_grad for t in (x, lora_A, lora_B, bias, base))):
+        # Called as an exported program calls it, without the Function around, whose u nobody else reads. torch warns nevertheless: to be
+        # told of the gradients it would have to call Python once more at every call.
+        constants = (scale, dropout_p, impl, config, None, tuple(geometry), scales, ranks)
+        y = LoRALinearFunction.apply(x, weight, lora_A, lora_B, bias, base, seed, *constants, *plan)
+        return y, x.new_empty((math.prod(y.shape[:-1]), lora_A.shape[-2]) if save_u else (0,))
     y, u = _forward(x, weight, lora_A, lora_B, bias, seed, adapters, scale, dropout_p, save_u, impl, config, base)
     return y, u if save_u else x.new_empty(0)
 

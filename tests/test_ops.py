@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from lora_kernels import FusedLoRALinear, dispatch, lora_linear, ops, parity
+from lora_kernels import FusedLoRALinear, MultiLoRALinear, Segments, chain, dispatch, lora_linear, ops, parity
 from lora_kernels.parity import Case
 
 M, N, K, R = 6, 10, 12, 4
@@ -188,6 +188,32 @@ def test_export():
     exported = torch.export.export(model, (x,))
     torch.testing.assert_close(exported.module()(x), model(x))
     assert any("lora_kernels.forward" in str(node.target) for node in exported.graph.nodes)
+
+
+class ByToken(MultiLoRALinear):
+    def forward(self, x, ids):
+        return super().forward(x, Segments.from_ids(ids, self.num_adapters))
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize("many", [True, False])
+def test_an_exported_program_is_trained(many, recorded, monkeypatch):
+    """Its gradients are the module's own, whatever the library's products are made by (oneDNN's have no gradients that torch knows)."""
+    if DEVICE.type == "cpu":
+        monkeypatch.setattr(chain, "_onednn", lambda: True)
+    adapter = dict(r=R, lora_dropout=0.3, init_lora_weights=False)
+    layer = ByToken(32, 48, num_adapters=3, **adapter) if many else FusedLoRALinear(32, 48, **adapter)
+    ids = (torch.arange(64) // 16 - 1,) if many else ()
+    x, gradients = torch.randn(64, 32), []
+    with torch.set_grad_enabled(recorded):
+        exported = torch.export.export(layer, (x, *ids)).module()
+    for module in (layer, exported):
+        torch.manual_seed(0)
+        its_x = x.clone().requires_grad_()
+        module(its_x, *ids).square().sum().backward()
+        gradients.append([its_x.grad, module.lora_A.grad, module.lora_B.grad])
+        layer.zero_grad()
+    assert all(torch.equal(own, its) for own, its in zip(*gradients, strict=True))
 
 
 def test_a_trace_takes_other_sizes():
