@@ -149,7 +149,8 @@ def print_reports(arch, reports) -> None:
     print(f"{arch.name}: {len(reports)} kernels of the heuristic configurations")
     print(f"  {'kernel':<24} {'for':<34} {'dtype':<9} {'warps':>5} {'registers':>9} {'spills':>6} {'shared':>7} {'matmul':>8}  tma")
     for r in reports:
-        flag = "" if r.good else "  <- BAD: wgmma serialized" if r.serialized else "  <- BAD"
+        wgmma = "serialized" if r.serialized else "of registers in a loop" if r.hazards else ""
+        flag = "" if r.good else f"  <- BAD: wgmma {wgmma}" if wgmma else "  <- BAD"
         row = f"  {r.kernel:<24} {r.label:<34} {r.dtype:<9} {r.warps:>5} {r.registers:>9} {r.spills:>6} {r.shared:>7} {r.matmul or '-':>8}"
         print(f"{row}  {'yes' if r.tma else '-'}{flag}")
     shared = max(r.shared for r in reports)

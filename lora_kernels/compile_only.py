@@ -35,7 +35,8 @@ class Report:
     """One compiled kernel: what it is, what it needs, and which matmul instruction it uses ("": none, "fma": none wanted).
 
     spills: reloads of spilled values inside a loop, where they cost; on AMD all spilled registers.
-    serialized: each wgmma waits for the one before, though it was written to run beside the program.
+    serialized: each wgmma waits for the one before, though it was written to run beside the program. hazards: wgmma in loops that take an
+    operand from registers, which ptxas before 13.3 may overwrite too early (triton #9433).
     """
 
     kernel: str
@@ -50,12 +51,13 @@ class Report:
     tma: bool
     warps: int
     serialized: bool
+    hazards: int = 0
 
     @property
     def good(self) -> bool:
-        """No spills, no serialized wgmma, fits the chip, and a 16-bit kernel uses a matmul instruction (an empty kernel has none)."""
+        """No spills, no hazards, no serialized wgmma, fits the chip, and 16 bits use a matmul instruction (an empty kernel has none)."""
         matmul = bool(self.matmul or self.dtype not in ("float16", "bfloat16"))
-        return matmul and self.spills == 0 and not self.serialized and self.shared <= self.shared_limit
+        return matmul and self.spills == self.hazards == 0 and not self.serialized and self.shared <= self.shared_limit
 
     def as_dict(self) -> dict:
         return asdict(self) | {"good": self.good}
@@ -321,13 +323,13 @@ def _report(name, compiled, label: str, arch: Arch, options: dict, dtype: str) -
     matmul = next((short for pattern, short in _MATMUL if pattern in text), "")
     if options.get("EACH") and options["LOAD_W"] is None:
         matmul = "fma"
-    registers, spills, serialized = _amd_resources(text) if arch.kind == "hip" else _nvidia_resources(compiled, text)
+    registers, spills, *wgmma = _amd_resources(text) if arch.kind == "hip" else _nvidia_resources(compiled, text)
     tma = "cp.async.bulk.tensor" in text
     what = " ".join(
         filter(None, (name, options.get("U"), "segments" if options.get("SEGMENTS") else "", "split" if options.get("SPLIT") else ""))
     )
     shared, warps = compiled.metadata.shared, options["num_warps"]
-    return Report(what, label, arch.name, dtype, registers, spills, shared, arch.shared_memory, matmul, tma, warps, serialized)
+    return Report(what, label, arch.name, dtype, registers, spills, shared, arch.shared_memory, matmul, tma, warps, *wgmma)
 
 
 def _amd_resources(text: str) -> tuple[int, int, bool]:
@@ -336,17 +338,17 @@ def _amd_resources(text: str) -> tuple[int, int, bool]:
     return int(vgprs.group(1)) if vgprs else 0, int(spills.group(1)) if spills else 0, False
 
 
-def _nvidia_resources(compiled, ptx: str) -> tuple[int, int, bool]:
-    """Registers a thread, how many instructions in loops reload a spilled value from local memory, and whether wgmma is serialized."""
+def _nvidia_resources(compiled, ptx: str) -> tuple[int, int, bool, int]:
+    """Registers a thread, how many instructions in loops reload a spilled value from local memory, and `Report`'s two of wgmma."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         used = re.search(r"REG:(\d+) STACK:(\d+)", _cuobjdump("--dump-resource-usage", file.name))
         if not used:
             raise RuntimeError("cuobjdump: wanted a line with REG and STACK, got none")
-        # Half a second to disassemble, for what spills (to its stack) or may be serialized.
-        sass = _cuobjdump("--dump-sass", file.name) if used[2] != "0" or _grouped(ptx) else ""
-    return int(used[1]), reloads_in_loops(sass), serialized(ptx, sass)
+        # Half a second to disassemble, for what spills (to its stack) or has wgmma.
+        sass = _cuobjdump("--dump-sass", file.name) if used[2] != "0" or "wgmma" in ptx else ""
+    return int(used[1]), in_loops(r"\bLDL\b", sass), serialized(ptx, sass), in_loops(r"HGMMA\S* R\w+, R", sass)
 
 
 def serialized(ptx: str, sass: str) -> bool:
@@ -361,8 +363,8 @@ def _grouped(ptx: str) -> bool:
     return ptx.count("wgmma.mma_async") > ptx.count("wgmma.commit_group")
 
 
-def reloads_in_loops(sass: str) -> int:
-    """How many LDL instructions may run again: those that a path leads back to.
+def in_loops(instruction: str, sass: str) -> int:
+    """How many instructions that a pattern means may run again: those that a path leads back to.
 
     What lies between a branch backwards and its target does not tell, for the assembler moves the waits of a loop behind all else.
     """
@@ -373,7 +375,7 @@ def reloads_in_loops(sass: str) -> int:
         to = re.search(r"\b(?:BRA|BSSY|CALL)\b.*?0x([0-9a-f]+)", text)
         ends = re.match(r"BRA 0x|EXIT|RET", text)  # without a condition; a call comes back
         following.append(([] if ends or i + 1 == len(code) else [i + 1]) + ([place[int(to[1], 16)]] if to else []))
-    return sum(_again(i, following) for i, (_, text) in enumerate(code) if re.search(r"\bLDL\b", text))
+    return sum(_again(i, following) for i, (_, text) in enumerate(code) if re.search(instruction, text))
 
 
 def _again(start: int, following: list[list[int]]) -> bool:
