@@ -381,7 +381,7 @@ with launch.intercept(lambda kernel, grid, args, options: launched.add(precompil
     for timed in points:
         o = timed.operands(cpu)
         configs = [None, *multi_variants.configs(timed, o, arch)[0].values()]
-        assert len(configs) == (4 if timed.forward_alone else 6)
+        assert len(configs) == (6 if timed.forward_alone else 8), configs
         for point in (timed, small(timed, o.adapters.segments)):
             o = point.operands(cpu)
             make = inference if point.forward_alone else training

@@ -335,7 +335,7 @@ def test_a_tile_takes_one_layers_rank():
     assert heuristic(packed, arch).expand == heuristic(alone, arch).expand
     assert replace(packed, M=64, R=96).tile_rank == 32 and heuristic(replace(packed, M=64, R=96), arch).expand.u == "loop"
     assert heuristic(replace(packed, M=64, R=96).backward(), arch).expand.u == "given"
-    loop = heuristic(replace(alone, M=64), arch)
+    loop = heuristic(replace(alone, M=16), arch)
     assert why_not(loop, replace(packed, M=64, R=384), arch) is None
     assert "serves ranks up to 128, got 129" in why_not(loop, replace(packed, M=64, R=387), arch)
     assert packed.flops == 2 * 8192 * (6144 * 4096 + 16 * 6144 + 48 * 4096)

@@ -323,7 +323,11 @@ def test_scales_and_ranks_change_without_another_compilation():
 def test_only_what_is_wanted_is_computed(launched):
     t, ids = case_tensors(MANY), torch.arange(37) % 6
     s = plan(ids, 6, **blocks_of(TILES))
-    wanted = {"x": ["shrink", "expand"], "lora_A": ["shrink", "add_parts", "wgrad", "add_parts"], "lora_B": ["wgrad", "add_parts"]}
+    wanted = {
+        "x": ["shrink", "add_parts", "expand"],
+        "lora_A": ["shrink", "add_parts", "wgrad", "add_parts"],
+        "lora_B": ["wgrad", "add_parts"],
+    }
     for name, kernels in wanted.items():
         leaf = t[name].clone().requires_grad_()
         y = lora_linear(**{k: leaf if k == name else t[k] for k in ("x", "weight", "lora_A", "lora_B")}, segments=s, config=TILES)
