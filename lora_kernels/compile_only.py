@@ -206,7 +206,7 @@ def heuristic_problems() -> Iterator[tuple[str, Problem, bool]]:
             problem = Problem(M, N, K, 16, torch.bfloat16, dropout)
             label = f"M={M} {K}->{N}{' dropout' if dropout else ''}"
             yield f"forward {label}", problem, False
-            if M > 32:
+            if M > 64:
                 yield f"backward {label}", replace(problem, N=K, K=N).backward(), True
 
 
@@ -338,6 +338,7 @@ def _amd_resources(text: str) -> tuple[int, int, bool]:
     return int(vgprs.group(1)) if vgprs else 0, int(spills.group(1)) if spills else 0, False
 
 
+@functools.lru_cache(1024)  # passes have kernels in common
 def _nvidia_resources(compiled, ptx: str) -> tuple[int, int, bool, int]:
     """Registers a thread, how many instructions in loops reload a spilled value from local memory, and `Report`'s two of wgmma."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
