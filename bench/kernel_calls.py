@@ -120,7 +120,7 @@ def launched(call: Call, i: Inputs, config: Config) -> tuple[torch.Tensor, ...]:
         da = launch.run_wgrad(o.x, i.ds, scale=1.0, dropout=i.drop, out_transposed=True, dtype=o.lora_A.dtype, **shared)
         return da, launch.run_wgrad(o.dy, i.u, scale=1.0, dropout=None, out_transposed=False, dtype=o.lora_B.dtype, **shared)
     if call.kernel == "shrink" and call.what == "forward":
-        parts = i.point.forward_alone
+        parts = launch.in_parts(not i.point.forward_alone, o.adapters, config)
         return (launch.run_shrink(o.x, o.lora_A.mT, scale=o.scale, dropout=i.drop, dtype=o.x.dtype, parts=parts, **shared),)
     if call.kernel == "shrink":
         return (launch.run_shrink(o.dy, o.lora_B, scale=o.scale, dropout=None, dtype=o.x.dtype, **shared),)

@@ -2,7 +2,7 @@
 
     forward    U = shrink(x, A), Y = expand(x, W^T, U, B^T)          or one launch, with u in the loop or awaited
     backward   dS = shrink(dY, B^T), dX = expand(dY, W, dS, A), dA = wgrad(x, dS), dB = wgrad(dY, U)
-    add_parts  behind shrink, of a result that is kept, and behind both wgrads, where their long axis was split
+    add_parts  behind shrink, unless expand adds the parts itself, and behind both wgrads, where their long axis was split
 
 Inside the kernels letters are GEMM roles, so a transposition here is a pair of strides in the other order. With segments adapters
 are stacks, ``[E, r, K]`` and ``[E, N, r]``, and each kernel takes its part of the plan. Tokens ``[M, K]`` may have any strides, or be
@@ -254,13 +254,13 @@ def _dropout(dropout) -> tuple:
     return seed, philox.threshold_of(p), philox.inv_keep(p)
 
 
-def _in_parts(keep: bool, adapters: Adapters, config: Config) -> bool:
+def in_parts(keep: bool, adapters: Adapters, config: Config) -> bool:
     """Whether expand adds the parts of u, which nobody keeps: not where it reads u for each adapter of a row block, in no pipeline then."""
     return not keep and (adapters.segments is None or config.expand.each)
 
 
 def down(x, lora_A, adapters: Adapters, scale: float, save_u: bool, config: Config, kept: dict | None = None):
-    """``u = scale x A^T [M, R]``, or `_in_parts`: of several layers of one x, for their `forward`, where none drops.
+    """``u = scale x A^T [M, R]``, or `in_parts`: of several layers of one x, for their `forward`, where none drops.
 
     kept: As in `forward`, of the arm of one of these layers.
     """
@@ -268,7 +268,7 @@ def down(x, lora_A, adapters: Adapters, scale: float, save_u: bool, config: Conf
     with on_device(x):
         return run_shrink(
             x, lora_A, transposed=True, scale=scale, adapters=adapters, dropout=None, config=config, dtype=x.dtype,
-            parts=_in_parts(save_u, adapters, config), kept=kept,
+            parts=in_parts(save_u, adapters, config), kept=kept,
         )  # fmt: skip
 
 
@@ -288,7 +288,7 @@ def forward(
         if config.expand.u == "given":
             counters = tile_counters(x, lora_B.shape[-2], config, adapters.widths)
             if u is None:
-                parts = _in_parts(save_u, adapters, config)
+                parts = in_parts(save_u, adapters, config)
                 u = run_shrink(x, lora_A, scale=scale, dropout=drop, dtype=x.dtype, parts=parts, **shared)
             if base is not None:
                 return run_expand(x, None, lora_B, u=u, base=base, **shared)
@@ -320,7 +320,7 @@ def backward(
         counters = tile_counters(dy, lora_A.shape[-1], config) if need_dx else None
         if (need_dx or keep_ds) and not one_launch:
             ds = run_shrink(
-                dy, lora_B, scale=scale, dropout=None, dtype=dy.dtype, parts=_in_parts(keep_ds, adapters, config), out=ds,
+                dy, lora_B, scale=scale, dropout=None, dtype=dy.dtype, parts=in_parts(keep_ds, adapters, config), out=ds,
                 widths=adapters.widths, **shared,
             )  # fmt: skip
         if one_launch and keep_ds and ds is None:

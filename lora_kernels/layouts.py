@@ -271,8 +271,7 @@ def expand(
     if u is not None:
         u_args = u[1]
         if len(u[0]) == 3:
-            walked = adapters.tokens > 0 and not c.each
-            load_u = load_parts if walked else _parts_loader(u[0][0], c.block_m * block_r // (32 * c.num_warps))
+            load_u = _parts_loader(u[0][0], c.block_m * block_r // (32 * c.num_warps))
             u_args = (*u[1][1:], u[1][0], u[0][0])
     late = None
     if config.wgrad.beside == "pdl":

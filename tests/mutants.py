@@ -247,7 +247,7 @@ MANY = [
     Mutant("launch: no ranks in backward", LAUNCH, SHARED, SHARED.replace("=adapters,", "=adapters._replace(ranks=None),")),
     Mutant("launch: no scales awaited", LAUNCH, 'None if c.u == "given" else adapters.scales', "None"),
     Mutant("launch: adapters a row apart", LAYOUT, "return strides[0] if", "return strides[1] if"),
-    Mutant("launch: dS in parts for wgrad", LAUNCH, "_in_parts(keep_ds, ", "_in_parts(False, "),
+    Mutant("launch: dS in parts for wgrad", LAUNCH, "in_parts(keep_ds, ", "in_parts(False, "),
     Mutant("runs: all tokens are neighbours", CHAIN, "last[e] - first[e] == end - begin - 1", "True"),
     Mutant("runs: one gap is none", CHAIN, "== end - begin - 1", "<= end - begin"),
     Mutant("runs: last token left out", CHAIN, "slice(first[e], last[e] + 1)", "slice(first[e], last[e])"),

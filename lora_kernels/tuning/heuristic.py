@@ -135,9 +135,9 @@ def _few_tokens(problem: Problem, arch: Arch) -> Expand:
     tile = Expand(block_m, 32 if loop else 64, block_k, num_warps=4, num_stages=STREAMED, u="loop" if loop else "given")
     if problem.itemsize == 4 or arch.kind != "cuda":
         return tile
-    wider = [replace(tile, block_n=n, num_warps=8 if block_m * n > 64 * 64 else 4) for n in (64, 128) if loop]
-    given = [replace(tile, block_n=n, u="given", num_warps=8 if block_m * n > 64 * 64 else 4) for n in (64, 128)]
-    return _least(tile, [*wider, *given], problem, arch)
+    sources = ("loop", "given") if loop else ("given",)
+    others = [replace(tile, block_n=n, u=u, num_warps=8 if block_m * n > 64 * 64 else 4) for u in sources for n in (64, 128)]
+    return _least(tile, others, problem, arch)
 
 
 def _segments(problem: Problem, arch: Arch) -> Expand:
