@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Every row has every one of FIELDS and CONDITIONS, null where it does not apply; OTHERS are written only where they apply.
 FIELDS = "section what arm config M N K r p dtype ms roof_fraction over_linear".split()
 OTHERS = "took launch layer grid rounds speedup_over_peft gbs tflops us peak_bytes saved_bytes name ok ratio detail error quick".split()
-OTHERS += "adapters loaded popularity order ranks widths top_k adapter_dtype losses".split()
+OTHERS += "moved_bytes adapters loaded popularity order ranks widths top_k adapter_dtype losses".split()
 OTHERS += "capability kernel round over_heuristic seconds kernels lengths tool".split()
 CONDITIONS = "gpu cpu cpu_capability threads driver cuda torch triton python commit code date".split()
 

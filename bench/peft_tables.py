@@ -10,6 +10,7 @@ COMMANDS = {
     "modules": "python -m bench.modules --out bench/results/modules.jsonl",
     "curves": "python -m bench.loss_curves --out bench/results/curves.jsonl",
     "model": "python -m bench.device model --out bench/results",
+    "slots": "python -m bench.device slots --out bench/results",
 }
 TITLES = {"peft": "PEFT", "fused": "fused", "shared": "fused, `share_inputs`", "slots": "slots"}
 
@@ -86,6 +87,20 @@ def _peak(row: dict | None) -> str:
     return "" if row is None else significant((row["peak_bytes"] or row["saved_bytes"] or 0) / (1 << 20))
 
 
+def slots(rows: list[dict], brief: bool) -> str:
+    """What another adapter costs a model that serves, beside the model itself."""
+    failed = [row for row in rows if row["error"]]
+    rows = [row for row in rows if row["ms"]]
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    lines = []
+    for (layer, r), by_arm in points(rows, ("layer", "r")):
+        moved = significant(next(iter(by_arm.values()))["moved_bytes"] / (1 << 20))
+        lines.append([layer, r, moved, *(ms(by_arm.get(arm), brief) for arm in arms)])
+    text = "Wall ms until the device has it. From files: the frozen model, and an adapter, by PEFT's hotswap and by `AdapterPool.add`. "
+    text += "In `pool.use`: to put an adapter into a slot, beside a copy of as many bytes, and to name one that has its slot."
+    return "\n\n".join([text, markdown_table(["model", "r", "adapter, MiB", *arms], lines), *lists({"Failed": failed})])
+
+
 def plot(rows: list[dict]) -> str:
     """curves.svg."""
     panels = []
@@ -95,5 +110,5 @@ def plot(rows: list[dict]) -> str:
     return charts(panels, "step", "loss")
 
 
-RENDERERS = {"modules": modules, "curves": curves, "model": model}
+RENDERERS = {"modules": modules, "curves": curves, "model": model, "slots": slots}
 PLOTS = {"curves": plot}

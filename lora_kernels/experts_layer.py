@@ -216,8 +216,10 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def plain_name(model: nn.Module, name: str) -> str:
     """A module's name as it is without the `LoRAExperts` around it and above it, and without torch.compile's wrappers."""
+    if "_orig_mod" not in name and "base_layer" not in name:
+        return name
     kept, module = [], model
-    for part in name.split(".") if name else ():
+    for part in name.split("."):
         if part != "_orig_mod" and not (part == "base_layer" and isinstance(module, LoRAExperts)):
             kept.append(part)
         module = module.get_submodule(part)

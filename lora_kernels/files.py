@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from . import multi
 from .adapter_store import WEIGHTS_FILE, opened, safetensors_or_why, write
 from .apply import some
 from .experts_layer import LoRAExperts, config_name, unwrapped
@@ -171,31 +172,28 @@ def read(model: nn.Module, folder: str | os.PathLike, *, slot: int | None, parti
 
 
 @torch.no_grad()
-def put(adapter: Adapter, slot: int | None, absent: str = "reset_adapter") -> None:
-    """Write an adapter into the layers. All of it was checked: copies alone. absent: What layers do that it lacks."""
+def put(adapter: Adapter, slot: int | None, *, reset: bool = True, non_blocking: bool = False) -> None:
+    """Write an adapter into the layers, all of which was checked. reset: whether those it lacks are initialised again, or zeros."""
     layers, called, values, config = adapter
-    packed: dict[PackedLoRALinear, dict[int, str]] = {}
+    slots: dict[MultiLoRALinear, tuple[list, list[float]]] = {}
     for name, layer in layers.items():
-        own = called[name]
-        if isinstance(layer, PackedPart):
-            packed.setdefault(layer.layer, {})[layer.n] = name
-        elif name not in values:
-            getattr(layer, absent)(*(() if slot is None else (slot,)))
-        elif slot is not None:
-            layer.load_adapter(slot, values[name]["lora_A.weight"], values[name]["lora_B.weight"], config.scaling_of(own))
+        given, own = values.get(name), called[name]
+        if slot is not None:
+            whole, n = (layer.layer, layer.n) if isinstance(layer, PackedPart) else (layer, 0)
+            parts, scales = slots.setdefault(whole, ([None] * (len(whole.widths) or 1), []))
+            if given is not None:
+                parts[n] = given["lora_A.weight"], given["lora_B.weight"]
+                scales.append(config.scaling_of(own))
+        elif given is None:
+            layer.reset_adapter()
         else:
-            for part, t in values[name].items():
+            for part, t in given.items():
                 getattr(layer, ATTRIBUTES[part]).copy_(t)
             layer.lora_alpha, layer.use_rslora, layer.scaling = config.alpha_of(own), config.use_rslora, config.scaling_of(own)
-    for whole, parts in packed.items():
-        assert slot is not None  # as `_layers` has it for stacks
-        given = [values.get(parts[n]) for n in range(len(parts))]
-        scales = [config.scaling_of(called[parts[n]]) for n, own in enumerate(given) if own is not None]
-        if not scales:
-            getattr(whole, absent)(slot)
-            continue
-        A, B = ([None if own is None else own[part] for own in given] for part in ("lora_A.weight", "lora_B.weight"))
-        whole.load_adapter(slot, A, B, scales[0])
+    if slot is not None:
+        multi.put(slot, [(whole, parts, scales[0] if scales else None) for whole, (parts, scales) in slots.items()], non_blocking)
+        for whole in [whole for whole, (_, scales) in slots.items() if reset and not scales]:
+            whole.reset_adapter(slot)
 
 
 def _layers(model: nn.Module, slot: int | None) -> dict[str, Any]:

@@ -8,7 +8,7 @@ The stacks are written in place only, slot by slot, so that one adapter is swapp
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ from .nn import AdaptedLinear, check_linear, check_rank, held, init_adapter, sca
 from .problem import UnsupportedError, check_tensor, sharded
 from .segments import Segments, check_int
 from .slots import SlotParameter
+
+Factors = tuple[torch.Tensor, torch.Tensor]  # A [r, K] and B [N, r]
 
 
 class MultiLoRALinear(AdaptedLinear):
@@ -162,6 +164,10 @@ class MultiLoRALinear(AdaptedLinear):
         """The same at the stack's rank: all of slot i."""
         return self.lora_A.detach()[i], self.lora_B.detach()[i]
 
+    def _parts(self, i: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Slot i as an A ``[r, K]`` and a B ``[N, r]`` for each layer that the weight packs."""
+        return [self._slot(i)]
+
     def adapter_parameters(self, i: int) -> list[nn.Parameter]:
         """Slot i of lora_A and of lora_B as leaves for an optimizer of adapter i alone: ``AdamW(layer.adapter_parameters(i))``.
 
@@ -196,9 +202,7 @@ class MultiLoRALinear(AdaptedLinear):
         self._check_slot(i)
         r = self._checked_rank(A, B, self.out_features)
         scale = self._checked_scale(i, r, scale)
-        # copied first: A and B may be views into these stacks
-        A, B = (t.to(self.lora_A.device, self.lora_A.dtype, copy=True) for t in (A, B))
-        self._put(i, A, B, scale)
+        put(i, [(self, [self._copied(A, B)], scale)])
 
     def merge(self, i: int, keep: str = "device") -> None:
         """Write adapter i into the weight, ``W + scaling[i] B[i] A[i]``, in one pass over it, also in the place of another merged one.
@@ -217,18 +221,14 @@ class MultiLoRALinear(AdaptedLinear):
     @torch.no_grad()
     def reset_adapter(self, i: int, init_lora_weights: bool = True) -> None:
         """Initialise slot i again, in place, with the rank and scaling it was built with; see ``init_lora_weights``."""
-        self._check_slot(i)
-        r = self._built[i]
-        self._set_tables(i, r, self._scale_for(i, r))
+        self.clear_adapter(i)
         self._init(i, init_lora_weights)
-        self._clear_beyond(i, r)
 
     @torch.no_grad()
     def clear_adapter(self, i: int) -> None:
         """Slot i as `reset_adapter` leaves it, but all zeros: no random number is drawn, and no gradient would reach it."""
         self._check_slot(i)
-        self._set_tables(i, self._built[i], self._scale_for(i, self._built[i]))
-        self._clear_beyond(i, 0)
+        put(i, [(self, [None] * len(self._parts(i)), None)])
 
     def adapter_state_dict(self, i: int) -> dict:
         """Adapter i alone: ``lora_A [r_i, K]`` and ``lora_B [N, r_i]``, copies, and ``scaling``, a float."""
@@ -279,15 +279,9 @@ class MultiLoRALinear(AdaptedLinear):
             raise ValueError(f"scale: wanted a finite number, got {scale}")
         return scale
 
-    def _set_tables(self, i: int, r: int, scale: float) -> None:
-        self.ranks[i].fill_(r)
-        self.scaling[i].fill_(scale)
-        self._ranks[i] = r
-        self._know_ranks(self._ranks)
-        self.writes[i] += 1
-        for stack in (self.lora_A, self.lora_B):
-            if stack.grad is not None:  # of the adapter that was there
-                stack.grad[i].zero_()
+    def _copied(self, A: torch.Tensor, B: torch.Tensor) -> Factors:
+        """As the stacks have them; copied, for they may be views into these stacks."""
+        return tuple(t.to(self.lora_A.device, self.lora_A.dtype, copy=True) for t in (A, B))  # type: ignore[return-value]
 
     def _fill_tables(self) -> None:
         """Buffers and the host's ranks as built."""
@@ -307,19 +301,6 @@ class MultiLoRALinear(AdaptedLinear):
 
     def _init(self, i: int, init_lora_weights: bool) -> None:
         init_adapter(*self.adapter(i), init_lora_weights)
-
-    def _put(self, i: int, A: torch.Tensor, B: torch.Tensor, scale: float) -> None:
-        """Have `adapter` give these values, which were checked."""
-        r = B.shape[1]
-        self._set_tables(i, r, scale)
-        for own, new in zip(self.adapter(i), (A, B), strict=True):
-            own.copy_(new)
-        self._clear_beyond(i, r)
-
-    def _clear_beyond(self, i: int, r: int) -> None:
-        A, B = self._slot(i)
-        A[..., r:, :].zero_()
-        B[:, r:].zero_()
 
     def __getstate__(self) -> dict:  # a copy, or a file, is in nobody's use
         return {name: value for name, value in self.__dict__.items() if name != "plans"}
@@ -350,6 +331,53 @@ class MultiLoRALinear(AdaptedLinear):
         parts += [f"num_adapters={self.num_adapters}", f"r={self.r}", f"lora_dropout={self.lora_dropout:g}"]
         parts += [f"ranks={low}" if low == high else f"ranks={low}..{high}"] if self._mixed else []
         return ", ".join(parts)
+
+
+@torch.no_grad()
+def put(i: int, given: Iterable[tuple[MultiLoRALinear, Sequence[Factors | None], float | None]], non_blocking: bool = False) -> None:
+    """Have slot i of each layer hold an adapter, in place; its gradient is 0, and other slots serve on. All of it was checked.
+
+    Many layers cost little more than one: a copy for each A and B, and a few launches for all that is zeroed and for the tables.
+
+    Args:
+        given: For each layer the A and B of each of its parts, None: zeros; and the scaling, None: as built. The slot's rank is the
+            largest of them, or as built where there is none.
+        non_blocking: Whether what lies in page-locked memory may be on its way yet when this returns; the stream has it in order.
+    """
+    places: list[torch.Tensor] = []
+    values: list[torch.Tensor] = []
+    rest: list[torch.Tensor] = []
+    ranks: list[tuple[torch.Tensor, int]] = []
+    scalings: list[tuple[torch.Tensor, float]] = []
+    for layer, parts, scale in given:
+        r = max((own[1].shape[1] for own in parts if own is not None), default=layer._built[i])
+        if r != layer._ranks[i]:
+            layer._know_ranks([*layer._ranks[:i], r, *layer._ranks[i + 1 :]])
+        layer.writes[i] += 1
+        for (A, B), own in zip(layer._parts(i), parts, strict=True):
+            held = 0 if own is None else own[1].shape[1]
+            if own is not None:
+                values += own
+                places += (A, B) if held == layer.r else (A[:held], B[:, :held])
+            if held < layer.r:
+                rest += A[held:], B[:, held:]
+        rest += [stack.grad[i] for stack in (layer.lora_A, layer.lora_B) if stack.grad is not None]  # of the adapter that was there
+        ranks.append((layer.ranks[i], r))
+        scalings.append((layer.scaling[i], layer._scale_for(i, r) if scale is None else scale))
+    if rest:
+        torch._foreach_zero_(rest)
+    if places:
+        torch._foreach_copy_(places, values, non_blocking)
+    _fill(ranks)
+    _fill(scalings)
+
+
+def _fill(numbers: list[tuple[torch.Tensor, Any]]) -> None:
+    """Write a number into each element, by one copy to each device."""
+    for device in dict.fromkeys(place.device for place, _ in numbers):
+        own = [(place, number) for place, number in numbers if place.device == device]
+        there = torch.tensor([number for _, number in own], dtype=own[0][0].dtype, device="cpu").to(device, non_blocking=True)
+        torch._foreach_copy_([place for place, _ in own], list(there.unbind()))
 
 
 def _each(name: str, value, E: int) -> list:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .multi import MultiLoRALinear
+from .multi import MultiLoRALinear, put
 from .nn import check_linear, init_adapter
 from .over import Over, sizes
 from .packed import check_widths
@@ -88,6 +88,10 @@ class PackedLoRALinear(MultiLoRALinear):
         A, B = super()._slot(i)
         return A.view(len(self.widths), self.r, self.in_features), B
 
+    def _parts(self, i: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        A, B = self._slot(i)
+        return list(zip(A, B.split(self.widths), strict=True))
+
     @torch.no_grad()
     def load_adapter(self, i: int, A, B, scale: float | None = None) -> None:  # type: ignore[override]
         """Put an adapter into slot i, in place; other slots serve on.
@@ -107,13 +111,9 @@ class PackedLoRALinear(MultiLoRALinear):
         given = [n for n, a in enumerate(As) if a is not None]
         if not given:
             raise ValueError("A: wanted one for at least one layer, got None for each")
-        ranks = {n: self._checked_rank(As[n], Bs[n], self.widths[n], f"[{n}]") for n in given}
-        r = max(ranks.values())
-        whole_A, whole_B = self.lora_A.new_zeros(len(self.widths), r, self.in_features), self.lora_B.new_zeros(self.out_features, r)
-        for n, rank in ranks.items():  # copied first: A and B may be views into these stacks
-            whole_A[n, :rank].copy_(As[n])
-            whole_B.split(self.widths)[n][:, :rank].copy_(Bs[n])
-        self._put(i, whole_A, whole_B, self._checked_scale(i, r, scale))
+        r = max(self._checked_rank(As[n], Bs[n], self.widths[n], f"[{n}]") for n in given)
+        scale = self._checked_scale(i, r, scale)
+        put(i, [(self, [None if a is None else self._copied(a, b) for a, b in zip(As, Bs, strict=True)], scale)])
 
     def _init(self, i: int, init_lora_weights: bool) -> None:
         A, B = self.adapter(i)

@@ -11,6 +11,7 @@ import os
 import threading
 from collections.abc import Collection, Iterator, Sequence
 
+import torch
 from torch import nn
 
 from . import files
@@ -24,17 +25,19 @@ class AdapterPool:
     """Reads and checks adapter files once, keeps them in host memory, and puts into slots what a batch names.
 
     A batch's adapter that has no slot takes a free one, or that of the adapter that was named longest ago; nothing else is moved. To put
-    one in is to copy its A and B to the device, layer by layer, on the current stream.
+    one in is to copy its A and B to the device, on the current stream, which is to be the one that reads the slots, or to come after it.
 
     Args:
         model: A module with `MultiLoRALinear` layers (``apply_lora(model, config, num_adapters=E)``).
         slots: Those that are the pool's; None: all of them. Where others write to them (another pool, `load_adapter`, a state dict),
             every adapter is put in anew when it is named.
+        pin_memory: Whether adapters of a model on a GPU are kept in page-locked memory, from where they come at the bus's speed and the
+            host need not wait for them.
     Raises:
         ValueError, IndexError, TypeError: no such layers; no slots, one twice, or one that a layer does not have.
     """
 
-    def __init__(self, model: nn.Module, slots: Collection[int] | None = None):
+    def __init__(self, model: nn.Module, slots: Collection[int] | None = None, *, pin_memory: bool = True):
         self._layers = list(layers_of(model).values())
         least = min(layer.num_adapters for layer in self._layers)
         slots = list(range(least) if slots is None else slots)
@@ -51,6 +54,7 @@ class AdapterPool:
         self._free = slots[::-1]
         self._own = slots
         self._writes = self._written()
+        self._pins = pin_memory and any(layer.lora_A.is_cuda for layer in self._layers)
 
     @property
     def names(self) -> list[str]:
@@ -75,7 +79,8 @@ class AdapterPool:
             raise TypeError(f"name: wanted a str, got {type(name).__name__}")
         adapter = files.read(self.model, folder, slot=self._own[0], partial=partial, cast=cast)  # they have the same room
         # copied: what safetensors gives is the file itself, in memory
-        values = {layer: {part: t.clone() for part, t in parts.items()} for layer, parts in adapter.values.items()}
+        own = torch.Tensor.pin_memory if self._pins else torch.Tensor.clone
+        values = {layer: {part: own(t) for part, t in parts.items()} for layer, parts in adapter.values.items()}
         with _CHANGING:
             self._leave(name)
             self._adapters[name] = adapter._replace(values=values)
@@ -131,7 +136,7 @@ class AdapterPool:
                     slot = self._free.pop() if self._free else self._slots.pop(next(iter(self._slots)))
                     self._free.append(slot)  # free until all of it is written
                     try:
-                        files.put(self._adapters[name], slot, "clear_adapter")  # a reset draws from the generator that samples answers
+                        files.put(self._adapters[name], slot, reset=False, non_blocking=True)  # a reset draws from the answers' generator
                     finally:
                         self._writes = self._written()
                     self._slots[name] = self._free.pop()

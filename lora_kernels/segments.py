@@ -143,7 +143,7 @@ class Segments:
         elif tokens is None:
             raise ValueError("tokens: wanted the sum of lengths where they are on a GPU (asking it would wait for it), got None")
         ids = torch.repeat_interleave(chosen, lengths, output_size=tokens)
-        return cls.from_ids(ids.to(device), num_adapters, validate=validate)
+        return cls.from_ids(ids.to(device, non_blocking=True), num_adapters, validate=validate)
 
     @classmethod
     def from_top_k(cls, top_k_index: torch.Tensor, num_experts: int) -> Segments:

@@ -75,7 +75,7 @@ def exclusive(model: nn.Module) -> Iterator[Layers]:
 def give(layers: Layers, plans: Any) -> None:
     """What the layers ask for the plan that goes with an x."""
     for layer in layers.values():
-        layer.plans = plans
+        vars(layer)["plans"] = plans  # nn.Module's own way takes ten times as long, in layers by the hundred
 
 
 def layers_of(model: nn.Module) -> Layers:
@@ -140,4 +140,4 @@ class _BySequence:
         return plan
 
     def _plan(self, tokens: int, device: torch.device, num_adapters: int) -> Segments:
-        return plan_of(self.ids.to(device), tokens, num_adapters)
+        return plan_of(self.ids.to(device, non_blocking=True), tokens, num_adapters)

@@ -43,6 +43,7 @@ NEEDS = {
     "test_trainer.py": "peft",
     "test_bench_peft.py": "peft",
     "test_bench_model.py": "peft",
+    "test_bench_slots.py": "peft",
     "test_rehearsal.py": "peft",
     "test_plot.py": "matplotlib",
 }

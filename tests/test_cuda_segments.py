@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench.timing import Step, graphed
-from lora_kernels import MultiLoRALinear, Segments, explain, lora_linear, parity
+from lora_kernels import AdapterPool, MultiLoRALinear, Segments, explain, lora_linear, parity, save_adapter
 from lora_kernels.dispatch import device_arch
 from lora_kernels.parity import Case, run_case
 from lora_kernels.problem import describe
@@ -149,3 +149,40 @@ def test_two_streams_at_once():
                 outs.append(parity.evaluate(MANY, tensors, "triton"))
     torch.cuda.synchronize()
     assert all(torch.equal(a, b) for out in outs for a, b in zip(out, wanted, strict=True))
+
+
+@pytest.mark.parametrize("pin_memory", [True, False])
+def test_adapters_come_and_go_while_the_device_is_busy(pin_memory, tmp_path, without_waiting):
+    """Three adapters by turns in two slots, each put there while the kernels of those before it have yet to run."""
+    pytest.importorskip("safetensors", reason="adapter files are safetensors")
+    layer = MultiLoRALinear(512, 768, num_adapters=3, r=16, init_lora_weights=False, device=CUDA, dtype=torch.bfloat16)
+    model, whole = torch.nn.Sequential(MultiLoRALinear.from_linear(linear_of(layer), num_adapters=2, r=16)), torch.nn.Sequential(layer)
+    pool, names = AdapterPool(model, pin_memory=pin_memory), ["a", "b", "c"]
+    for i, name in enumerate(names):
+        save_adapter(whole, tmp_path / name, slot=i)
+        pool.add(name, tmp_path / name)
+    parts = [t for adapter in pool._adapters.values() for own in adapter.values.values() for t in own.values()]
+    assert len(parts) == 6 and all(t.is_pinned() == pin_memory for t in parts)
+    x, found = torch.randn(2, 300, 512, device=CUDA, dtype=torch.bfloat16), []
+    turns = [[names[i % 3], names[(i + 1) % 3]] for i in range(12)]
+
+    def step():
+        found.clear()
+        torch.cuda._sleep(20_000_000)
+        for turn in turns:
+            with torch.no_grad(), pool.use(turn):
+                found.append(model(x))
+
+    without_waiting(step) if pin_memory else step()
+    for turn, y in zip(turns, found, strict=True):
+        for name, slot in zip(turn, pool.slots(turn), strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(model[0].adapter(slot), layer.adapter(names.index(name)), strict=True))
+        torch.cuda.synchronize()
+        with torch.no_grad(), pool.use(turn):
+            assert torch.equal(y, model(x)), turn
+
+
+def linear_of(layer: MultiLoRALinear) -> torch.nn.Linear:
+    linear = torch.nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+    linear.weight, linear.bias = layer.weight, layer.bias
+    return linear

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_pool import NAMES, X, served, trained  # noqa: F401  a fixture
+from test_pool import NAMES, X, hold, served, trained  # noqa: F401  a fixture
 
 from lora_kernels import AdapterPool, load_adapter
 
@@ -70,3 +70,36 @@ def test_other_slots_are_others(trained):  # noqa: F811
     load_adapter(model, folders["d"], slot=2)
     check(pool, model, models)
     assert model[0].up.writes[:2] == before
+
+
+def test_a_write_is_one_of_all_layers(trained, monkeypatch):  # noqa: F811
+    """As many torch calls for four layers as for one: on a GPU each would be a launch, and a read of a number on the host a wait."""
+    pool = AdapterPool(served())
+    for name in NAMES:
+        pool.add(name, trained[1][name])
+    calls = []
+    for name in ("_foreach_copy_", "_foreach_zero_"):
+        own = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *args, own=own, name=name: (calls.append((name, len(args[0]))), own(*args)))
+    for name, rest in (("a", 8), ("b", 0)):  # of rank 1 and of the stacks' rank
+        calls.clear()
+        pool.slots([name])
+        zeroed = [("_foreach_zero_", rest)] if rest else []
+        assert calls == [*zeroed, ("_foreach_copy_", 8), ("_foreach_copy_", 4), ("_foreach_copy_", 4)], name
+    hold(pool, trained, ["a", "b"])
+
+
+def test_a_gpus_adapters_are_page_locked(trained, monkeypatch):  # noqa: F811
+    """What is copied without being waited for is what torch locked, which torch keeps until it was read."""
+    locked, given = [], []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda t: locked.append(t.clone()) or locked[-1])
+    copied = torch._foreach_copy_
+    monkeypatch.setattr(torch, "_foreach_copy_", lambda to, values, *how: (given.append((values, *how)), copied(to, values, *how)))
+    pool = AdapterPool(served())
+    pool._pins = True  # as for a model on a GPU
+    pool.add("a", trained[1]["a"])
+    hold(pool, trained, ["a"])
+    values, non_blocking = given[0]
+    assert non_blocking and len(values) == len(locked) == 8 and all(own is kept for own, kept in zip(values, locked, strict=True))
+    load_adapter(pool.model, trained[1]["b"], slot=1)
+    assert not given[3][1], "a file's tensors are not locked"

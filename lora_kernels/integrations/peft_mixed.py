@@ -77,8 +77,8 @@ def _kept(make, kept_for: tuple[int, bool], *key):
 
 def _plan(device: torch.device, ids: tuple[int, ...], adapters: int, tokens: int) -> Segments:
     """The plan of samples of ``tokens`` tokens each."""
-    return plan_of(torch.tensor(ids, dtype=torch.int32).to(device), tokens, adapters)
+    return plan_of(torch.tensor(ids, dtype=torch.int32).to(device, non_blocking=True), tokens, adapters)
 
 
 def _table(device: torch.device, values: tuple, dtype: torch.dtype) -> torch.Tensor:
-    return torch.tensor(values, dtype=dtype).to(device)
+    return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)  # which no earlier work is waited for
