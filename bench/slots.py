@@ -13,6 +13,7 @@ Wall time until the device has done it; files lie in the system's cache. What pu
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -106,24 +107,25 @@ def build(point: ModelPoint, device: torch.device, folder: Path) -> tuple[int, d
     moved = sum(t.numel() * t.element_size() for t in stacks)
     host = torch.empty(moved, dtype=torch.uint8, pin_memory=device.type == "cuda")
     there = torch.empty(moved, dtype=torch.uint8, device=device)
-    turn = iter(range(1 << 62))
+    puts, swaps = itertools.count(), itertools.count()
 
     def use(name: str) -> None:
         with pool.use([name]):
             pass
 
     def put() -> None:
-        use(f"adapter{next(turn) % point.adapters}")
+        use(f"adapter{next(puts) % point.adapters}")
 
     def slot() -> None:
         use(next(reversed(pool.resident)))
 
     def load() -> None:
-        LlamaModel.from_pretrained(folder / "base", dtype=point.dtype).to(device)
+        for t in LlamaModel.from_pretrained(folder / "base", dtype=point.dtype).parameters():
+            t.to(device, copy=True)  # on a CPU, too, where the file would only be mapped
 
     arms = {
         "model": load,
-        "hotswap": lambda: hotswap_adapter(theirs, str(folder / f"adapter{next(turn) % point.adapters}"), "adapter0", str(device)),
+        "hotswap": lambda: hotswap_adapter(theirs, str(folder / f"adapter{next(swaps) % point.adapters}"), "adapter0", str(device)),
         "add": lambda: pool.add("new", folder / "adapter0"),
         "copy": lambda: there.copy_(host, non_blocking=True),
         "put": put,

@@ -23,6 +23,7 @@ from .adapter_store import WEIGHTS_FILE, opened, safetensors_or_why, write
 from .apply import some
 from .experts_layer import LoRAExperts, config_name, unwrapped
 from .lora_config import CONFIG_FILE, LoRAConfig, by_peft_before_0_19, names_mean, pattern_of, read_config
+from .merging import finite
 from .multi import MultiLoRALinear
 from .nn import AdaptedLinear, FusedLoRALinear, scaling_of, sharding
 from .packed_layer import PackedLoRALinear, PackedPart
@@ -393,6 +394,6 @@ def _check_one_dtype(file, keys: set[str], cast: bool) -> None:
 
 
 def _finite(name: str, t: torch.Tensor) -> torch.Tensor:
-    if not torch.isfinite(t).all():
+    if not finite(t):
         raise ValueError(f"{name}: wanted finite values in {t.dtype}, got NaN or Inf")
     return t

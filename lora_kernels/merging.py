@@ -45,12 +45,13 @@ def write_merged(weight, base, lora_A, lora_B, scale: float, *, row_scale=None, 
     else:
         with dispatch.without_autocast(weight.device):
             by_library(weight, source, lora_A, lora_B, scale, row_scale)
-    if not _finite(weight):
+    if not finite(weight):
         weight.copy_(before)
         raise ValueError("merge: wanted a finite merged weight, got NaN or Inf in base + scale * B A; the weight is unchanged")
 
 
-def _finite(weight) -> bool:
+def finite(weight) -> bool:
+    """Whether all elements are finite, of a sharded tensor on every rank."""
     if sharded(weight):  # merged on all ranks or on none
         others: Any = (~torch.isfinite(weight)).sum()  # torch 2.8 takes a sharded tensor's all() for its any()
         return not others.full_tensor()

@@ -283,7 +283,7 @@ MERGE = [
     Mutant("merge: library in 16 bits for float32 adapters", MERGING, "A, B = lora_A.to(wide), lora_B.to(wide)",
            "A, B = lora_A.to(weight.dtype).to(wide), lora_B.to(weight.dtype).to(wide)"),
     Mutant("merge: the last rows left out", MERGING, "range(0, weight.shape[0], rows)", "range(0, weight.shape[0] - rows, rows)"),
-    Mutant("merge: what is not finite is kept", MERGING, "if not _finite(weight):", "if False:"),
+    Mutant("merge: what is not finite is kept", MERGING, "if not finite(weight):", "if False:"),
     Mutant("merge: the base is not given back", MERGING, "        weight.copy_(before)\n", ""),
     Mutant("merge: on top of the one before", MERGING, MERGED_FROM, MERGED_FROM.replace("base", "self.weight.detach()")),
 ]  # fmt: skip

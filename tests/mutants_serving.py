@@ -37,7 +37,12 @@ SERVED = [
     Mutant("pool: first come, first out", POOL, "self._slots[name] = self._slots.pop(name)", "pass"),
     Mutant("pool: a slot is lost where a write fails", POOL, "self._free.append(slot)  # free", "pass  # free"),
     Mutant("pool: half an adapter serves", POOL, "self._free.append(slot)  # free", "self._slots[name] = slot  # free"),
-    Mutant("pool: the file itself", POOL, "part: t.clone()", "part: t"),
+    Mutant("pool: the file itself", POOL, "else torch.Tensor.clone", "else torch.Tensor.detach"),
+    Mutant("pool: not page-locked", POOL,
+           "own = torch.Tensor.pin_memory if self._pins else torch.Tensor.clone", "own = torch.Tensor.clone"),
+    Mutant("pool: a copy is waited for", POOL, "non_blocking=True)", "non_blocking=False)"),
+    Mutant("files: a copy is not waited for", FILES, "non_blocking: bool = False) -> None:", "non_blocking: bool = True) -> None:"),
+    Mutant("pool: a reset draws", POOL, "reset=False", "reset=True"),
     Mutant("pool: an old adapter stays", POOL, "self._leave(name)\n            self._adapters[name] =", "self._adapters[name] ="),
     Mutant("pool: a removed adapter keeps its slot", POOL, "[self._known(name)]\n            self._leave(name)", "[self._known(name)]"),
     Mutant("pool: a slot is lost", POOL, "self._free.append(self._slots.pop(name))", "self._slots.pop(name)"),
@@ -51,7 +56,18 @@ SERVED = [
     Mutant("pool: what others wrote serves", POOL, "if self._written() != self._writes:", "if False:"),
     Mutant("pool: what it wrote itself is not known", POOL, "finally:\n                        self._writes = self._written()",
            "finally:\n                        pass"),
-    Mutant("pool: into slot 0", FILES, "layer.load_adapter(slot, values[name]", "layer.load_adapter(0, values[name]"),
+    Mutant("pool: into slot 0", FILES, "multi.put(slot, [(whole", "multi.put(0, [(whole"),
 ]  # fmt: skip
 
-EVERY = [*mutants_packed.EVERY, *(replace(m, tests="serving") for m in SERVED)]
+SLOTS = [
+    Mutant("slots: the old rank", LAYER, "if r != layer._ranks[i]:", "if False:"),
+    Mutant("slots: the rank as built", LAYER, "r = max((own[1].shape[1] for own in parts if own is not None), default=layer._built[i])",
+           "r = layer._built[i]"),
+    Mutant("slots: the last tenant's ranks", LAYER, "            if held < layer.r:", "            if False:"),
+    Mutant("slots: the last tenant's gradient", LAYER, "(layer.lora_A, layer.lora_B) if stack.grad is not None]  # of", "()]  # of"),
+    Mutant("slots: the device has the old rank", LAYER, "    _fill(ranks)\n", ""),
+    Mutant("slots: the old scaling", LAYER, "    _fill(scalings)\n", ""),
+    Mutant("slots: a write is not counted", LAYER, "        layer.writes[i] += 1\n        for", "        for"),
+]  # fmt: skip
+
+EVERY = [*mutants_packed.EVERY, *(replace(m, tests="serving") for m in SERVED), *(replace(m, tests="slots") for m in SLOTS)]

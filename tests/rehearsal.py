@@ -114,6 +114,7 @@ def pretend() -> None:
     torch.cuda.is_current_stream_capturing = lambda: bool(capturing)
     torch.cuda.stream = lambda stream: among(current, stream)
     torch.cuda.graph = lambda graph, **kwargs: among(capturing, graph)
+    torch.Tensor.pin_memory = torch.Tensor.clone  # type: ignore[method-assign]
     real = torch.Generator
     torch.Generator = type("Generator", (), {"__new__": lambda cls, device=None: real("cpu")})
 
@@ -124,7 +125,8 @@ class OnTheCPU(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is torch.device:
             return function(*args, **(kwargs or {}))
-        return function(*map(_here, args), **{name: _here(value) for name, value in (kwargs or {}).items()})
+        named = {name: _here(value) for name, value in (kwargs or {}).items() if name != "pin_memory"}
+        return function(*map(_here, args), **named)
 
 
 def _here(value):
@@ -164,7 +166,7 @@ def narrow() -> None:
             own = getattr(module, name)
             setattr(module, name, lambda *args, own=own, **kwargs: [smaller(point) for point in own(*args, **kwargs)])
     multi_check.Checker.wrong = lambda *args, **kwargs: None  # nothing is computed that could be right
-    model.SHAPES.update({"8B": (128, 448, 4, 2, 32), "1B": (64, 256, 4, 2, 16)})
+    model.SHAPES.update({"8B": (128, 448, 4, 2, 32), "1B": (64, 256, 4, 2, 16)})  # of `slots`, too
     model.wrong = lambda *args: {}
     whole = model.grid
     model.grid = lambda *args: [replace(point, M=min(point.M, 64)) for point in whole(*args)]

@@ -44,8 +44,8 @@ def test_the_arms(tmp_path):
         for n in range(4):
             arms["put"]()
             assert len(written) == n + 1
-        arms["slot"]()
-        arms["add"]()
+            for other in ("slot", "add", *(["hotswap"] * n)):
+                arms[other]()
     assert len(written) == 4 and len(set(written)) == 2
 
 

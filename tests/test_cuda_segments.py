@@ -72,9 +72,8 @@ def test_a_thousand_repeats_bit_for_bit(case, u, pdl):
     s = Segments.from_ids(parity.adapter_ids(case).to(CUDA), E)
     problem = describe(tensors["x"], tensors["weight"], tensors["lora_A"], tensors["lora_B"], dropout=False, adapters=Adapters(s))
     config = heuristic(problem, arch)
-    config = replace(
-        config, expand=replace(config.expand, u=u, pdl=pdl and arch.has_pdl, split=1 if u == "awaited" else config.expand.split)
-    )
+    other = dict(split=1, each=False) if u == "awaited" else dict(pdl=pdl and arch.has_pdl)
+    config = replace(config, expand=replace(config.expand, u=u, **other))
     args = [tensors[name] for name in ("x", "weight", "lora_A", "lora_B")]
     first = lora_linear(*args, segments=s, config=config)
     for _ in range(1000):
