@@ -91,7 +91,7 @@ def build(point: ModelPoint, device: torch.device, folder: Path) -> tuple[int, d
         base = LlamaModel(LlamaConfig(**sizes, num_hidden_layers=point.built, vocab_size=8)).to(point.dtype)
     base.save_pretrained(folder / "base")
     config = LoraConfig(r=point.r, lora_alpha=2 * point.r, target_modules="all-linear", init_lora_weights=False)
-    own = LlamaModel.from_pretrained(folder / "base", dtype=point.dtype).to(device)
+    own = LlamaModel.from_pretrained(folder / "base", dtype=point.dtype).to(device).requires_grad_(False)
     theirs = get_peft_model(own, config, adapter_name="adapter0", autocast_adapter_dtype=False)
     for i in range(point.adapters):
         if i:
@@ -107,6 +107,7 @@ def build(point: ModelPoint, device: torch.device, folder: Path) -> tuple[int, d
     moved = sum(t.numel() * t.element_size() for t in stacks)
     host = torch.empty(moved, dtype=torch.uint8, pin_memory=device.type == "cuda")
     there = torch.empty(moved, dtype=torch.uint8, device=device)
+    places = [torch.empty_like(p, device=device) for name, p in theirs.named_parameters() if "lora_" not in name]
     puts, swaps = itertools.count(), itertools.count()
 
     def use(name: str) -> None:
@@ -120,8 +121,9 @@ def build(point: ModelPoint, device: torch.device, folder: Path) -> tuple[int, d
         use(next(reversed(pool.resident)))
 
     def load() -> None:
-        for t in LlamaModel.from_pretrained(folder / "base", dtype=point.dtype).parameters():
-            t.to(device, copy=True)  # on a CPU, too, where the file would only be mapped
+        model = LlamaModel.from_pretrained(folder / "base", dtype=point.dtype)
+        for place, t in zip(places, model.parameters(), strict=True):
+            place.copy_(t)  # on a CPU, too, where the file would only be mapped
 
     arms = {
         "model": load,
