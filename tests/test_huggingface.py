@@ -89,12 +89,12 @@ def operators(graph: torch.fx.GraphModule, name: str = "lora_kernels.forward") -
     return sum(name in str(node.target) for g in graphs for node in g.graph.nodes)
 
 
-@pytest.mark.parametrize("put, backend", [(by_hand, "aot_eager"), (fused, "inductor")])
-def test_one_compilation_serves_every_length(put, backend):
+@pytest.mark.parametrize("put", [by_hand, fused])
+def test_one_compilation_serves_every_length(put):
     """No graph break, no recompilation, and PEFT's loss and gradients within twice its own error against float64."""
     theirs = stock(llama(), init_lora_weights=False)
     exact, ours = copy.deepcopy(theirs).double(), put(theirs)
-    recorded = Recorded(backend)
+    recorded = Recorded("aot_eager")
     compiled = torch.compile(ours, backend=recorded, fullgraph=True, dynamic=True)
     for size in SIZES:
         found = step(compiled, ours, tokens(*size))
