@@ -24,7 +24,7 @@ import torch
 from lora_kernels import AdapterPool, LoRAConfig, MultiLoRALinear, apply_lora
 
 from .model import NEEDS, SHAPES, ModelPoint
-from .session import Budget, Session, say
+from .session import Budget, Session, say, share
 from .table import rounded, text_table
 from .timing import HostClock, Step, interleave
 
@@ -46,8 +46,9 @@ def run(session: Session) -> int:
         recorder.add(what="left out", detail=f"wanted {', '.join(missing)}")
         say(f"slots: left out, without {', '.join(missing)}")
         return 0
-    table, budget, failed = [], Budget(session.seconds), 0
-    for point in budget.walk(points(session.quick)):
+    table, budget, failed, found = [], Budget(session.seconds), 0, points(session.quick)
+    seconds = 0.1 if session.quick else share(session.seconds, len(found), 30.0)
+    for point in budget.walk(found):
         with tempfile.TemporaryDirectory() as folder:
             moved, arms, wrong = build(point, session.device, Path(folder))
             if wrong:
@@ -55,7 +56,7 @@ def run(session: Session) -> int:
                 recorder.add(**point.fields(), arm="put", launch="check", error=wrong)
                 say(f"slots FAILED {point}: {wrong}")
             steps = {name: Step(partial(_done, arm, session.device)) for name, arm in arms.items()}
-            times, errors = interleave(steps, HostClock(), seconds=0.1 if session.quick else 30.0, least=3)
+            times, errors = interleave(steps, HostClock(), seconds=seconds, least=3)
         for name, error in errors.items():
             recorder.add(**point.fields(), what="slots", arm=name, launch=HostClock.launch, error=error)
             say(f"slots FAILED {point} {name}: {error}")
