@@ -48,6 +48,17 @@ def test_the_heuristic_serves_every_plan(arch):
             assert why_not(config, each, arch) is None and config.expand.u == "given"
 
 
+@pytest.mark.parametrize("arch", ARCHS, ids=lambda a: a.name)
+def test_float32_products_of_many_tokens_are_the_vendors(arch):
+    """In float32 Triton multiplies without tensor cores; few tokens wait for W, not for arithmetic."""
+    for M, row_block, dropout, dtype in itertools.product((16, 32, 33, 8192), (0, 32, 128), ("", "x"), (torch.float32, torch.float16)):
+        plan = dict(adapters=8, row_block=row_block, gather_block=16) if row_block else {}
+        problem = replace(PROBLEM, M=M, dtype=dtype, dropout=dropout, **plan)
+        many = dtype is torch.float32 and max(M, row_block) > 32
+        for each in (problem, problem.backward()):
+            assert heuristic(each, arch).expand.base == ("library" if many else "kernel"), each
+
+
 @pytest.mark.parametrize(
     "M, K, N, adapters, tile",
     [

@@ -78,15 +78,11 @@ def _split(blocks: int, length: int, least: int, arch: Arch) -> int:
 def _expand(problem: Problem, arch: Arch) -> Expand:
     if problem.experts:
         return _experts(problem, arch)
-    if problem.base:
-        return _beside_base(problem, arch)
+    if problem.base or (problem.itemsize == 4 and max(problem.M, problem.row_block) > 32):
+        return _beside_base(problem, arch)  # of float32, whose large products Triton makes without tensor cores, the vendor's
     if problem.adapters:
         return _segments(problem, arch)
-    if problem.M <= 64:
-        return _few_tokens(problem, arch)
-    if problem.itemsize == 4:
-        return Expand(64, 64, 32, num_warps=4, num_stages=3)
-    return _many_tokens(problem, arch)
+    return _few_tokens(problem, arch) if problem.M <= 64 else _many_tokens(problem, arch)
 
 
 def _least(first: Expand, others: list[Expand], problem: Problem, arch: Arch) -> Expand:
@@ -148,8 +144,6 @@ def _segments(problem: Problem, arch: Arch) -> Expand:
         fits = tile.each and not problem.mixed_ranks and problem.adapter_dtype in (None, problem.dtype)
         fits = fits and closes(wider, problem.tile_rank, problem.itemsize, True, False)
         return _least(tile, [wider] if fits else [], problem, arch)
-    if problem.itemsize == 4:
-        return Expand(block_m, 32, 32, num_warps=8, num_stages=3)
     if arch.kind == "hip":
         return _least(Expand(block_m, 64, 32, num_warps=8, num_stages=2), [], problem, arch)
     if arch.has_tcgen05:  # where masked products do not compile; a select leaves no room for the mask of a wide tile
