@@ -340,7 +340,8 @@ class TestCompiled:
         compiled, _ = self.graphs(model)
         with torch.no_grad(), use_adapters(model, WHO):
             compiled(drawn(4, 1, K))
-        with pytest.raises(Exception, match="segments: wanted a lora_kernels.Segments"):
+        # torch 2.8 says of an error that it traced no more than its type
+        with pytest.raises(Exception, match="segments: wanted a lora_kernels.Segments|raised exception .*TypeError"):
             compiled(drawn(4, 1, K))
 
 
