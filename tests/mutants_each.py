@@ -52,6 +52,8 @@ TILES = [
     Mutant(
         "tiles: a split for nothing", HEURISTIC, "sums = SPLIT + 8 * (e.split + 1) * problem.M * problem.N / arch.sms if", "sums = 0 if"
     ),
+    Mutant("tiles: float32 by Triton", HEURISTIC, "problem.itemsize == 4 and max(problem.M, problem.row_block) > 32", "False"),
+    Mutant("tiles: float32 plans by Triton", HEURISTIC, "max(problem.M, problem.row_block) > 32", "problem.M > 32"),
     Mutant("tiles: memory as fast as the L2 cache", HEURISTIC, "OVER_MEMORY = 2.5", "OVER_MEMORY = 1.0"),
 ]
 
