@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .autograd import autocast, lora_linear, refused_twice
+from .autograd import autocast, check, lora_linear, refused_twice
 from .chain import grad_mm
 from .dispatch import without_autocast
 from .problem import check_vector
@@ -86,9 +86,8 @@ def dora_linear(
     x, weight, bias = autocast(x, weight, bias)
     if not isinstance(scale, (int, float)) or isinstance(scale, bool):
         raise TypeError(f"scale: wanted a float, got {type(scale).__name__}")
+    check(x, weight, lora_A, lora_B, bias, None, scale, dropout_p, None, None, None, config, impl, None)
     check_vector("magnitude", magnitude, weight, lora_A)
-    if bias is not None:
-        check_vector("bias", bias, weight, weight)
     dropped = F.dropout(x, dropout_p) if training and dropout_p else x
     low = lora_linear(dropped, weight, lora_A, lora_B, scale=scale, config=config, impl=impl)
     y = ScaleColumns.apply(low, gain(magnitude, weight_norm(weight, lora_A, lora_B, scale)), bias)

@@ -167,6 +167,7 @@ def lora_linears(x, projections: Sequence[Projection], *, training=False, config
     Raises:
         As `lora_linear`, the projection named.
     """
+    projections = projections if isinstance(projections, Projection) else list(projections)
     if isinstance(projections, Projection) or not all(isinstance(each, Projection) for each in projections):
         raise TypeError(f"projections: wanted a sequence of lora_kernels.Projection, got {_what(projections)}")
     if not projections:

@@ -298,6 +298,7 @@ def test_reference_and_float64():
         (lambda own: own[0], TypeError, "projections: wanted a sequence of lora_kernels.Projection, got a Projection itself"),
         (lambda own: [own[0], tuple(own[1])], TypeError, "projections: wanted a sequence of .* got Projection, tuple"),
         (lambda own: [], ValueError, "projections: wanted at least one, got none"),
+        (lambda own: iter([own[0], 3]), TypeError, "projections: wanted a sequence of .* got Projection, int"),
         (lambda own: [own[0], own[1]._replace(weight=own[1].weight[:, 1:])], ValueError, r"projections\[1\]: x: wanted shape"),
         (lambda own: [own[0]._replace(lora_B=own[1].lora_B)], ValueError, r"projections\[0\]: lora_B: wanted shape \[24, 3\]"),
         (lambda own: [own[0]._replace(dropout_p=1.0)], ValueError, r"projections\[0\]: dropout_p: wanted a probability in \[0, 1\)"),
@@ -310,6 +311,12 @@ def test_reference_and_float64():
 def test_refusals(change, error, message):
     with pytest.raises(error, match=message):
         lora_linears(tokens(), change(layers()))
+
+
+def test_projections_that_come_one_by_one():
+    x, own = tokens(), layers()
+    for y, wanted in zip(lora_linears(x, iter(own)), lora_linears(x, own), strict=True):
+        assert torch.equal(y, wanted)
 
 
 def test_a_named_arm_does_not_fall_back():
