@@ -100,7 +100,8 @@ def subspace_similarity(first: torch.Tensor, second: torch.Tensor, side: str = "
     Returns:
         float64 ``[k1, k2]``, phi(i, j) at ``[i - 1, j - 1]``; k1 and k2 are the numerical ranks, as in `torch.linalg.matrix_rank`.
     Raises:
-        ValueError: shapes, NaN or Inf, another side, or a factor of zeros (a fresh adapter's lora_B), which has no directions.
+        TypeError: dtypes. ValueError: shapes, NaN or Inf, another side, or a factor of zeros (a fresh adapter's lora_B), which has no
+        directions.
     Source: Hu et al. 2021, eq. 4 and appendix G.
     """
     if side not in ("right", "left"):
@@ -123,6 +124,8 @@ def random_similarity(rank1: int, rank2: int, dim: int) -> torch.Tensor:
         rank1, rank2: Sizes of the grid, at most dim. dim: K for two lora_A, N for two lora_B.
     Returns:
         float64 ``[rank1, rank2]``.
+    Raises:
+        ValueError: a rank outside 1 to dim.
     """
     for name, rank in (("rank1", rank1), ("rank2", rank2)):
         if not 1 <= rank <= dim:
@@ -158,7 +161,7 @@ def amplification(weight: torch.Tensor, update: Spectrum) -> Amplification:
     Args:
         weight: ``[N, K]``, the frozen base. update: Its adapter's `spectrum`.
     Raises:
-        ValueError: shapes, NaN or Inf, or an update of zero, which has no directions.
+        TypeError: weight's dtype. ValueError: shapes, NaN or Inf, or an update of zero, which has no directions.
     Source: Hu et al. 2021, section 7.3.
     """
     W, (N, K) = _float64("weight", weight), (update.U.shape[0], update.V.shape[0])
@@ -180,7 +183,11 @@ def random_norm(norm: float, shape: tuple[int, int], rank: int) -> float:
 
 @torch.no_grad()
 def dominant_norm(weight: torch.Tensor, rank: int) -> float:
-    """``|U^T W V|_F`` with W's own top ``rank`` directions: the most it can be, table 7's other control. Slow: an SVD of W ``[N, K]``."""
+    """``|U^T W V|_F`` with W's own top ``rank`` directions: the most it can be, table 7's other control. Slow: an SVD of W ``[N, K]``.
+
+    Raises:
+        TypeError: dtype. ValueError: shape, NaN or Inf, a rank outside 1 to the smaller of N and K.
+    """
     W = _float64("weight", weight)
     if not 1 <= rank <= min(W.shape):
         raise ValueError(f"rank: wanted 1 to {min(W.shape)} for weight {list(W.shape)}, got {rank}")

@@ -57,11 +57,12 @@ def apply_lora(model: nn.Module, config: LoRAConfig, *, num_adapters: int | None
     Returns:
         The names of the layers, then those of the stacks, each under its first.
     Raises:
-        ValueError: nothing to fuse; names that the model does not have, with near ones; a module named under some of its names only.
-        TypeError: a named module is neither exactly an nn.Linear nor quantised, or has an adapter. UnsupportedError: a layer has hooks,
-        which would be lost, or its parent passes its forward by; a named parameter is not a stack that `LoRAExperts` serves;
-        num_adapters with target_parameters; DistributedDataParallel is around the model, FSDP has it, or PEFT's layers are in it. In
-        each case the model is as it was.
+        ValueError: nothing to fuse; names that the model does not have, with near ones; a module named under some of its names only;
+        num_adapters below 1. TypeError: a named module is neither exactly an nn.Linear nor quantised, or has an adapter; another config,
+        num_adapters or adapter_dtype. UnsupportedError: a layer has hooks, which would be lost, or its parent passes its forward by; a
+        named parameter is not a stack that `LoRAExperts` serves; num_adapters with target_parameters; lora_bias or use_dora with either, or
+        over a quantised layer; DistributedDataParallel is around the model, FSDP has it, or PEFT's layers are in it; PEFT's config asks
+        for more than `LoRAConfig.from_peft` takes. In each case the model is as it was.
     """
     given: Any = config
     if getattr(given, "peft_type", None) is not None and callable(getattr(given, "to_dict", None)):

@@ -150,12 +150,12 @@ def lora_linear(
         seed: The dropout mask's seed: int64 tensor with one element on x's device, an int, or None to draw one from torch's
             generator (so torch.manual_seed and checkpoint recomputation govern it).
         segments: A `Segments`: each token's adapter in the stack, -1 for the base alone. None: one adapter for all.
-        ranks: int32 ``[E]``, each adapter's own rank; the stack beyond it is not read, its gradient is 0. None: all have r.
+        ranks: int32 ``[E]``, each adapter's own rank, 0 to r; the stack beyond it has no effect, its gradient is 0. None: all have r.
         widths: The outputs of each of L layers that ``weight`` packs, as serving engines keep q, k and v: lora_A is ``[L r, K]``, or
             ``[E, L r, K]``, each layer's A in turn, ``ranks`` those of each layer, and a layer's outputs take its own r columns of u.
-            None: one layer.
-        lora_bias: ``[N]``, lora_A's dtype, or None: adds ``scale * lora_bias``, PEFT's bias on B. Not with segments.
-        config: A ``lora_kernels.tuning.Config`` for the kernels, or None for the tuned one.
+            None: one layer. Not beside a stack of weights.
+        lora_bias: ``[N]``, lora_A's dtype, or None: adds ``scale * lora_bias``, PEFT's bias on B. Not with segments or base.
+        config: A ``lora_kernels.tuning.Config`` for the kernels, which it names with impl "auto", too; None: they choose their own.
         impl: "auto" (the fastest that can run), "triton" (the kernels), "torch" (library calls), "reference" (the textbook
             formula); a named one never falls back. `explain` tells what "auto" takes.
     Returns:

@@ -115,7 +115,8 @@ def run_check(args) -> int:
 def run_compile(args) -> int:
     """Compile every kernel of every heuristic configuration for an architecture, without a GPU, and show what came out.
 
-    Exit code 1 if a kernel reloads a spilled value in a loop, does not fit the shared memory, or (16-bit) uses no matmul instruction."""
+    Exit code 1 if a kernel reloads a spilled value in a loop, does not fit the shared memory, (16-bit) uses no matmul instruction, has each
+    wgmma wait for the one before, or has one of registers in a loop."""
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         print("compile: wanted TRITON_INTERPRET unset, for interpreted kernels cannot be compiled", file=sys.stderr)
         return 2

@@ -1,7 +1,7 @@
 """Which arm a call takes, and why: the kernels ("triton") or the chain of library calls ("torch").
 
 Without a measured row the choice follows what is known of the parts. The kernels win where the chain pays extra passes or
-launches: dropout (the chain makes a mask and a second x), and few tokens (one launch against four). Elsewhere the
+launches: dropout (the chain makes a mask and a second x), and few tokens (one launch against three). Elsewhere the
 chain's vendor matmul is the safe choice until a measurement on the device says otherwise.
 """
 

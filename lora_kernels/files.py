@@ -70,8 +70,9 @@ def save_adapter(
         task_type: For the config, one of PEFT's names or None.
     Raises:
         ValueError: no such layers, several dtypes without ``dtype``, a variant in some layers alone, NaN or Inf; stacks whose names
-        mean others, too. TypeError: ``dtype`` is none of torch's floating ones. UnsupportedError: sharded layers. ImportError: no
-        safetensors. OSError: the disk's. In each case what the folder held is as it was.
+        mean others, too; another ``task_type``; a slot missing, or named in vain. IndexError: no such slot. TypeError: ``dtype`` is
+        none of torch's floating ones. UnsupportedError: layers sharded, or packed without ``names``. ImportError: no safetensors. What
+        the folder held is as it was then. OSError: the disk's; while files are replaced it may leave no config.
     """
     safetensors = safetensors_or_why()
     if dtype is not None and dtype not in DTYPES.values():
@@ -116,9 +117,9 @@ def load_adapter(
     Returns:
         The names of the layers that were in the file, as `apply_lora` gives them.
     Raises:
-        FileNotFoundError: no folder, or no such files in it. ValueError: the files are not whole, or do not fit the model.
-        TypeError: dtypes. UnsupportedError: the config asks for more than plain LoRA; sharded layers. RuntimeError: merged layers.
-        ImportError: no safetensors. In each case the model is as it was.
+        FileNotFoundError: no folder, or no such files in it. ValueError: files that are not whole or do not fit the model; a slot
+        missing, or named in vain. IndexError: no such slot. TypeError: dtypes. UnsupportedError: the config asks for more than plain
+        LoRA; layers sharded, or packed without ``names``. RuntimeError: merged layers. ImportError: no safetensors. Nothing has changed.
     """
     adapter = read(model, folder, slot=slot, partial=partial, cast=cast)
     put(adapter, slot)

@@ -20,7 +20,7 @@ from .tuning.validity import LOOP_RANK, MIXED_RANK, TILE_RANK, closes, each_rank
 INT32 = 1 << 31
 RESIDENT = 228 << 10  # bytes of shared memory of a multiprocessor: an estimate of how many programs begin at once
 PARTS_REGISTERS = 64  # of a thread, for parts of u that are loaded beside its K loop
-SPLIT_ADAPTERS = 64  # so few adapters that their tokens are split over programs, too: partial sums cost a stack of gradients each
+SPLIT_ADAPTERS = 64  # adapters times splits of their tokens, at most: partial sums cost a stack of gradients each
 
 
 class Options(dict):

@@ -38,8 +38,8 @@ class LoRAConfig:
             whole name; or ``"all-linear"``, every nn.Linear (and GPT-2's Conv1D, which is refused by its name then) but the model's
             ``get_output_embeddings()``. Empty: none.
         target_parameters: Names of a mixture's stacks or their endings after a dot, ``["mlp.experts.gate_up_proj"]`` (`LoRAExperts`).
-        r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, lora_bias, use_dora: As in `FusedLoRALinear`. A `LoRAExperts` has
-            neither of the last two.
+        r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, lora_bias, use_dora: As in `FusedLoRALinear`, but for lora_alpha's
+            default, PEFT's. A `LoRAExperts` has neither of the last two.
         exclude_modules: What of target_modules to leave out: names or a regular expression.
         layers_to_transform: In which layers target_modules, a list of names, means what ends so: their number or numbers, from 0; None:
             in all. A whole name needs none.

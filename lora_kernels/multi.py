@@ -48,6 +48,9 @@ class MultiLoRALinear(AdaptedLinear):
     CUDA graphs:
         Whatever is changed in place (`load_adapter`, ``scaling``, an optimizer's step) holds in the next replay. That goes for ranks
         too: a graph captured while all ranks were full serves and trains a smaller adapter by its zeros.
+    Raises:
+        The errors of `FusedLoRALinear`. ValueError: no slot, or a list of another length. By methods that take a slot's number: IndexError,
+        there is none; TypeError, no int; UnsupportedError, the stacks are sharded.
     """
 
     scaling: torch.Tensor
@@ -92,7 +95,7 @@ class MultiLoRALinear(AdaptedLinear):
         Args:
             linear: An nn.Linear. The others: as for the class.
         Raises:
-            TypeError: ``linear`` is not exactly an nn.Linear, whose subclasses (quantised ones among them) store other weights.
+            TypeError: As `FusedLoRALinear.from_linear`. The errors of the class.
         """
         check_linear(linear)
         self = cls.__new__(cls)
@@ -119,7 +122,11 @@ class MultiLoRALinear(AdaptedLinear):
             self._init(e, init_lora_weights)
 
     def forward(self, x: torch.Tensor, segments: Segments | None = None) -> torch.Tensor:
-        """Each token through its adapter; dropout acts in training. Without segments where an adapter is merged: every token through it."""
+        """Each token through its adapter; dropout acts in training. Without segments where an adapter is merged: every token through it.
+
+        Raises:
+            TypeError: no plan. ValueError: one of other slots or tokens, or one where an adapter is merged; the others of `lora_linear`.
+        """
         segments = self.planned(x, segments)
         if self.merged:
             if segments is not None:
@@ -197,7 +204,7 @@ class MultiLoRALinear(AdaptedLinear):
             B: ``[N, r_i]``, likewise.
             scale: Its scaling; None: ``lora_alpha / r_i`` (or ``/ sqrt(r_i)``) with the slot's lora_alpha.
         Raises:
-            ValueError, TypeError: with nothing changed.
+            ValueError, TypeError: shapes, rank, dtypes or a scale that is not finite; with nothing changed.
         """
         self._check_slot(i)
         r = self._checked_rank(A, B, self.out_features)
@@ -214,7 +221,8 @@ class MultiLoRALinear(AdaptedLinear):
             i: The slot, from 0.
             keep: Where the base weight waits for `unmerge`, which gives it back bit for bit: "device", or "cpu" to spare its memory.
         Raises:
-            ValueError: the result is not finite; the layer is unmerged.
+            ValueError: the result is not finite, and the layer is unmerged; or the weight is no parameter of the layer alone, or another
+            ``keep``, and nothing has changed.
         """
         self._merge(keep, *self.adapter(i), float(self.scaling[i]))
 

@@ -66,6 +66,9 @@ class FusedLoRALinear(AdaptedLinear):
     Attributes:
         scaling: The float that multiplies the low-rank term; may be set between calls.
         enabled: False: the base alone answers. merged: Whether the update sits in ``weight``.
+    Raises:
+        UnsupportedError: a rank outside 1 to 512; lora_bias with use_dora. ValueError: lora_dropout outside [0, 1). TypeError: r is no int,
+        or another adapter_dtype.
     """
 
     lora_bias: torch.Tensor | None
@@ -113,7 +116,7 @@ class FusedLoRALinear(AdaptedLinear):
             linear: An nn.Linear. The others: as for the class.
         Raises:
             TypeError: ``linear`` is not exactly an nn.Linear, whose subclasses (quantised ones among them) store other weights; or its
-            weight is no parameter but computed at each call, as pruning has it.
+            weight is no parameter but computed at each call, as pruning has it. The errors of the class.
         """
         check_linear(linear)
         self = cls.__new__(cls)
@@ -139,7 +142,7 @@ class FusedLoRALinear(AdaptedLinear):
         self.reset_adapter(init_lora_weights)
 
     def reset_adapter(self, init_lora_weights: bool = True) -> None:
-        """Initialise the adapter again; see ``init_lora_weights``."""
+        """Initialise the adapter again; see ``init_lora_weights``. RuntimeError: it is merged. UnsupportedError: shards on a CPU."""
         if self.merged:
             raise RuntimeError("reset_adapter: wanted an unmerged layer, got a merged one; call unmerge() first")
         init_adapter(self.lora_A, self.lora_B, init_lora_weights)
@@ -184,8 +187,8 @@ class FusedLoRALinear(AdaptedLinear):
         Args:
             keep: Where the base weight waits for `unmerge`, which gives it back bit for bit: "cpu", or "device" for speed.
         Raises:
-            RuntimeError: the layer is merged. ValueError: the weight is no parameter of the layer alone, or the result not finite; nothing
-            has changed.
+            RuntimeError: the layer is merged. ValueError: the weight is no parameter of the layer alone, the result not finite, or
+            another ``keep``; nothing has changed.
         """
         if self.merged:
             raise RuntimeError("merge: wanted an unmerged layer, got a merged one; call unmerge() first")

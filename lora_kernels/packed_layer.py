@@ -26,12 +26,15 @@ class PackedLoRALinear(MultiLoRALinear):
         in_features: K.
         widths: The out_features of each layer, N_1, N_2, ...
         names: The layers' names in adapter files, in the place of this layer's own: ``("q_proj", "k_proj", "v_proj")``. None: no files.
-        The others: as in `MultiLoRALinear`; r times the layers is at most 512.
+        The others: as in `MultiLoRALinear`, ``num_adapters`` among them; r times the layers is at most 512.
     Shape:
         x ``[..., K]`` and a `Segments` -> ``[..., N_1 + N_2 + ...]``: ``y.split(layer.widths, -1)`` are views, one a layer.
     Attributes:
         weight, bias: ``[sum N, K]`` and ``[sum N]``, the layers' in turn.
         lora_A: The stack ``[E, L r, K]``, each layer's r rows in turn; of one adapter ``[L, r, K]``. lora_B: ``[E, sum N, r]``.
+    Raises:
+        The errors of `MultiLoRALinear`. ValueError, TypeError: widths that are no ints from 1, or not out_features in all; names that are
+        not one for each layer.
     """
 
     names: tuple[str, ...] | None = None
@@ -58,8 +61,10 @@ class PackedLoRALinear(MultiLoRALinear):
         So what `merge` writes shows in them, too. Copies (``deepcopy``) and what ``.to`` moves or casts have weights of their own again.
 
         Args:
-            linears: nn.Linear layers of the same in_features, dtype and device, with a bias each or none of them.
+            linears: nn.Linear layers of the same in_features, dtype, device and mode, with a bias each or none of them.
             The others: as for the class.
+        Raises:
+            ValueError: they differ in these, or there are none. TypeError: as `FusedLoRALinear.from_linear`. The errors of the class.
         """
         packed = _pack_parameters(linears)
         self = cls.from_linear(packed, widths=[linear.out_features for linear in linears], **adapters)

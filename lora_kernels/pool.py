@@ -73,7 +73,7 @@ class AdapterPool:
             name: By which batches name it.
             folder, partial, cast: As in `load_adapter`.
         Raises:
-            As `load_adapter`, with the pool as it was.
+            As `load_adapter`, with the pool as it was. TypeError: the name is no str.
         """
         if not isinstance(name, str):
             raise TypeError(f"name: wanted a str, got {type(name).__name__}")
@@ -99,8 +99,8 @@ class AdapterPool:
         """The slot of each adapter, put in where it had none, and -1 for None: ids for a `Segments` of one's own, until the next call.
 
         Raises:
-            KeyError: a name that the pool does not know. ValueError: more adapters at once than slots. RuntimeError: the model is in use,
-            and an adapter might lose its slot; or has other layers than when the pool was made.
+            KeyError: a name that the pool does not know. ValueError: more adapters at once than slots. TypeError: a str in the place of
+            names. RuntimeError: the model is in use, and an adapter might lose its slot; or has other layers than when the pool was made.
         """
         with exclusive(self.model) as layers:
             return self._take(names, layers)
@@ -110,7 +110,7 @@ class AdapterPool:
         """Inside, each sequence of the batch goes through the adapter that it names, None: the base alone; see `use_adapters`.
 
         Raises:
-            KeyError, ValueError, RuntimeError: as `slots`.
+            As `slots`, and in a call as `use_adapters`, by which it may not be captured in a CUDA graph either.
         """
         with exclusive(self.model) as layers:
             give(layers, by_sequence(layers, self._take(names, layers)))

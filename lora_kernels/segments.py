@@ -118,6 +118,8 @@ class Segments:
             tokens: The sum of lengths; needed where they are on a GPU, for no sync.
             device: Of the plan; None: of ``lengths``.
             validate: As in `from_ids`.
+        Raises:
+            TypeError: not integers. ValueError: negative lengths, another number of adapters or tokens, or what is needed for no sync.
         """
         lengths = as_ints("lengths", lengths)
         on_host = lengths.device.type == "cpu"
@@ -152,6 +154,8 @@ class Segments:
         Args:
             top_k_index: ints ``[T, k]``, each token's experts; any other number than 0 to num_experts - 1 is none, and y is 0 there.
             num_experts: E.
+        Raises:
+            ValueError: no ``[T, k]``, k at least 1, or num_experts below 1. TypeError: not int32 or int64.
         """
         if not isinstance(top_k_index, torch.Tensor) or top_k_index.dim() != 2 or not top_k_index.shape[1]:
             given = list(top_k_index.shape) if isinstance(top_k_index, torch.Tensor) else type(top_k_index).__name__

@@ -52,7 +52,7 @@ def _shrink(problem: Problem, arch: Arch) -> Shrink:
     stages = 1 if block_m > 32 and drops else 3  # the dropped tile is a register operand: see why_not
     split = _split(blocks, problem.K, 4 * block_k, arch)
     if block_m >= 32 and _fill(blocks, arch) and not drops:
-        # One or two programs a multiprocessor fetch enough by more stages, and partial sums would be two launches more. A mask wants warps.
+        # One or two programs a multiprocessor fetch enough by more stages, and partial sums would be a launch more. A mask wants warps.
         split, stages = 1, 3 if arch.shared_memory < 160 << 10 else 5 if problem.tile_rank <= 32 else 4
     return Shrink(block_m, block_k, split=split, num_warps=4, num_stages=stages)
 
