@@ -40,6 +40,17 @@ def test_the_order_of_reading_names_files_that_there_are():
     assert len(named) > 30 and [name for name in named if not (DOCS.parent / "lora_kernels" / name).exists()] == []
 
 
+def test_the_slips_are_counted():
+    from mutants_launcher import EVERY
+
+    part = (DOCS / "numerics.md").read_text().split("## What the tests notice")[1]
+    survivors = [(m.name, m.file) for m in EVERY if m.note]
+    assert f"in {len(EVERY)} ways" in part
+    assert f"{len(EVERY) - len(survivors)} are noticed and {len(survivors)} survive" in part
+    named = re.findall(r"^\| (.+?) \| (\S+\.py) \|", part, re.MULTILINE)
+    assert sorted(named) == sorted((name, file) for name, file in survivors if file.startswith("kernels/"))
+
+
 @pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="README's blocks are about PEFT's models")
 def test_readme_blocks(tmp_path, monkeypatch):
     """As they stand, with what a reader has: a PEFT model and a plain one, a batch, and two adapters' folders."""
