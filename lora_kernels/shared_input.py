@@ -191,7 +191,7 @@ def share_inputs(model: nn.Module, groups: Iterable[Sequence[str]] = GROUPS) -> 
     formed = []
     for path, parent in model.named_modules():
         for group in groups:
-            layers: dict[str, Any] = {name: child for name in group if hasattr(type(child := getattr(parent, name, None)), "_shares")}
+            layers: dict[str, Any] = {name: child for name in group if hasattr(type(child := parent._modules.get(name)), "_shares")}
             if len(layers) < 2:
                 continue
             shared = SharedInput(layers)

@@ -53,6 +53,14 @@ def test_a_llama_trains_as_pefts(groups):
     assert groups == [3, 2] * 6
 
 
+def test_layers_right_under_the_model_are_one_group():
+    """Which PEFT's wrappers pass off as their own attributes."""
+    names = ("q_proj", "k_proj")
+    model = get_peft_model(torch.nn.ModuleDict({name: torch.nn.Linear(8, 8) for name in names}), LoraConfig(target_modules=list(names)))
+    fuse(model)
+    assert share_inputs(model) == [tuple(f"base_model.model.{name}" for name in names)]
+
+
 def test_dropout_is_that_of_fused_layers_alone(groups):
     _, fused, _ = pair(lora_dropout=0.3)
     ours = step(fused)
