@@ -54,7 +54,8 @@ class ColwiseLoRA(ColwiseParallel):
         output_layouts: How y goes: ``Shard(-1)`` (None), ``Replicate()`` or a shard of another axis.
         use_local_output: Whether y is the local torch.Tensor or a DTensor.
     Raises, from parallelize_module:
-        TypeError: another module. ValueError: the ranks do not divide out_features. RuntimeError: it is merged.
+        TypeError: another module. ValueError: the ranks do not divide out_features, or the mesh has several dimensions. RuntimeError: it is
+        merged.
         UnsupportedError: it has parameters or buffers that these layers do not have.
     Dropout:
         The seed comes from torch's generator on each rank. Where the generators of the mesh's ranks are in step (the same
