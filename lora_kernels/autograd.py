@@ -229,7 +229,7 @@ def explain(
     """Which arm `lora_linear` takes for these arguments, and why: the same arguments, nothing computed.
 
     Returns:
-        `Choice`: ``arm``, ``config`` (of the forward kernels) and ``why``, one sentence for each arm; ``print`` shows all three.
+        `Choice`: ``arm``, ``config`` (of the forward kernels) and ``why``, a sentence for each arm that was weighed; ``print`` shows all.
     Raises:
         The errors of `lora_linear`.
     """

@@ -31,7 +31,7 @@ INTERPRETED_BFLOAT16 = "Triton's interpreter multiplies bfloat16 bit patterns (t
 
 @dataclass(frozen=True)
 class Choice:
-    """``arm``: "triton", "torch" or "reference"; ``config``: the kernels' configuration or None; ``why``: for each arm, one sentence."""
+    """``arm``: "triton", "torch" or "reference"; ``config``: the kernels' or None; ``why``: a sentence for each arm that was weighed."""
 
     arm: str
     config: Config | None

@@ -30,7 +30,7 @@ class AdapterPool:
     Args:
         model: A module with `MultiLoRALinear` layers (``apply_lora(model, config, num_adapters=E)``).
         slots: Those that are the pool's; None: all of them. Where others write to them (another pool, `load_adapter`, a state dict),
-            every adapter is put in anew when it is named.
+            every adapter is put in anew when it is named. What is written to one layer alone, or to its tensors, is not noticed.
         pin_memory: Whether adapters of a model on a GPU are kept in page-locked memory, from where they come at the bus's speed and the
             host need not wait for them.
     Raises:

@@ -209,7 +209,8 @@ def fuse(model: nn.Module) -> Report:
     Returns:
         A `Report` of the layers as they stand: a layer that is left, but for its type, is fused as soon as the reason is gone.
     Raises:
-        ValueError: the model has no LoRA layer at all, or is compiled or wrapped already; nothing is changed.
+        ValueError: the model has no LoRA layer at all, or is compiled or wrapped already; nothing is changed. In the forward pass
+        UnsupportedError: the layer below makes no plain tensor of floats.
     """
     layers = _lora_layers(model)
     late = next((what for module in model.modules() if (what := _too_late(module))), None)
