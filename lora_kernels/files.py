@@ -64,8 +64,8 @@ def save_adapter(
         folder: Made where it is missing.
         slot: Which adapter of the stacks; it is written with its own rank.
         dtype: To write in; None: the adapters' own, which must be one.
-        one_scale: Multiply each lora_B, in float32, so that all layers have the same scaling: for vLLM, which reads one for all of
-            them (``lora_alpha / r`` of the config) and does not know the patterns.
+        one_scale: Multiply each lora_B, in float32, so that all layers have the same scaling, ``lora_alpha / r`` of the config: for
+            SGLang and older vLLM, which read no patterns, the former no ``use_rslora`` either.
         base_model_name_or_path: For the config; None: the model's ``name_or_path``, as transformers' have.
         task_type: For the config, one of PEFT's names or None.
     Raises:
@@ -269,7 +269,7 @@ def _describe(model: nn.Module, layers: dict[str, Any], held, slot: int | None, 
         if 0 < len(having) < len(held):
             raise ValueError(f"model: wanted {flag} in all layers or in none, as the config says it, got it in {some(having)} alone")
     largest = max(ranks, key=ranks.__getitem__)
-    rslora = all(layer.use_rslora for layer in layers.values())
+    rslora = not one_scale and all(layer.use_rslora for layer in layers.values())
     factors = dict.fromkeys(layers, 1.0)
     if one_scale:
         if not scalings[largest]:

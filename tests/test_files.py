@@ -274,10 +274,10 @@ def test_a_transformers_llama(llama, targets, tmp_path):
 
 
 def served(folder) -> dict[str, torch.Tensor]:
-    """scaling * B A of each layer as vLLM computes it: one scaling from the config, no patterns; layers from the keys."""
+    """scaling * B A of each layer as SGLang 0.5.23 computes it: lora_alpha / r, no patterns, no use_rslora; layers from the keys."""
     config, tensors = config_of(folder), contents(folder)
     assert not config["modules_to_save"] and config["bias"] == "none" and isinstance(config["target_modules"], list)
-    scaling = config["lora_alpha"] / (config["r"] ** 0.5 if config["use_rslora"] else config["r"])
+    scaling = config["lora_alpha"] / config["r"]
     updates = {}
     for key in tensors:
         prefix, name, kind = key[: len("base_model.model.")], *key[len("base_model.model.") :].rsplit(".lora_", 1)
