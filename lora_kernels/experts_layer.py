@@ -131,6 +131,11 @@ class LoRAExperts(Mergeable, nn.Module):
         return Factors(A, B, self.scaling, self.lora_dropout, self.training)
 
     def forward(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+        """The experts' answer with the adapters of this layer and of those within it.
+
+        Raises:
+            ValueError: shapes. RuntimeError: a stack that is merged and not enabled. UnsupportedError: hooks within.
+        """
         layers, experts = self.chain(), self.experts
         wrong = [layer.parameter_name for layer in layers if layer.merged and not layer.enabled]
         if wrong:

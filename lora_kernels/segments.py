@@ -28,7 +28,7 @@ _library.define(
 
 @dataclass(frozen=True, eq=False)
 class Segments:
-    """The adapters of a batch of tokens; make one by `from_ids` or `from_lengths`, once for all layers, forward and backward.
+    """The adapters of a batch of tokens; make one by `from_ids`, `from_lengths` or `from_top_k`, once for all layers, both passes.
 
     Attributes (int32; M tokens, E adapters; slot E stands for "no adapter"):
         ids: ``[M]``, each token's adapter, -1 for the base alone.
