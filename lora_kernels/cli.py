@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="info | check | compile | demo | inspect")
     commands.add_parser("info", help="device, versions, arms", description="What this machine has, and which arms can run here.")
     check = commands.add_parser("check", help="parity of every kernel here", description=run_check.__doc__)
-    check.add_argument("--quick", action="store_true", help="fewer dtypes and no p = 0: a quarter of the cases")
+    check.add_argument("--quick", action="store_true", help="fewer dtypes and no p = 0: a third of the cases")
     check.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="cpu interprets the kernels (default: auto)")
     compile_ = commands.add_parser("compile", help="compile-only report", description=run_compile.__doc__)
     compile_.add_argument("--arch", action="append", metavar="NAME", help="sm_80 ... sm_120, gfx942; may be repeated (default: sm_90)")
