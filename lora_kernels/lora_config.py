@@ -24,7 +24,7 @@ ALL_LINEAR = "all-linear"
 PROVENANCE = {"peft_version", "auto_mapping", "base_model_name_or_path", "revision", "task_type", "megatron_core"}
 PROVENANCE |= {"loftq_config", "eva_config", "qalora_group_size", "runtime_config", "ensure_weight_tying"}
 _FIRST_NUMBER = re.compile(r".*?\.[^.]*\.(?P<n>\d+)\.")
-PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")  # PEFT's others change the base weights
+PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")  # PEFT's others change the base weights
 FUSED = "PEFT's own model of it can be fused, lora_kernels.integrations.peft.fuse(model)"
 WITH_A_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # tasks for which PEFT adds the model's head to modules_to_save
 

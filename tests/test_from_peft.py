@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft.tuners.lora import variants
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -124,6 +125,22 @@ def test_pefts_own_config_says_where_training_begins(init):
         theirs.base_model.model.model.layers[0].self_attn.q_proj.lora_B.default.weight,
     ):
         assert each.any() == (not init)
+
+
+@pytest.mark.skipif(not hasattr(variants, "MiCALinearVariant"), reason="a PEFT without MiCA")
+def test_an_adapter_of_mica_is_a_plain_one(tmp_path):
+    """Whose B is a part of the base that stays where it is, and frozen."""
+    torch.manual_seed(0)
+    theirs = get_peft_model(nn.Sequential(nn.Linear(8, 6)), LoraConfig(target_modules=["0"], r=2, init_lora_weights="mica"))
+    layer = theirs.base_model.model[0]
+    nn.init.normal_(layer.lora_A["default"].weight)
+    theirs.save_pretrained(tmp_path)
+    model = nn.Sequential(nn.Linear(8, 6))
+    model.load_state_dict({name: getattr(layer.base_layer, name[2:]) for name in ("0.weight", "0.bias")})
+    apply_lora(model, LoRAConfig.from_folder(tmp_path))
+    load_adapter(model, tmp_path)
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(model(x), theirs(x))
 
 
 @pytest.mark.parametrize(
