@@ -40,7 +40,7 @@ class LoRAExperts(Mergeable, nn.Module):
         hidden_states' dtype.
     Attributes:
         lora_A ``[E r, K]``: ``[E, r, K]``, flattened. lora_B ``[N, r E]``: ``[N, r, E]``, flattened, the expert innermost. PEFT's layout.
-        scaling: The float that multiplies the low-rank term; may be set between calls.
+        scaling: The float that multiplies the low-rank term; may be set between calls. Not in a state dict.
         enabled: False: this stack is the base alone. merged: Whether the update sits in the stack.
         num_experts, in_features, out_features: E, K and N of the stack.
     Raises:

@@ -64,7 +64,7 @@ class FusedLoRALinear(AdaptedLinear):
     Shape:
         x ``[..., in_features]`` -> ``[..., out_features]``.
     Attributes:
-        scaling: The float that multiplies the low-rank term; may be set between calls.
+        scaling: The float that multiplies the low-rank term; may be set between calls. Not in a state dict, as in PEFT.
         enabled: False: the base alone answers. merged: Whether the update sits in ``weight``.
     Raises:
         UnsupportedError: a rank outside 1 to 512; lora_bias with use_dora. ValueError: lora_dropout outside [0, 1). TypeError: r is no int,
@@ -196,7 +196,7 @@ class FusedLoRALinear(AdaptedLinear):
 
     @torch.no_grad()
     def swap(self, lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float | None = None) -> None:
-        """Put another adapter of the same rank in place of this one, merged or not: in one pass over the weight if merged.
+        """Put another adapter of the same rank in place of this one, merged or not: in one pass over the weight if merged. lora_bias stays.
 
         Args:
             lora_A: ``[r, in_features]``. lora_B: ``[out_features, r]``. Any device; the layer's adapter dtype.
