@@ -119,7 +119,7 @@ class Segments:
             device: Of the plan; None: of ``lengths``.
             validate: As in `from_ids`.
         Raises:
-            TypeError: not integers. ValueError: negative lengths, another number of adapters or tokens, or what is needed for no sync.
+            As `from_ids`. ValueError: a negative length, not an adapter for each, another sum, or None where it would take a sync.
         """
         lengths = as_ints("lengths", lengths)
         on_host = lengths.device.type == "cpu"
