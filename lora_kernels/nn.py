@@ -202,8 +202,8 @@ class FusedLoRALinear(AdaptedLinear):
             lora_A: ``[r, in_features]``. lora_B: ``[out_features, r]``. Any device; the layer's adapter dtype.
             scaling: None: the layer's own.
         Raises:
-            ValueError, TypeError: shapes or dtypes, or a merged weight that is not finite; nothing has changed. UnsupportedError: DoRA,
-            or shards.
+            ValueError, TypeError: shapes or dtypes, a scaling or merged weight that is not finite; nothing has changed. UnsupportedError:
+            DoRA, or shards.
         """
         if sharded(self.lora_A):
             raise UnsupportedError(f"swap: wanted a layer that is whole on this rank, got shards ({self.lora_A.placements})")
@@ -216,6 +216,8 @@ class FusedLoRALinear(AdaptedLinear):
             if new.dtype != own.dtype:
                 raise TypeError(f"{name}: wanted the adapter's dtype {own.dtype}, got {new.dtype}")
         scaling = self.scaling if scaling is None else float(scaling)
+        if not math.isfinite(scaling):
+            raise ValueError(f"scaling: wanted a finite number, got {scaling}")
         lora_A, lora_B = lora_A.to(self.lora_A.device), lora_B.to(self.lora_B.device)
         if self._base_weight is not None:
             keep = "cpu" if self._base_weight.device.type == "cpu" else "device"

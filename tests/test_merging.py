@@ -1,6 +1,7 @@
 """Merging: one pass over W rounded once, the base back bit for bit, and one merged adapter in another's place."""
 
 import copy
+import math
 import pickle
 
 import pytest
@@ -180,10 +181,11 @@ def test_a_refused_swap_changes_nothing():
         (ValueError, r"lora_A: wanted shape \[4, 70\], got \[3, 70\]", (A[:3], B)),
         (TypeError, "lora_B: wanted the adapter's dtype torch.float32, got torch.float64", (A, B.double())),
         (ValueError, "finite", (A * float("inf"), B)),
+        (ValueError, "scaling: wanted a finite number, got nan", (A, B, math.nan)),
     ):
         with pytest.raises(error, match=match):
             layer.swap(*arguments)
-        assert layer.merged and all(torch.equal(t, before[name]) for name, t in layer.named_parameters())
+        assert layer.scaling == 4 and layer.merged and all(torch.equal(t, before[name]) for name, t in layer.named_parameters())
     with pytest.raises(ValueError, match="keep: wanted one of cpu, device, got 'disk'"):
         FusedLoRALinear(K, N).merge(keep="disk")
 
