@@ -13,7 +13,6 @@ the layers, with all that Python does around them. Before an arm is timed, its r
 from __future__ import annotations
 
 import copy
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +24,7 @@ from lora_kernels import LoRAConfig, Segments, apply_lora, share_inputs, use_ada
 
 from .conditions import Recorder
 from .memory import peak_of, saved_by
-from .session import Budget, Session, say
+from .session import Budget, Session, lacks, say
 from .table import rounded, significant, text_table
 from .timing import Step, Times, clock_for, graphed, interleave, message
 from .workloads import Point
@@ -85,10 +84,7 @@ def grid(cuda: bool, quick: bool) -> list[ModelPoint]:
 def run(session: Session) -> int:
     """Writes a row for each point, arm and pass; returns the number of arms that failed."""
     recorder = session.recorder("model")
-    missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
-    if missing:
-        recorder.add(what="left out", detail=f"wanted {', '.join(missing)}")
-        say(f"model: left out, without {', '.join(missing)}")
+    if lacks(recorder, "model", NEEDS):
         return 0
     cuda = session.device.type == "cuda"
     clocks = [clock_for(session.device, launch) for launch in (("eager", "graph") if cuda else ("host",))]

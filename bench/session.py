@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -67,6 +68,15 @@ class Budget:
 def share(seconds: float, measurements: int, most: float) -> float:
     """Seconds for each of so many measurements in a section of ``seconds``, half of which goes into what stands around them."""
     return min(most, max(LEAST_SHARE, seconds / 2 / max(measurements, 1)))
+
+
+def lacks(recorder: Recorder, section: str, needs: tuple[str, ...]) -> bool:
+    """Whether a package that a section needs is not there, with a row that says so."""
+    missing = [name for name in needs if importlib.util.find_spec(name) is None]
+    if missing:
+        recorder.add(what="left out", detail=f"wanted {', '.join(missing)}")
+        say(f"{section}: left out, without {', '.join(missing)}")
+    return bool(missing)
 
 
 def say(text: str) -> None:

@@ -12,7 +12,6 @@ Wall time until the device has done it; files lie in the system's cache. What pu
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import tempfile
 from collections.abc import Callable
@@ -24,7 +23,7 @@ import torch
 from lora_kernels import AdapterPool, LoRAConfig, MultiLoRALinear, apply_lora
 
 from .model import NEEDS, SHAPES, ModelPoint
-from .session import Budget, Session, say, share
+from .session import Budget, Session, lacks, say, share
 from .table import rounded, text_table
 from .timing import HostClock, Step, interleave
 
@@ -41,10 +40,7 @@ def points(quick: bool) -> list[ModelPoint]:
 def run(session: Session) -> int:
     """Writes a row for each point and arm, with the adapter's bytes; returns the number of arms that failed."""
     recorder = session.recorder("slots")
-    missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
-    if missing:
-        recorder.add(what="left out", detail=f"wanted {', '.join(missing)}")
-        say(f"slots: left out, without {', '.join(missing)}")
+    if lacks(recorder, "slots", NEEDS):
         return 0
     table, budget, failed, found = [], Budget(session.seconds), 0, points(session.quick)
     seconds = 0.1 if session.quick else share(session.seconds, len(found), 30.0)
