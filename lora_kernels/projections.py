@@ -39,7 +39,8 @@ class Projection(NamedTuple):
 
     def alone(self, x: torch.Tensor, **how) -> torch.Tensor:
         """`lora_linear` of x; how: its training, config and impl."""
-        return lora_linear(x, *self[:4], scale=self.scale, dropout_p=self.dropout_p, seed=self.seed, **how)
+        weight, A, B, bias, scale, p, seed = self  # torch 2.8's compiler takes no slice of a named tuple
+        return lora_linear(x, weight, A, B, bias, scale=scale, dropout_p=p, seed=seed, **how)
 
 
 class _Layer(NamedTuple):

@@ -1,6 +1,7 @@
 """The autograd Function: what is computed, what is saved, and how it behaves in torch's corners. Both handwritten arms."""
 
 import gc
+import inspect
 
 import pytest
 import torch
@@ -356,8 +357,9 @@ def test_a_backward_pass_under_autocast_is_the_same(config, device):
 
 def test_a_gpu_is_asked_for_what_torch_has():
     """mm's ``out_dtype`` is float32 of 16-bit operands alone, and not of DTensors, of which a merge of DoRA makes products."""
+    fake = "out_dtype" in inspect.signature(torch._meta_registrations.meta_mm).parameters  # torch 2.8's has no such answer
     with FakeTensorMode():
-        for given in (torch.float16, torch.bfloat16, torch.float64):
+        for given in (torch.float16, torch.bfloat16, torch.float64) if fake else (torch.float64,):
             a, b = (torch.empty(3, 3, dtype=given, device="cuda") for _ in range(2))
             assert chain.grad_mm(a, b, torch.float32).dtype == torch.float32
 
