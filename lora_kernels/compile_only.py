@@ -350,7 +350,8 @@ def _nvidia_resources(compiled, ptx: str) -> tuple[int, int, bool, int]:
             raise RuntimeError("cuobjdump: wanted a line with REG and STACK, got none")
         # Half a second to disassemble, for what spills (to its stack) or has wgmma.
         sass = _cuobjdump("--dump-sass", file.name) if used[2] != "0" or "wgmma" in ptx else ""
-    return int(used[1]), in_loops(r"\bLDL\b", sass), serialized(ptx, sass), in_loops(r"HGMMA\S* R\w+, R", sass)
+    reloads, hazards = in_loops(sass, r"\bLDL\b", r"HGMMA\S* R\w+, R")
+    return int(used[1]), reloads, serialized(ptx, sass), hazards
 
 
 def serialized(ptx: str, sass: str) -> bool:
@@ -358,15 +359,12 @@ def serialized(ptx: str, sass: str) -> bool:
 
     Groups of one instruction do not tell.
     """
-    return _grouped(ptx) and all("gsb0" in instruction for instruction in re.findall(r"HGMMA[^;]*;", sass))
+    grouped = ptx.count("wgmma.mma_async") > ptx.count("wgmma.commit_group")
+    return grouped and all("gsb0" in instruction for instruction in re.findall(r"HGMMA[^;]*;", sass))
 
 
-def _grouped(ptx: str) -> bool:
-    return ptx.count("wgmma.mma_async") > ptx.count("wgmma.commit_group")
-
-
-def in_loops(instruction: str, sass: str) -> int:
-    """How many instructions that a pattern means may run again: those that a path leads back to.
+def in_loops(sass: str, *patterns: str) -> list[int]:
+    """How many instructions that each pattern means may run again: those that a path leads back to.
 
     What lies between a branch backwards and its target does not tell, for the assembler moves the waits of a loop behind all else.
     """
@@ -377,7 +375,7 @@ def in_loops(instruction: str, sass: str) -> int:
         to = re.search(r"\b(?:BRA|BSSY|CALL)\b.*?0x([0-9a-f]+)", text)
         ends = re.match(r"BRA 0x|EXIT|RET", text)  # without a condition; a call comes back
         following.append(([] if ends or i + 1 == len(code) else [i + 1]) + ([place[int(to[1], 16)]] if to else []))
-    return sum(_again(i, following) for i, (_, text) in enumerate(code) if re.search(instruction, text))
+    return [sum(_again(i, following) for i, (_, text) in enumerate(code) if re.search(pattern, text)) for pattern in patterns]
 
 
 def _again(start: int, following: list[list[int]]) -> bool:

@@ -378,7 +378,7 @@ print([sum(len(cache[0]) for cache in kernel.device_caches.values()) for kernel 
 
 
 def reloads(sass: str) -> int:
-    return in_loops(r"\bLDL\b", sass)
+    return in_loops(sass, r"\bLDL\b")[0]
 
 
 def test_a_reload_counts_where_it_repeats():
