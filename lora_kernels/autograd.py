@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch.autograd import forward_ad
 
-from . import calls, dispatch, ops, problem, reference
+from . import calls, checks, dispatch, ops, problem, reference
 from .problem import UnsupportedError
 from .segments import ONE, Adapters
 from .tuning import Config
@@ -210,7 +210,7 @@ def check_lora_bias(lora_bias, weight, lora_A, segments) -> None:
         raise UnsupportedError("lora_bias: wanted None with base, to which it can be added, got a value")
     if segments is not None:
         raise UnsupportedError("lora_bias: wanted None with segments, whose tokens have adapters of their own, got a value")
-    problem.check_vector("lora_bias", lora_bias, weight, lora_A)
+    checks.check_vector("lora_bias", lora_bias, weight, lora_A)
 
 
 def carried(segments, scale, ranks, widths=None) -> tuple[Adapters, float]:
@@ -252,8 +252,8 @@ def prepare(x, weight, lora_A, lora_B, bias, base, scale, dropout_p, seed, segme
 
 
 def check(x, weight, lora_A, lora_B, bias, base, scale, dropout_p, seed, segments, ranks, config, impl, widths) -> None:
-    """Refuse what `lora_linear` cannot compute, by `problem.check_arguments` and for what it says of the arm."""
-    problem.check_arguments(x, weight, lora_A, lora_B, bias, base, scale, dropout_p, seed, segments, ranks, widths)
+    """Refuse what `lora_linear` cannot compute, by `checks.check_arguments` and for what it says of the arm."""
+    checks.check_arguments(x, weight, lora_A, lora_B, bias, base, scale, dropout_p, seed, segments, ranks, widths)
     if impl not in IMPLS:
         raise ValueError(f"impl: wanted one of {', '.join(IMPLS)}, got {impl!r}")
     if config is None:

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 
 from .autograd import autocast, check, lora_linear, refused_twice
 from .chain import grad_mm
+from .checks import check_vector
 from .dispatch import without_autocast
-from .problem import check_vector
 
 
 @torch.no_grad()

@@ -16,8 +16,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from .autograd import lora_linear
+from .checks import check_tensor
 from .nn import AdaptedLinear, check_linear, check_rank, held, init_adapter, scaling_of
-from .problem import UnsupportedError, check_tensor, sharded
+from .problem import UnsupportedError, sharded
 from .segments import Segments, check_int
 from .slots import SlotParameter
 

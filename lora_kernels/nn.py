@@ -10,10 +10,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from .autograd import lora_linear, with_lora_bias
+from .checks import check_tensor
 from .dispatch import without_autocast
 from .dora import dora_linear, gain, weight_norm
 from .merging import Mergeable
-from .problem import MAX_RANK, UnsupportedError, check_tensor, sharded
+from .problem import MAX_RANK, UnsupportedError, sharded
 from .projections import Projection
 
 

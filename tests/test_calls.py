@@ -7,7 +7,7 @@ import torch
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from lora_kernels import MultiLoRALinear, Projection, Segments, calls, launch, lora_linear, lora_linears, problem
+from lora_kernels import MultiLoRALinear, Projection, Segments, calls, checks, launch, lora_linear, lora_linears, problem
 from lora_kernels.nn import FusedLoRALinear, held
 from lora_kernels.parity import budget_used
 from lora_kernels.tuning import Arch, Config, Expand, Shrink, Wgrad
@@ -77,8 +77,8 @@ def test_what_is_returned_may_be_written_to(impl):
 
 def test_a_call_that_looks_the_same_is_not_checked_again(monkeypatch):
     x, weight, A, B = operands(4, 2)
-    checked, own = [], problem.check_arguments
-    monkeypatch.setattr(problem, "check_arguments", lambda *args: checked.append(1) or own(*args))
+    checked, own = [], checks.check_arguments
+    monkeypatch.setattr(checks, "check_arguments", lambda *args: checked.append(1) or own(*args))
     wanted = lora_linear(x, weight, A, B, scale=2.0, impl="triton")
     before = launch.launches
     for scale, dropout_p in ((2.0, 0.0), (1, 0.5), (2.0, 0)):  # acting in training alone

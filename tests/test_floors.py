@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "lora_kernels"
 FLOORS = (
-    ("reference", "philox", "problem", "segments", "packed", "operands"),
+    ("reference", "philox", "problem", "checks", "segments", "packed", "operands"),
     ("kernels",),
     ("tuning",),
     ("launch", "launcher", "layouts", "launch_experts", "launch_plan", "compile_only", "chain", "streams"),
