@@ -121,7 +121,7 @@ def compile_pass(
     Beside a base product that is given, or a stack of weights, or where dX is added to that of other layers (``onto``), expand or `experts`
     alone: the others are what they are beside a weight.
     """
-    M, R, dtype, adapter = min(problem.M, 512), problem.R, problem.dtype, problem.adapter_dtype or problem.dtype
+    M, R, dtype, adapter = min(problem.M, 512), problem.R, problem.dtype, problem.lora_dtype
     N, K = (problem.K, problem.N) if backward else (problem.N, problem.K)
     x, dy = torch.empty(M, K, dtype=dtype), torch.empty(M, N, dtype=dtype)
     widths = (N // 2, N // 4, N - N // 2 - N // 4) if problem.packed else ()

@@ -58,6 +58,11 @@ class Problem:
         return self.dtype.itemsize
 
     @property
+    def lora_dtype(self) -> torch.dtype:
+        """A's and B's: ``adapter_dtype``, or x's where there is none."""
+        return self.adapter_dtype or self.dtype
+
+    @property
     def flops(self) -> int:
         return forward_flops(self.M, self.N, self.K, self.R, self.base, self.layers)
 

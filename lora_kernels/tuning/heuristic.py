@@ -101,7 +101,7 @@ def _fetched(e: Expand, problem: Problem, arch: Arch) -> float:
     """What the busiest multiprocessor fetches of x, W and, in the loop, A, or could have while it waits: bytes. Not less than W takes from
     memory. A tile narrower than its rows fetches more of x than of W, again for each of its neighbours.
     """
-    rows, wider = min(e.block_m, problem.M), (problem.adapter_dtype or problem.dtype).itemsize // problem.itemsize
+    rows, wider = min(e.block_m, problem.M), problem.lora_dtype.itemsize // problem.itemsize
     ranks = wider * rank_block(problem.tile_rank) if e.u == "loop" else 0
     own = (rows + e.block_n + ranks) * problem.K / e.split + (rows * e.block_n * problem.tile_rank * wider if e.each else 0)
     programs = _tiles(e, problem) * e.split
@@ -141,7 +141,7 @@ def _segments(problem: Problem, arch: Arch) -> Expand:
     if block_m <= 64:
         tile = _each(Expand(block_m, 32, 32 if problem.itemsize == 4 else 64, num_warps=4, num_stages=STREAMED), problem)
         wider = replace(tile, block_n=64)  # if v of all ranks is gathered at once, as it is, and needs no masks
-        fits = tile.each and not problem.mixed_ranks and problem.adapter_dtype in (None, problem.dtype)
+        fits = tile.each and not problem.mixed_ranks and problem.lora_dtype == problem.dtype
         fits = fits and closes(wider, problem.tile_rank, problem.itemsize, True, False)
         return _least(tile, [wider] if fits else [], problem, arch)
     if arch.kind == "hip":

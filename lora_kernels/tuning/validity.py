@@ -149,7 +149,7 @@ def _tiles_in_flight(stages: int, rows: int, warps: int, problem: Problem, arch:
 
 def _a_in_flight(part: Shrink | Expand, rank: int, problem: Problem, arch: Arch) -> int:
     """Bytes of a's tiles in the pipeline; those of wider adapters are rounded as they leave it, into one more where wgmma reads that."""
-    tile, wider = rank * part.block_k, (problem.adapter_dtype or problem.dtype).itemsize
+    tile, wider = rank * part.block_k, problem.lora_dtype.itemsize
     if wider == problem.itemsize:
         return _tiles_in_flight(part.num_stages, part.block_m, part.num_warps, problem, arch) * tile * problem.itemsize
     rounded = tile * problem.itemsize if _asynchronous(part.block_m, part.num_warps, problem, arch) else 0
