@@ -9,6 +9,7 @@ which all layers share.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -109,6 +110,27 @@ class LoRALinearFunction(torch.autograd.Function):
 def recorded(trained: bool) -> bool:
     """Whether autograd is to see a call: for a backward pass, or to refuse a forward-mode derivative, which the arms would pass by."""
     return (trained and torch.is_grad_enabled()) or (forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled())
+
+
+def _forward_kernel(
+    x, weight, lora_A, lora_B, bias, seed, scales, ranks, plan, geometry, scale, dropout_p, save_u, impl, config, base=None
+):  # fmt: skip
+    """The operator ``lora_kernels::forward``: the arm, or where gradients are wanted the Function, whose u nobody else reads.
+
+    So an exported program calls it, without the Function around. torch warns nevertheless: to be told of the gradients it would have to
+    call Python once more at every call.
+    """
+    if recorded(any(t is not None and t.requires_grad for t in (x, lora_A, lora_B, bias, base))):
+        constants = (scale, dropout_p, impl, config, None, tuple(geometry), scales, ranks)
+        y = LoRALinearFunction.apply(x, weight, lora_A, lora_B, bias, base, seed, *constants, *plan)
+        return y, x.new_empty((math.prod(y.shape[:-1]), lora_A.shape[-2]) if save_u else (0,))
+    adapters = Adapters.from_flat(scales, ranks, plan, geometry)
+    y, u = ops.forward_by_arm(x, weight, lora_A, lora_B, bias, seed, adapters, scale, dropout_p, save_u, impl, config, base)
+    return y, u if save_u else x.new_empty(0)
+
+
+for _key in ops.KEYS:
+    ops.library.impl("forward", _forward_kernel, _key)
 
 
 def lora_linear(

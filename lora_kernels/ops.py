@@ -2,7 +2,8 @@
 
 One registered boundary per pass: torch.compile, export, fake tensors and FLOP counters see these two, and which arm runs
 inside (the kernels or the chain of library calls) is resolved there, from the sizes of the call, so that no size becomes
-a guard of the caller's graph. Where nobody looks on, the arm runs without them. A third, the plan of `segments`, has its GPU kernel here.
+a guard of the caller's graph. Where nobody looks on, the arm runs without them. The forward operator's kernel
+is beside the Function that it may need (`autograd`); a third, the plan of `segments`, has its GPU kernel here.
 """
 
 from __future__ import annotations
@@ -18,14 +19,15 @@ from .operands import as_matrix, even, lead, like_tokens
 from .problem import PLAIN, autocasts, forward_flops
 from .segments import CPU, Adapters, by_library
 
-_library = torch.library.Library("lora_kernels", "DEF")
-_library.define(
+KEYS = ("CPU", "CUDA")  # whose tensors the operators take
+library = torch.library.Library("lora_kernels", "DEF")
+library.define(
     "forward(Tensor x, Tensor? weight, Tensor lora_A, Tensor lora_B, Tensor? bias, Tensor? seed, Tensor? scales, Tensor? ranks, "
     "Tensor[] plan, int[] geometry, float scale, float dropout_p, bool save_u, str impl, str config, Tensor? base=None) "
     "-> (Tensor, Tensor)",
     tags=[torch.Tag.pt2_compliant_tag],
 )
-_library.define(
+library.define(
     "backward(Tensor dy, Tensor? x, Tensor? weight, Tensor? lora_A, Tensor? lora_B, Tensor? u, Tensor? seed, "
     "Tensor? scales, Tensor? ranks, Tensor[] plan, int[] geometry, float scale, float dropout_p, "
     "bool need_dx, bool need_da, bool need_db, bool need_dbias, ScalarType adapter_dtype, str impl, str config) "
@@ -43,7 +45,7 @@ def forward(x, weight, lora_A, lora_B, bias, seed, adapters: Adapters, scale, dr
         return run(x, weight, lora_A, lora_B, bias, seed, adapters, scale, dropout_p, save_u, chosen, base)
     arm = _unseen((chain.forward, None), impl, config, x, weight, lora_A, lora_B, bias, base)
     if arm is not None:
-        return _forward(x, weight, lora_A, lora_B, bias, seed, adapters, scale, dropout_p, save_u, impl, config, base, *arm)
+        return forward_by_arm(x, weight, lora_A, lora_B, bias, seed, adapters, scale, dropout_p, save_u, impl, config, base, *arm)
     return forward_op(x, weight, lora_A, lora_B, bias, seed, *adapters.flat(), scale, dropout_p, save_u, impl, config, base)
 
 
@@ -52,7 +54,7 @@ def backward(dy, x, weight, lora_A, lora_B, u, seed, adapters: Adapters, scale, 
     operands = (dy, x, weight, lora_A, lora_B, u)
     arm = _unseen((chain.backward, None), impl, config, *operands)
     if arm is not None:
-        return _backward(*operands, seed, adapters, scale, dropout_p, needs, adapter_dtype, impl, config, *arm)
+        return backward_by_arm(*operands, seed, adapters, scale, dropout_p, needs, adapter_dtype, impl, config, *arm)
     return backward_op(*operands, seed, *adapters.flat(), scale, dropout_p, *needs, adapter_dtype, impl, config)
 
 
@@ -89,7 +91,7 @@ def plain(x: torch.Tensor, *others: torch.Tensor | None) -> bool:
     return True
 
 
-def _forward(x, weight, lora_A, lora_B, bias, seed, adapters, scale, dropout_p, save_u, impl, config, base, arm=None):
+def forward_by_arm(x, weight, lora_A, lora_B, bias, seed, adapters, scale, dropout_p, save_u, impl, config, base, arm=None):
     N = lora_B.shape[-2]
     if x.numel() == 0 or N == 0:
         y, u = _empty_forward(as_matrix(x), N, lora_A, bias, as_matrix(base), adapters)
@@ -112,7 +114,7 @@ def _empty_forward(x, N, lora_A, bias, base, adapters):
     return y, x.new_zeros(y.shape[0], lora_A.shape[-2])
 
 
-def _backward(dy, x, weight, lora_A, lora_B, u, seed, adapters, scale, dropout_p, needs, adapter_dtype, impl, config, arm=None):
+def backward_by_arm(dy, x, weight, lora_A, lora_B, u, seed, adapters, scale, dropout_p, needs, adapter_dtype, impl, config, arm=None):
     need_dx, need_da, need_db, need_dbias = needs
     dx = da = db = None
     if dy.numel() == 0 or (x is not None and x.numel() == 0):
@@ -130,35 +132,18 @@ def _backward(dy, x, weight, lora_A, lora_B, u, seed, adapters, scale, dropout_p
     return dx, da, db, as_matrix(dy).sum(0) if need_dbias else None
 
 
-def _forward_kernel(
-    x, weight, lora_A, lora_B, bias, seed, scales, ranks, plan, geometry, scale, dropout_p, save_u, impl, config, base=None
-):  # fmt: skip
-    adapters = Adapters.from_flat(scales, ranks, plan, geometry)
-    from .autograd import LoRALinearFunction, recorded
-
-    if recorded(any(t is not None and t.requires_grad for t in (x, lora_A, lora_B, bias, base))):
-        # Called as an exported program calls it, without the Function around, whose u nobody else reads. torch warns nevertheless: to be
-        # told of the gradients it would have to call Python once more at every call.
-        constants = (scale, dropout_p, impl, config, None, tuple(geometry), scales, ranks)
-        y = LoRALinearFunction.apply(x, weight, lora_A, lora_B, bias, base, seed, *constants, *plan)
-        return y, x.new_empty((math.prod(y.shape[:-1]), lora_A.shape[-2]) if save_u else (0,))
-    y, u = _forward(x, weight, lora_A, lora_B, bias, seed, adapters, scale, dropout_p, save_u, impl, config, base)
-    return y, u if save_u else x.new_empty(0)
-
-
 def _backward_kernel(
     dy, x, weight, lora_A, lora_B, u, seed, scales, ranks, plan, geometry, scale, dropout_p,
     need_dx, need_da, need_db, need_dbias, adapter_dtype, impl, config,
 ):  # fmt: skip
     adapters, needs = Adapters.from_flat(scales, ranks, plan, geometry), (need_dx, need_da, need_db, need_dbias)
-    grads = _backward(dy, x, weight, lora_A, lora_B, u, seed, adapters, scale, dropout_p, needs, adapter_dtype, impl, config)
+    grads = backward_by_arm(dy, x, weight, lora_A, lora_B, u, seed, adapters, scale, dropout_p, needs, adapter_dtype, impl, config)
     dtypes = (dy.dtype, adapter_dtype, adapter_dtype, dy.dtype)
     return tuple(dy.new_empty(0, dtype=dtype) if grad is None else grad for grad, dtype in zip(grads, dtypes, strict=True))
 
 
-for _key in ("CPU", "CUDA"):
-    _library.impl("forward", _forward_kernel, _key)
-    _library.impl("backward", _backward_kernel, _key)
+for _key in KEYS:
+    library.impl("backward", _backward_kernel, _key)
 
 
 def _plan_on_a_gpu(adapter_ids, num_adapters, row_block, gather_block):
@@ -170,7 +155,7 @@ def _plan_on_a_gpu(adapter_ids, num_adapters, row_block, gather_block):
     return by_library(adapter_ids, num_adapters, row_block, gather_block)
 
 
-_library.impl("plan", _plan_on_a_gpu, "CUDA")
+library.impl("plan", _plan_on_a_gpu, "CUDA")
 
 
 def _top_k(geometry: list[int]) -> int:
