@@ -12,7 +12,7 @@ FLOORS = (
     ("reference", "philox", "problem", "checks", "segments", "packed", "operands"),
     ("kernels",),
     ("tuning",),
-    ("launch", "launcher", "layouts", "launch_experts", "launch_plan", "compile_only", "chain", "streams"),
+    ("launch", "launcher", "layouts", "launch_experts", "launch_plan", "chain", "streams") + ("compile_only", "compile_problems"),
     ("ops", "autograd", "calls", "dispatch", "projections", "merging"),
     ("nn", "multi", "over", "experts", "experts_layer", "parity", "dora", "lora_config", "shared_input", "packed_layer", "slots"),
     ("cli", "__main__", "demo", "demo_data", "demo_peft", "integrations", "apply", "files", "adapter_store", "analysis", "inspect_adapter")
