@@ -73,7 +73,7 @@ PACKED = [
            "for its_A, its_B in zip(A, B.split(self.widths), strict=True):\n            init_adapter(its_A, its_B,",
            "for its_A, its_B in ((A, B),):\n            init_adapter(its_A, its_B,"),
     Mutant("layer: merged in part", "merging.py", "self.weight.detach().copy_(base)", "pass"),
-    Mutant("layer: names of two layers", "files.py", "if name in found:", "if False:"),
+    Mutant("layer: names of two layers", "adapter_layers.py", "if name in found:", "if False:"),
     Mutant("layer: scalings to the last bit", "files.py", "rel_tol=1e-6", "rel_tol=0"),
     Mutant("layer: merged as one", "merging.py", "elif self.widths:", "elif False:"),
 ]  # fmt: skip

@@ -16,7 +16,7 @@ FLOORS = (
     ("ops", "autograd", "calls", "dispatch", "projections", "merging"),
     ("nn", "multi", "over", "experts", "experts_layer", "parity", "dora", "lora_config", "shared_input", "packed_layer", "slots"),
     ("cli", "__main__", "demo", "demo_data", "demo_peft", "integrations", "apply", "files", "adapter_store", "analysis", "inspect_adapter")
-    + ("serving", "pool"),
+    + ("adapter_layers", "serving", "pool"),
 )
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}
 FILES = sorted(path for path in PACKAGE.rglob("*.py"))
