@@ -232,41 +232,41 @@ def backward(
         A, B = (None if t is None else t.to(dy.dtype) for t in (A, B))
     keep = philox.inv_keep(p) if p else 1.0
     dx: Any = None
-    da: Any = None
-    db: Any = None
-    experts = is_stack(weight)
-    if need_dx and weight is not None and not experts:
+    if need_dx and weight is not None and not is_stack(weight):
         dx = base_gradient(dy, weight, onto)
     elif need_dx and adapters.segments is not None:
         dx = dy.new_zeros(dy.shape[0], A.shape[-1])
-    if adapters.segments is None:
-        if need_dx or need_da or ds is not None:
-            own = grad_u(dy, B, adapters, scale)
-            if ds is not None:
-                ds.copy_(own)
-            ds = own  # not ds's columns of all_ds: oneDNN's products read past odd rows (docs/numerics.md), what is not written yet there
-        if dx is not None:
-            add_product(dx, None, ds, A, bits, keep)
-        elif need_dx:
-            dx = scaled_mm(ds, A, keep)
-            dx = dx if bits is None else drop(dx, bits)
-        if need_da:
-            da = _grad_A(ds if all_ds is None else all_ds, x, bits, keep, adapter_dtype)
-        if need_db:
-            db = _grad_B(dy, u, adapter_dtype, adapters.widths)
+    if adapters.segments is not None:
+        da, db = _each_backward(dx, dy, x, weight, A, B, u, adapters.segments, adapters, scale, bits, keep, needs, adapter_dtype)
         return dx if dx is None else like_tokens(dx, given), da, db
+    if need_dx or need_da or ds is not None:
+        own = grad_u(dy, B, adapters, scale)
+        if ds is not None:
+            ds.copy_(own)
+        ds = own  # not ds's columns of all_ds: oneDNN's products read past odd rows (docs/numerics.md), what is not written yet there
+    if dx is not None:
+        add_product(dx, None, ds, A, bits, keep)
+    elif need_dx:
+        dx = scaled_mm(ds, A, keep)
+        dx = dx if bits is None else drop(dx, bits)
+    da = _grad_A(ds if all_ds is None else all_ds, x, bits, keep, adapter_dtype) if need_da else None
+    db = _grad_B(dy, u, adapter_dtype, adapters.widths) if need_db else None
+    return dx if dx is None else like_tokens(dx, given), da, db
+
+
+def _each_backward(dx, dy, x, weight, A, B, u, plan: Segments, adapters: Adapters, scale: float, bits, keep: float, needs, adapter_dtype):
+    """dA and dB of a batch with segments, adapter by adapter; each one's part of dX is added to ``dx``."""
+    need_dx, need_da, need_db = needs
     E, layers = adapters.number, adapters.layers
     R = u.shape[1] // layers if B is None else B.shape[2]
-    if need_da:
-        da = dy.new_zeros(E, layers * R, x.shape[1], dtype=adapter_dtype)
-    if need_db:
-        db = dy.new_zeros(E, dy.shape[1], R, dtype=adapter_dtype)
+    da: Any = dy.new_zeros(E, layers * R, x.shape[1], dtype=adapter_dtype) if need_da else None
+    db: Any = dy.new_zeros(E, dy.shape[1], R, dtype=adapter_dtype) if need_db else None
     unscaled = adapters._replace(scales=None)  # the scale of each is in its run
-    for e, rows, rank, its_scale in runs(adapters.segments, adapters, R, scale):
+    for e, rows, rank, its_scale in runs(plan, adapters, R, scale):
         its_dy, its_bits = dy[rows], None if bits is None else bits[rows]
         if need_dx or need_da:
             ds = grad_u(its_dy, B[e, :, :rank], unscaled, its_scale)
-        if need_dx and experts:
+        if need_dx and is_stack(weight):
             its_dx = torch.mm(its_dy, weight[e])
             add_product(its_dx, None, ds, its_rows(A[e], layers, rank), its_bits, keep)
             dx[rows] = its_dx
@@ -281,7 +281,7 @@ def backward(
         if need_db:
             its_u = u[rows, :rank] if layers == 1 else u.view(-1, layers, R)[rows, :, :rank].flatten(1)
             db[e, :, :rank] = _grad_B(its_dy, its_u, adapter_dtype, adapters.widths)
-    return dx if dx is None else like_tokens(dx, given), da, db
+    return da, db
 
 
 def _grad_A(ds, x, bits, keep: float, dtype):
