@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from . import experts as mixture
 from .experts import Factors
-from .merging import Mergeable
+from .merging import Mergeable, check_unmerged
 from .nn import check_dropout, check_rank, hooked, init_adapter, scaling_of
 from .problem import UnsupportedError, sharded
 
@@ -121,8 +121,7 @@ class LoRAExperts(Mergeable, nn.Module):
 
     def reset_adapter(self, init_lora_weights: bool = True) -> None:
         """Initialise the adapter again; see ``init_lora_weights``."""
-        if self.merged:
-            raise RuntimeError("reset_adapter: wanted an unmerged layer, got a merged one; call unmerge() first")
+        check_unmerged("reset_adapter", self)
         init_adapter(self.lora_A, self.lora_B, init_lora_weights)
 
     def factors(self) -> Factors:
@@ -166,8 +165,7 @@ class LoRAExperts(Mergeable, nn.Module):
             RuntimeError: the layer is merged. ValueError: the result is not finite, and nothing has changed. UnsupportedError: the stack
             is sharded.
         """
-        if self.merged:
-            raise RuntimeError("merge: wanted an unmerged layer, got a merged one; call unmerge() first")
+        check_unmerged("merge", self)
         if sharded(self.stack):
             raise UnsupportedError(f"merge: wanted a stack that is whole on this rank, got shards of {self.parameter_name}; merge first")
         A, B = mixture.by_expert(self.lora_A.detach(), self.lora_B.detach(), self.num_experts)

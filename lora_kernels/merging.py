@@ -165,3 +165,8 @@ class Mergeable:
         super()._load_from_state_dict(  # type: ignore[misc]
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+
+def check_unmerged(name: str, layer: Mergeable) -> None:
+    if layer.merged:
+        raise RuntimeError(f"{name}: wanted an unmerged layer, got a merged one; call unmerge() first")

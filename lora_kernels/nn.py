@@ -13,7 +13,7 @@ from .autograd import lora_linear, with_lora_bias
 from .checks import check_tensor
 from .dispatch import without_autocast
 from .dora import dora_linear, gain, weight_norm
-from .merging import Mergeable
+from .merging import Mergeable, check_unmerged
 from .problem import MAX_RANK, UnsupportedError, sharded
 from .projections import Projection
 
@@ -144,8 +144,7 @@ class FusedLoRALinear(AdaptedLinear):
 
     def reset_adapter(self, init_lora_weights: bool = True) -> None:
         """Initialise the adapter again; see ``init_lora_weights``. RuntimeError: it is merged. UnsupportedError: shards on a CPU."""
-        if self.merged:
-            raise RuntimeError("reset_adapter: wanted an unmerged layer, got a merged one; call unmerge() first")
+        check_unmerged("reset_adapter", self)
         init_adapter(self.lora_A, self.lora_B, init_lora_weights)
         if self.lora_bias is not None:
             nn.init.zeros_(self.lora_bias)
@@ -191,8 +190,7 @@ class FusedLoRALinear(AdaptedLinear):
             RuntimeError: the layer is merged. ValueError: the weight is no parameter of the layer alone, the result not finite, or
             another ``keep``; nothing has changed.
         """
-        if self.merged:
-            raise RuntimeError("merge: wanted an unmerged layer, got a merged one; call unmerge() first")
+        check_unmerged("merge", self)
         self._write(keep, self.lora_A, self.lora_B, self.scaling)
 
     @torch.no_grad()

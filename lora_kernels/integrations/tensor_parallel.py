@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
 from ..autograd import lora_linear
+from ..merging import check_unmerged
 from ..multi import MultiLoRALinear
 from ..nn import FusedLoRALinear
 from ..philox import draw_seed
@@ -152,8 +153,7 @@ def shard(module: nn.Module, mesh: DeviceMesh, style: ColwiseLoRA | RowwiseLoRA)
     layout, ranks = style.layout, mesh.size()
     if mesh.ndim != 1:
         raise ValueError(f'device_mesh: wanted one dimension, got {mesh.ndim}; name the tensor-parallel one, as in mesh["tp"]')
-    if module.merged:
-        raise RuntimeError("module: wanted an unmerged layer, got a merged one; call unmerge() first")
+    check_unmerged("module", module)
     others = [name for name, _ in (*module.named_parameters(), *module.named_buffers()) if name not in (*layout.parameters, *TABLES)]
     if others:
         raise UnsupportedError(f"module: wanted {', '.join(layout.parameters)} alone in it, got {', '.join(others)} too")
