@@ -24,11 +24,11 @@ def _cell(value) -> str:
     return "" if value is None else value if isinstance(value, str) else significant(value) if isinstance(value, float) else str(value)
 
 
-def significant(value: float, digits: int = 3) -> str:
+def significant(value: float) -> str:
     """``value`` with three significant digits and no exponent: 0.0123, 1.23, 12.3, 1234."""
     if not math.isfinite(value) or value == 0:
         return str(value)
-    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+    decimals = max(0, 2 - math.floor(math.log10(abs(value))))
     return f"{value:.{decimals}f}"
 
 

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from .problem import FLOATS
+
 EPSILON = torch.finfo(torch.float64).eps
 
 
@@ -273,7 +274,7 @@ def plot_similarity(grid: torch.Tensor, path: str | Path, *, control: torch.Tens
 
 
 def _float64(name: str, matrix: torch.Tensor) -> torch.Tensor:
-    if not isinstance(matrix, torch.Tensor) or matrix.dtype not in DTYPES:
+    if not isinstance(matrix, torch.Tensor) or matrix.dtype not in FLOATS:
         raise TypeError(f"{name}: wanted a tensor of 16, 32 or 64-bit floats, got {getattr(matrix, 'dtype', type(matrix).__name__)}")
     if matrix.ndim != 2 or not matrix.numel():
         raise ValueError(f"{name}: wanted a matrix of two sizes above 0, got {list(matrix.shape)}")

@@ -154,7 +154,7 @@ def compile_pass(
     return compile_calls(run, arch, label, "experts" if problem.experts else "expand" if problem.base or onto else "")
 
 
-def heuristic_reports(arch: Arch, progress=lambda done, total, what: None) -> list[Report]:
+def heuristic_reports(arch: Arch, progress: Callable[[int, int, str], None]) -> list[Report]:
     """Every kernel of every heuristic configuration worth telling apart, compiled for ``arch``; the same kernel once."""
     calls: list[tuple[str, Callable[[], list[Report]]]] = []
     for label, problem, backward, onto in every_problem():

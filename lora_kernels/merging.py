@@ -167,6 +167,6 @@ class Mergeable:
         )
 
 
-def check_unmerged(name: str, layer: Mergeable) -> None:
+def check_unmerged(name: str, layer: Any) -> None:
     if layer.merged:
         raise RuntimeError(f"{name}: wanted an unmerged layer, got a merged one; call unmerge() first")

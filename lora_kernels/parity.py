@@ -53,6 +53,13 @@ class Case:
     layers: int = 1  # of one x: so many times N outputs and R ranks, not evenly shared out
     widths: tuple[int, ...] = ()  # of layers that the weight packs, each of rank R; their sum is N
 
+    @property
+    def blocks(self) -> dict[str, Any]:
+        """Of the plan, as the configuration names them; none without either."""
+        if self.config is None or not self.adapters:
+            return {}
+        return dict(row_block=self.config.expand.block_m, gather_block=self.config.shrink.block_m)
+
     def terms(self, tensor: str) -> int:
         """How many products one element of y or a gradient sums, those of u or dS among them."""
         M, N, K, R = self.M, self.N, self.K, self.R
@@ -151,16 +158,13 @@ def many(case: Case, device: torch.device) -> dict:
     packed = {"widths": case.widths or None}
     if not case.adapters:
         return {"scale": case.scale, **packed}
-    blocks: dict[str, Any] = (
-        {} if case.config is None else dict(row_block=case.config.expand.block_m, gather_block=case.config.shrink.block_m)
-    )
     ids = adapter_ids(case).to(device)
     scale = case.scale / (1 + torch.arange(case.adapters, dtype=torch.float32, device=device))
     ranks = None
     if case.mixed_ranks:  # the first adapter's is the largest there may be
         ranks = torch.arange(case.adapters, dtype=torch.int32, device=device).mul_(-(case.R // 2 + 1)).add_(case.R - 1)
         ranks = ranks.remainder_(case.R).add_(1)
-    plan = replace(Segments.from_ids(ids, case.adapters, **blocks), top_k=case.top_k)
+    plan = replace(Segments.from_ids(ids, case.adapters, **case.blocks), top_k=case.top_k)
     return {"scale": scale, "segments": plan, "ranks": ranks, **packed}
 
 
@@ -343,13 +347,10 @@ def _served(case: Case, arch: Arch) -> bool:
     if case.config is None:
         return True
     aligned = case.K % 8 == 0 and case.N % 8 == 0
-    blocks: dict[str, Any] = {}
-    if case.adapters:
-        blocks = dict(row_block=case.config.expand.block_m, gather_block=case.config.shrink.block_m)
     forward = problem.Problem(
         case.M, case.N, case.K, case.R * (len(case.widths) or 1), case.dtype, "x" if case.p else "", aligned=aligned,
         adapters=case.adapters, experts=case.experts, packed="n" if case.widths else "",
-        layers=len(case.widths) or 1, **blocks,
+        layers=len(case.widths) or 1, **case.blocks,
     )  # fmt: skip
     return all(why_not_here(case.config, each, arch) is None for each in (forward, forward.backward()))
 

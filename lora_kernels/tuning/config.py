@@ -88,8 +88,9 @@ class Config:
         return _key(self)
 
     @staticmethod
+    @functools.lru_cache(maxsize=1024)
     def from_key(key: str) -> Config:
-        return _from_key(key)
+        return Config.from_dict(json.loads(key))
 
     @staticmethod
     def from_dict(parts: dict) -> Config:
@@ -100,11 +101,6 @@ class Config:
 @functools.lru_cache(maxsize=1024)
 def _key(config: Config) -> str:
     return json.dumps(asdict(config), sort_keys=True)
-
-
-@functools.lru_cache(maxsize=1024)
-def _from_key(key: str) -> Config:
-    return Config.from_dict(json.loads(key))
 
 
 def rank_block(rank: int, limit: int = 128) -> int:

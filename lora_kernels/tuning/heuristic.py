@@ -188,7 +188,7 @@ def _tma(problem: Problem, arch: Arch) -> bool:
     return arch.kind == "cuda" and arch.has_tma and readable
 
 
-def _narrower(part, keep_rows: bool = False):
+def _narrower(part, keep_rows: bool):
     """One step down in shared memory: fewer stages first, then smaller tiles; None where there is no step left.
 
     keep_rows: ``block_m`` is a plan's, and stays.
