@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from . import multi
+from . import slots
 from .adapter_layers import ATTRIBUTES, STACKED, config_of, file_layers, file_modules, held_by
 from .adapter_store import WEIGHTS_FILE, opened, safetensors_or_why, write
 from .apply import some
@@ -173,12 +173,12 @@ def read(model: nn.Module, folder: str | os.PathLike, *, slot: int | None, parti
 def put(adapter: Adapter, slot: int | None, *, reset: bool = True, non_blocking: bool = False) -> None:
     """Write an adapter into the layers, all of which was checked. reset: whether those it lacks are initialised again, or zeros."""
     layers, called, values, config = adapter
-    slots: dict[MultiLoRALinear, tuple[list, list[float]]] = {}
+    wholes: dict[MultiLoRALinear, tuple[list, list[float]]] = {}
     for name, layer in layers.items():
         given, own = values.get(name), called[name]
         if slot is not None:
             whole, n = (layer.layer, layer.n) if isinstance(layer, PackedPart) else (layer, 0)
-            parts, scales = slots.setdefault(whole, ([None] * (len(whole.widths) or 1), []))
+            parts, scales = wholes.setdefault(whole, ([None] * (len(whole.widths) or 1), []))
             if given is not None:
                 parts[n] = given["lora_A.weight"], given["lora_B.weight"]
                 scales.append(config.scaling_of(own))
@@ -189,8 +189,8 @@ def put(adapter: Adapter, slot: int | None, *, reset: bool = True, non_blocking:
                 getattr(layer, ATTRIBUTES[part]).copy_(t)
             layer.lora_alpha, layer.use_rslora, layer.scaling = config.alpha_of(own), config.use_rslora, config.scaling_of(own)
     if slot is not None:
-        multi.put(slot, [(whole, parts, scales[0] if scales else None) for whole, (parts, scales) in slots.items()], non_blocking)
-        for whole in [whole for whole, (_, scales) in slots.items() if reset and not scales]:
+        slots.put(slot, [(whole, parts, scales[0] if scales else None) for whole, (parts, scales) in wholes.items()], non_blocking)
+        for whole in [whole for whole, (_, scales) in wholes.items() if reset and not scales]:
             whole.reset_adapter(slot)
 
 

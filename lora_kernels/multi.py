@@ -8,21 +8,20 @@ The stacks are written in place only, slot by slot, so that one adapter is swapp
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from . import slots
 from .autograd import lora_linear
 from .checks import check_tensor
 from .nn import AdaptedLinear, check_linear, check_rank, held, init_adapter, scaling_of
 from .problem import UnsupportedError, sharded
 from .segments import Segments, check_int
-from .slots import SlotParameter
-
-Factors = tuple[torch.Tensor, torch.Tensor]  # A [r, K] and B [N, r]
+from .slots import Pair
 
 
 class MultiLoRALinear(AdaptedLinear):
@@ -162,17 +161,17 @@ class MultiLoRALinear(AdaptedLinear):
         """The plan of a call with x, which `use_adapters` has where none is given."""
         return self.plans.of(x, self.num_adapters) if segments is None and self.plans is not None else segments
 
-    def adapter(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def adapter(self, i: int) -> Pair:
         """A ``[r_i, K]`` and B ``[N, r_i]`` of adapter i as detached views: writing to them changes the adapter, in place."""
         self._check_slot(i)
         r, (A, B) = self._ranks[i], self._slot(i)
         return A[..., :r, :], B[:, :r]
 
-    def _slot(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _slot(self, i: int) -> Pair:
         """The same at the stack's rank: all of slot i."""
         return self.lora_A.detach()[i], self.lora_B.detach()[i]
 
-    def _parts(self, i: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def _parts(self, i: int) -> list[Pair]:
         """Slot i as an A ``[r, K]`` and a B ``[N, r]`` for each layer that the weight packs."""
         return [self._slot(i)]
 
@@ -193,7 +192,7 @@ class MultiLoRALinear(AdaptedLinear):
         moved (``.to``, ``load_state_dict(assign=True)``) take the leaves again; a RuntimeError says so.
         """
         self._check_slot(i)
-        return [SlotParameter(self, name, i) for name in ("lora_A", "lora_B")]
+        return [slots.SlotParameter(self, name, i) for name in ("lora_A", "lora_B")]
 
     @torch.no_grad()
     def load_adapter(self, i: int, A: torch.Tensor, B: torch.Tensor, scale: float | None = None) -> None:
@@ -210,7 +209,7 @@ class MultiLoRALinear(AdaptedLinear):
         self._check_slot(i)
         r = self._checked_rank(A, B, self.out_features)
         scale = self._checked_scale(i, r, scale)
-        put(i, [(self, [self._copied(A, B)], scale)])
+        slots.put(i, [(self, [self._copied(A, B)], scale)])
 
     def merge(self, i: int, keep: str = "device") -> None:
         """Write adapter i into the weight, ``W + scaling[i] B[i] A[i]``, in one pass over it, also in the place of another merged one.
@@ -237,7 +236,7 @@ class MultiLoRALinear(AdaptedLinear):
     def clear_adapter(self, i: int) -> None:
         """Slot i as `reset_adapter` leaves it, but all zeros: no random number is drawn, and no gradient would reach it."""
         self._check_slot(i)
-        put(i, [(self, [None] * len(self._parts(i)), None)])
+        slots.put(i, [(self, [None] * len(self._parts(i)), None)])
 
     def adapter_state_dict(self, i: int) -> dict:
         """Adapter i alone: ``lora_A [r_i, K]`` and ``lora_B [N, r_i]``, copies, and ``scaling``, a float."""
@@ -288,7 +287,7 @@ class MultiLoRALinear(AdaptedLinear):
             raise ValueError(f"scale: wanted a finite number, got {scale}")
         return scale
 
-    def _copied(self, A: torch.Tensor, B: torch.Tensor) -> Factors:
+    def _copied(self, A: torch.Tensor, B: torch.Tensor) -> Pair:
         """As the stacks have them; copied, for they may be views into these stacks."""
         return tuple(t.to(self.lora_A.device, self.lora_A.dtype, copy=True) for t in (A, B))  # type: ignore[return-value]
 
@@ -340,53 +339,6 @@ class MultiLoRALinear(AdaptedLinear):
         parts += [f"num_adapters={self.num_adapters}", f"r={self.r}", f"lora_dropout={self.lora_dropout:g}"]
         parts += [f"ranks={low}" if low == high else f"ranks={low}..{high}"] if self._mixed else []
         return ", ".join(parts)
-
-
-@torch.no_grad()
-def put(i: int, given: Iterable[tuple[MultiLoRALinear, Sequence[Factors | None], float | None]], non_blocking: bool = False) -> None:
-    """Have slot i of each layer hold an adapter, in place; its gradient is 0, and other slots serve on. All of it was checked.
-
-    Many layers cost little more than one: a copy for each A and B, and a few launches for all that is zeroed and for the tables.
-
-    Args:
-        given: For each layer the A and B of each of its parts, None: zeros; and the scaling, None: as built. The slot's rank is the
-            largest of them, or as built where there is none.
-        non_blocking: Whether what lies in page-locked memory may be on its way yet when this returns; the stream has it in order.
-    """
-    places: list[torch.Tensor] = []
-    values: list[torch.Tensor] = []
-    rest: list[torch.Tensor] = []
-    ranks: list[tuple[torch.Tensor, int]] = []
-    scalings: list[tuple[torch.Tensor, float]] = []
-    for layer, parts, scale in given:
-        r = max((own[1].shape[1] for own in parts if own is not None), default=layer._built[i])
-        if r != layer._ranks[i]:
-            layer._know_ranks([*layer._ranks[:i], r, *layer._ranks[i + 1 :]])
-        layer.writes[i] += 1
-        for (A, B), own in zip(layer._parts(i), parts, strict=True):
-            held = 0 if own is None else own[1].shape[1]
-            if own is not None:
-                values += own
-                places += (A, B) if held == layer.r else (A[:held], B[:, :held])
-            if held < layer.r:
-                rest += A[held:], B[:, held:]
-        rest += [stack.grad[i] for stack in (layer.lora_A, layer.lora_B) if stack.grad is not None]  # of the adapter that was there
-        ranks.append((layer.ranks[i], r))
-        scalings.append((layer.scaling[i], layer._scale_for(i, r) if scale is None else scale))
-    if rest:
-        torch._foreach_zero_(rest)
-    if places:
-        torch._foreach_copy_(places, values, non_blocking)
-    _fill(ranks)
-    _fill(scalings)
-
-
-def _fill(numbers: list[tuple[torch.Tensor, Any]]) -> None:
-    """Write a number into each element, by one copy to each device."""
-    for device in dict.fromkeys(place.device for place, _ in numbers):
-        own = [(place, number) for place, number in numbers if place.device == device]
-        there = torch.tensor([number for _, number in own], dtype=own[0][0].dtype, device="cpu").to(device, non_blocking=True)
-        torch._foreach_copy_([place for place, _ in own], list(there.unbind()))
 
 
 def _each(name: str, value, E: int) -> list:

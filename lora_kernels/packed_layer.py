@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from .multi import MultiLoRALinear, put
+from . import slots
+from .multi import MultiLoRALinear
 from .nn import check_linear, init_adapter
 from .over import Over, sizes
 from .packed import check_widths
+from .slots import Pair
 
 
 class PackedLoRALinear(MultiLoRALinear):
@@ -88,12 +90,12 @@ class PackedLoRALinear(MultiLoRALinear):
             self.names = tuple(names)
         self._adopt(base, num_adapters, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype)
 
-    def _slot(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _slot(self, i: int) -> Pair:
         """A as ``[L, r, K]``, one for each layer."""
         A, B = super()._slot(i)
         return A.view(len(self.widths), self.r, self.in_features), B
 
-    def _parts(self, i: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def _parts(self, i: int) -> list[Pair]:
         A, B = self._slot(i)
         return list(zip(A, B.split(self.widths), strict=True))
 
@@ -118,7 +120,7 @@ class PackedLoRALinear(MultiLoRALinear):
             raise ValueError("A: wanted one for at least one layer, got None for each")
         r = max(self._checked_rank(As[n], Bs[n], self.widths[n], f"[{n}]") for n in given)
         scale = self._checked_scale(i, r, scale)
-        put(i, [(self, [None if a is None else self._copied(a, b) for a, b in zip(As, Bs, strict=True)], scale)])
+        slots.put(i, [(self, [None if a is None else self._copied(a, b) for a, b in zip(As, Bs, strict=True)], scale)])
 
     def _init(self, i: int, init_lora_weights: bool) -> None:
         A, B = self.adapter(i)
@@ -140,7 +142,7 @@ class PackedPart:
     def __getattr__(self, name: str):
         return getattr(self.layer, name)
 
-    def adapter(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def adapter(self, i: int) -> Pair:
         """As `MultiLoRALinear.adapter`."""
         A, B = self.layer.adapter(i)
         return A[self.n], B.split(self.layer.widths)[self.n]

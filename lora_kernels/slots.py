@@ -1,8 +1,9 @@
-"""`SlotParameter`: one slot of a stack of adapters as a leaf of its own, for an optimizer of that adapter alone."""
+"""One slot of the stacks of adapters: `put` writes to it, in many layers at once, and `SlotParameter` is it as an optimizer's leaf."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +12,55 @@ from torch import nn
 if TYPE_CHECKING:
     from .multi import MultiLoRALinear
 
+Pair = tuple[torch.Tensor, torch.Tensor]  # A [r, K] and B [N, r]
 OWN_GRAD: Any = torch.Tensor.grad  # torch's own attribute, below `SlotParameter`'s
+
+
+@torch.no_grad()
+def put(i: int, given: Iterable[tuple[MultiLoRALinear, Sequence[Pair | None], float | None]], non_blocking: bool = False) -> None:
+    """Have slot i of each layer hold an adapter, in place; its gradient is 0, and other slots serve on. All of it was checked.
+
+    Many layers cost little more than one: a copy for each A and B, and a few launches for all that is zeroed and for the tables.
+
+    Args:
+        given: For each layer the A and B of each of its parts, None: zeros; and the scaling, None: as built. The slot's rank is the
+            largest of them, or as built where there is none.
+        non_blocking: Whether what lies in page-locked memory may be on its way yet when this returns; the stream has it in order.
+    """
+    places: list[torch.Tensor] = []
+    values: list[torch.Tensor] = []
+    rest: list[torch.Tensor] = []
+    ranks: list[tuple[torch.Tensor, int]] = []
+    scalings: list[tuple[torch.Tensor, float]] = []
+    for layer, parts, scale in given:
+        r = max((own[1].shape[1] for own in parts if own is not None), default=layer._built[i])
+        if r != layer._ranks[i]:
+            layer._know_ranks([*layer._ranks[:i], r, *layer._ranks[i + 1 :]])
+        layer.writes[i] += 1
+        for (A, B), own in zip(layer._parts(i), parts, strict=True):
+            held = 0 if own is None else own[1].shape[1]
+            if own is not None:
+                values += own
+                places += (A, B) if held == layer.r else (A[:held], B[:, :held])
+            if held < layer.r:
+                rest += A[held:], B[:, held:]
+        rest += [stack.grad[i] for stack in (layer.lora_A, layer.lora_B) if stack.grad is not None]  # of the adapter that was there
+        ranks.append((layer.ranks[i], r))
+        scalings.append((layer.scaling[i], layer._scale_for(i, r) if scale is None else scale))
+    if rest:
+        torch._foreach_zero_(rest)
+    if places:
+        torch._foreach_copy_(places, values, non_blocking)
+    _fill(ranks)
+    _fill(scalings)
+
+
+def _fill(numbers: list[tuple[torch.Tensor, Any]]) -> None:
+    """Write a number into each element, by one copy to each device."""
+    for device in dict.fromkeys(place.device for place, _ in numbers):
+        own = [(place, number) for place, number in numbers if place.device == device]
+        there = torch.tensor([number for _, number in own], dtype=own[0][0].dtype, device="cpu").to(device, non_blocking=True)
+        torch._foreach_copy_([place for place, _ in own], list(there.unbind()))
 
 
 class SlotParameter(nn.Parameter):

@@ -8,6 +8,7 @@ import mutants_packed
 from mutants import Mutant
 
 SERVING, POOL, LAYER, FILES, STREAMS, SEGMENTS = "serving.py", "pool.py", "multi.py", "files.py", "streams.py", "segments.py"
+STACKS = "slots.py"
 
 SERVED = [
     Mutant("serving: one plan for all lengths", SERVING, "key = tokens, *place,", "key = None, *place,"),
@@ -56,18 +57,18 @@ SERVED = [
     Mutant("pool: what others wrote serves", POOL, "if self._written() != self._writes:", "if False:"),
     Mutant("pool: what it wrote itself is not known", POOL, "finally:\n                        self._writes = self._written()",
            "finally:\n                        pass"),
-    Mutant("pool: into slot 0", FILES, "multi.put(slot, [(whole", "multi.put(0, [(whole"),
+    Mutant("pool: into slot 0", FILES, "slots.put(slot, [(whole", "slots.put(0, [(whole"),
 ]  # fmt: skip
 
 SLOTS = [
-    Mutant("slots: the old rank", LAYER, "if r != layer._ranks[i]:", "if False:"),
-    Mutant("slots: the rank as built", LAYER, "r = max((own[1].shape[1] for own in parts if own is not None), default=layer._built[i])",
+    Mutant("slots: the old rank", STACKS, "if r != layer._ranks[i]:", "if False:"),
+    Mutant("slots: the rank as built", STACKS, "r = max((own[1].shape[1] for own in parts if own is not None), default=layer._built[i])",
            "r = layer._built[i]"),
-    Mutant("slots: the last tenant's ranks", LAYER, "            if held < layer.r:", "            if False:"),
-    Mutant("slots: the last tenant's gradient", LAYER, "(layer.lora_A, layer.lora_B) if stack.grad is not None]  # of", "()]  # of"),
-    Mutant("slots: the device has the old rank", LAYER, "    _fill(ranks)\n", ""),
-    Mutant("slots: the old scaling", LAYER, "    _fill(scalings)\n", ""),
-    Mutant("slots: a write is not counted", LAYER, "        layer.writes[i] += 1\n        for", "        for"),
+    Mutant("slots: the last tenant's ranks", STACKS, "            if held < layer.r:", "            if False:"),
+    Mutant("slots: the last tenant's gradient", STACKS, "(layer.lora_A, layer.lora_B) if stack.grad is not None]  # of", "()]  # of"),
+    Mutant("slots: the device has the old rank", STACKS, "    _fill(ranks)\n", ""),
+    Mutant("slots: the old scaling", STACKS, "    _fill(scalings)\n", ""),
+    Mutant("slots: a write is not counted", STACKS, "        layer.writes[i] += 1\n        for", "        for"),
 ]  # fmt: skip
 
 EVERY = [*mutants_packed.EVERY, *(replace(m, tests="serving") for m in SERVED), *(replace(m, tests="slots") for m in SLOTS)]

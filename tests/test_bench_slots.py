@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from bench import report, slots
 from bench.conditions import read_rows
 from bench.session import Session
-from lora_kernels import multi
+from lora_kernels import slots as stacks
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("as_on_a_users_cpu")
@@ -38,9 +38,9 @@ def test_the_arms(tmp_path):
     assert not wrong
     tensors = load_file(tmp_path / "adapter0" / "adapter_model.safetensors").values()
     assert moved == sum(t.numel() * t.element_size() for t in tensors)
-    written, put = [], multi.put
+    written, put = [], stacks.put
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(multi, "put", lambda slot, given, *how: (written.append(slot), put(slot, given, *how)))
+        patch.setattr(stacks, "put", lambda slot, given, *how: (written.append(slot), put(slot, given, *how)))
         for n in range(4):
             arms["put"]()
             assert len(written) == n + 1
@@ -51,12 +51,12 @@ def test_the_arms(tmp_path):
 
 def test_what_is_wrong_is_not_timed(tmp_path, monkeypatch):
     """B is left out of one layer."""
-    put = multi.put
+    put = stacks.put
 
     def slipped(slot, given, *how):
         put(slot, [(layer, [(A, 0 * B) for A, B in parts] if n == 3 else parts, scale) for n, (layer, parts, scale) in enumerate(given)])
 
-    monkeypatch.setattr(multi, "put", slipped)
+    monkeypatch.setattr(stacks, "put", slipped)
     assert slots.run(Session(CPU, tmp_path, quick=True)) == 1
     (row,) = rows_of(tmp_path)
     assert row["error"] == "check: lora_B of layers.0.self_attn.o_proj is not adapter0's" and row["ms"] is None
