@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench.timing import Step, graphed
-from lora_kernels import PackedLoRALinear, Segments, lora_linear, parity
+from lora_kernels import PackedLoRALinear, Segments, lora_linear, parity, parity_cases
 from lora_kernels.dispatch import device_arch
 from lora_kernels.parity import Case, run_case
 from lora_kernels.tuning import Config, Expand, Shrink, Wgrad
@@ -61,7 +61,7 @@ def test_five_hundred_repeats_bit_for_bit(how):
 def test_a_thousand_decodes_bit_for_bit():
     t = parity.inputs(DECODE, CUDA)
     args = [t[name] for name in ("x", "weight", "lora_A", "lora_B")]
-    s = Segments.from_ids(parity.adapter_ids(DECODE).to(CUDA), 64)
+    s = Segments.from_ids(parity_cases.adapter_ids(DECODE).to(CUDA), 64)
     first = lora_linear(*args, segments=s, widths=QKV, impl="triton")
     for _ in range(1000):
         assert torch.equal(first, lora_linear(*args, segments=s, widths=QKV, impl="triton"))

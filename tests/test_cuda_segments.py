@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench.timing import Step, graphed
-from lora_kernels import AdapterPool, MultiLoRALinear, Segments, explain, lora_linear, parity, save_adapter
+from lora_kernels import AdapterPool, MultiLoRALinear, Segments, explain, lora_linear, parity, parity_cases, save_adapter
 from lora_kernels.dispatch import device_arch
 from lora_kernels.parity import Case, run_case
 from lora_kernels.problem import describe
@@ -69,7 +69,7 @@ def test_a_million_tokens():
 def test_a_thousand_repeats_bit_for_bit(case, u, pdl):
     arch, E = device_arch(torch.device("cuda", 0)), case.adapters
     tensors = parity.inputs(case, CUDA)
-    s = Segments.from_ids(parity.adapter_ids(case).to(CUDA), E)
+    s = Segments.from_ids(parity_cases.adapter_ids(case).to(CUDA), E)
     problem = describe(tensors["x"], tensors["weight"], tensors["lora_A"], tensors["lora_B"], dropout=False, adapters=Adapters(s))
     config = heuristic(problem, arch)
     other = dict(split=1, each=False) if u == "awaited" else dict(pdl=pdl and arch.has_pdl)
@@ -120,7 +120,7 @@ def test_training_step_under_a_graph():
 def test_nothing_waits_for_the_device(without_waiting):
     t = parity.inputs(MANY, CUDA)
     leaves = [t[name].requires_grad_() for name in ("x", "lora_A", "lora_B")]
-    ids = parity.adapter_ids(MANY).to(CUDA)
+    ids = parity_cases.adapter_ids(MANY).to(CUDA)
 
     def step():
         s = Segments.from_ids(ids, 13)
@@ -132,7 +132,7 @@ def test_nothing_waits_for_the_device(without_waiting):
 
 def test_segments_take_the_kernels_by_themselves():
     t = parity.inputs(MANY, CUDA)
-    s = Segments.from_ids(parity.adapter_ids(MANY).to(CUDA), 13)
+    s = Segments.from_ids(parity_cases.adapter_ids(MANY).to(CUDA), 13)
     choice = explain(t["x"], t["weight"], t["lora_A"], t["lora_B"], segments=s)
     assert choice.arm == "triton" and isinstance(device_arch(torch.device("cuda", 0)), Arch)
 

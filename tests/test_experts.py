@@ -8,8 +8,9 @@ import torch
 from test_memory import SEED, Kept
 from torch.utils.flop_counter import FlopCounterMode
 
-from lora_kernels import Segments, UnsupportedError, explain, lora_linear, ops, parity
+from lora_kernels import Segments, UnsupportedError, explain, lora_linear, ops, parity, parity_cases
 from lora_kernels.parity import Case, run_case
+from lora_kernels.problem import Problem
 from lora_kernels.tuning import Arch, Config, Expand, Shrink, Wgrad, heuristic, why_not
 
 E, M, N, K, R = 4, 21, 37, 50, 5
@@ -25,7 +26,7 @@ def operands(case: Case = CASE, *trained: str) -> dict:
 
 
 def plan(case: Case = CASE) -> Segments:
-    return replace(Segments.from_ids(parity.adapter_ids(case).to(DEVICE), case.adapters), top_k=case.top_k)
+    return replace(Segments.from_ids(parity_cases.adapter_ids(case).to(DEVICE), case.adapters), top_k=case.top_k)
 
 
 @pytest.mark.parametrize("impl", ARMS)
@@ -147,7 +148,7 @@ def test_an_absent_experts_gradient_is_zero(impl):
 def test_batch_invariant():
     """A row's answer does not depend on the rows beside it, as long as the tiles are of one size."""
     t = operands(replace(CASE, dtype=torch.float16))
-    ids = parity.adapter_ids(CASE).to(DEVICE)
+    ids = parity_cases.adapter_ids(CASE).to(DEVICE)
     whole = lora_linear(*t.values(), segments=Segments.from_ids(ids, E, gather_block=16), impl="triton")
     for rows in (slice(0, 1), slice(3, 11), torch.tensor([20, 4, 7])):
         part = Segments.from_ids(ids[rows], E, gather_block=16)
@@ -250,9 +251,7 @@ def test_every_heuristic_is_valid():
         for dtype in (torch.bfloat16, torch.float32):
             for block in (16, 32, 64, 128):
                 for dropout in ("", "x"):
-                    p = parity.problem.Problem(
-                        4096, 768, 2048, 96, dtype, dropout, adapters=64, row_block=128, gather_block=block, experts=True
-                    )
+                    p = Problem(4096, 768, 2048, 96, dtype, dropout, adapters=64, row_block=128, gather_block=block, experts=True)
                     for each in (p, p.backward()):
                         config = heuristic(each, Arch.parse(name))
                         assert why_not(config, each, Arch.parse(name)) is None, (name, each)
@@ -265,7 +264,7 @@ def test_every_heuristic_is_valid():
      ("expand", dict(base="library"), "no base"), ("expand", dict(u="awaited"), "no u"), ("wgrad", dict(beside="stream"), "wgrad.beside")],
 )  # fmt: skip
 def test_configurations_refused(part, changed, words):
-    p = parity.problem.Problem(64, 64, 64, 16, torch.float16, adapters=4, row_block=16, gather_block=16, experts=True)
+    p = Problem(64, 64, 64, 16, torch.float16, adapters=4, row_block=16, gather_block=16, experts=True)
     config = Config(Shrink(16), Expand(16), Wgrad())
     assert why_not(config, p, Arch.parse("sm_90")) is None
     config = replace(config, **{part: replace(getattr(config, part), **changed)})

@@ -14,7 +14,8 @@ FLOORS = (
     ("tuning",),
     ("launch", "launcher", "layouts", "launch_experts", "launch_plan", "chain", "streams") + ("compile_only", "compile_problems"),
     ("ops", "autograd", "calls", "dispatch", "projections", "merging"),
-    ("nn", "multi", "over", "experts", "experts_layer", "parity", "dora", "lora_config", "shared_input", "packed_layer", "slots"),
+    ("nn", "multi", "over", "experts", "experts_layer", "dora", "lora_config", "shared_input", "packed_layer", "slots")
+    + ("parity", "parity_cases"),
     ("cli", "__main__", "demo", "demo_data", "demo_peft", "integrations", "apply", "files", "adapter_store", "analysis", "inspect_adapter")
     + ("adapter_layers", "serving", "pool"),
 )

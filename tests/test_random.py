@@ -11,13 +11,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lora_kernels import parity
+from lora_kernels import dispatch, parity, parity_cases
 from lora_kernels.parity import Case
 from lora_kernels.problem import MAX_RANK, UnsupportedError
 from lora_kernels.tuning import Config, Expand, Shrink, Wgrad
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-ARCH, _ = parity.arch_of(DEVICE)
+ARCH, _ = dispatch.arch_of(DEVICE)
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (ARCH is not None and ARCH.kind != "interpreter")
 SIZES = (1, 2, 3, 7, 8, 15, 16, 17, 31, 32, 33, 48, 63, 64, 65, 90)
 RANKS = (1, 2, 3, 5, 8, 12, 16, 17, 24, 33, 64, 65, 100, 130)
@@ -95,7 +95,7 @@ def test_any_call(seed):
     one = random.Random(seed)
     for _ in range(100):
         case = drawn(one)
-        if not parity._served(case, ARCH):
+        if not parity_cases._served(case, ARCH):
             continue
         try:
             result = parity.run_case(case, DEVICE)

@@ -10,7 +10,7 @@ import torch
 import torch.utils.checkpoint
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lora_kernels import Segments, launch, lora_linear, parity
+from lora_kernels import Segments, launch, lora_linear, parity, parity_cases
 from lora_kernels.parity import Case, run_case
 from lora_kernels.tuning import Config, Expand, Shrink, Wgrad
 
@@ -190,7 +190,7 @@ def test_a_stack_of_equal_adapters_is_one_adapter(impl, config):
 
 @ARMS
 def test_many_adapters_are_a_loop_of_single_calls(impl, config):
-    t, ids = case_tensors(MANY), parity.adapter_ids(MANY).to(DEVICE)
+    t, ids = case_tensors(MANY), parity_cases.adapter_ids(MANY).to(DEVICE)
     scale = torch.rand(6, device=DEVICE) + 0.5
     y, dX, dA, dB = call(t, ids, 6, config, impl, scale=scale)
     for e in range(6):
@@ -221,7 +221,7 @@ def test_batch_invariance(config, rows_alone):
 
     Where the library computes the base product that is the library's to promise, and it does not.
     """
-    t, ids = case_tensors(MANY), parity.adapter_ids(MANY)
+    t, ids = case_tensors(MANY), parity_cases.adapter_ids(MANY)
     y, dX = call(t, ids, 6, config)[:2]
     order = torch.randperm(37, generator=torch.Generator().manual_seed(3))
     again = call(t, ids[order], 6, config, rows=order)
@@ -238,7 +238,7 @@ def test_batch_invariance(config, rows_alone):
 
 @CONFIGS
 def test_repeats_are_equal_bit_for_bit(config):
-    t, ids = case_tensors(MANY), parity.adapter_ids(MANY)
+    t, ids = case_tensors(MANY), parity_cases.adapter_ids(MANY)
     first = call(t, ids, 6, config, dropout_p=0.1)
     for ours, again in zip(first, call(t, ids, 6, config, dropout_p=0.1), strict=True):
         assert torch.equal(ours, again)
@@ -247,7 +247,7 @@ def test_repeats_are_equal_bit_for_bit(config):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @ARMS
 def test_a_diverged_adapter_reaches_nobody_else(impl, config, value):
-    t, ids = case_tensors(MANY), parity.adapter_ids(MANY).to(DEVICE)
+    t, ids = case_tensors(MANY), parity_cases.adapter_ids(MANY).to(DEVICE)
     clean = call(t, ids, 6, config, impl, dropout_p=0.1)
     rest, others = ids != 1, torch.arange(6) != 1
     for names in (("lora_A", "lora_B"), ("lora_B",)):
@@ -262,7 +262,7 @@ def test_a_diverged_adapter_reaches_nobody_else(impl, config, value):
 
 @ARMS
 def test_a_diverged_token_reaches_nobody_else(impl, config):
-    t, ids = case_tensors(MANY), parity.adapter_ids(MANY).to(DEVICE)
+    t, ids = case_tensors(MANY), parity_cases.adapter_ids(MANY).to(DEVICE)
     clean = call(t, ids, 6, config, impl)
     bad = int((ids == 1).nonzero()[0])
     t["x"] = t["x"].clone()

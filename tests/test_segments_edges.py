@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lora_kernels import MultiLoRALinear, Segments, launch, layouts, lora_linear, parity
+from lora_kernels import MultiLoRALinear, Segments, launch, layouts, lora_linear, parity, parity_cases
 from lora_kernels.parity import Case, run_case
 from lora_kernels.segments import Adapters
 from lora_kernels.tuning import Config, Expand, Shrink, Wgrad
@@ -26,7 +26,7 @@ def plan(ids: torch.Tensor, E: int, config: Config = TILES) -> Segments:
 
 def test_u_is_zero_without_an_adapter_and_beyond_a_rank():
     """Exactly, though x and adapter 0's scale are not finite, what lies behind the stack is not zero, and a rank may be 0."""
-    t, ids = parity.inputs(MANY, DEVICE), parity.adapter_ids(MANY).to(DEVICE)
+    t, ids = parity.inputs(MANY, DEVICE), parity_cases.adapter_ids(MANY).to(DEVICE)
     ranks = torch.tensor([5, 1, 3, 2, 0, 4, 5], dtype=torch.int32, device=DEVICE)[:6]
     scales, A = torch.ones(7, device=DEVICE)[:6], torch.cat([t["lora_A"], t["lora_A"][:1]])[:6]
     scales[0] = NAN
@@ -109,7 +109,7 @@ def test_a_row_block_is_ready_when_each_of_its_tokens_is():
 
     for R, blocks in ((5, 1), (70, 3)):
         case = replace(MANY, R=R, mixed_ranks=True, config=config)
-        t, ids = parity.inputs(case, DEVICE), parity.adapter_ids(case)
+        t, ids = parity.inputs(case, DEVICE), parity_cases.adapter_ids(case)
         ranks = torch.arange(6, dtype=torch.int32, device=DEVICE) * R // 6
         with launch.intercept(record):
             s = plan(ids, 6, config)
