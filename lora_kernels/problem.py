@@ -63,10 +63,6 @@ class Problem:
         return self.adapter_dtype or self.dtype
 
     @property
-    def flops(self) -> int:
-        return forward_flops(self.M, self.N, self.K, self.R, self.base, self.layers)
-
-    @property
     def tile_rank(self) -> int:
         """How many columns of u a tile of y takes: a packed layer's own."""
         return self.R // self.layers if self.packed == "n" else self.R
