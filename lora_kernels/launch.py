@@ -48,7 +48,7 @@ def intercept(function: Callable):
         _launch = before
 
 
-def _run(kernel, grid, args, options: Options) -> None:
+def run_kernel(kernel, grid, args, options: Options) -> None:
     global launches
     launches += 1
     _launch(kernel, grid, args, options)
@@ -68,7 +68,7 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if (torch.get_float32_matmul_precision() != "highest" if switch is None else switch == "tf32") else "ieee"
 
 
-def _known(kept: dict | None, name: Any, work_out: Callable[[], Any]) -> Any:
+def known(kept: dict | None, name: Any, work_out: Callable[[], Any]) -> Any:
     """A layout by its name, worked out where none is kept."""
     if kept is None:
         return work_out()
@@ -77,7 +77,7 @@ def _known(kept: dict | None, name: Any, work_out: Callable[[], Any]) -> Any:
     return kept[name]
 
 
-def _among(kept: dict | None, *alike) -> dict | None:
+def among(kept: dict | None, *alike) -> dict | None:
     """Those of kept layouts that belong to calls which are alike in this, too."""
     return None if kept is None else kept.setdefault(alike, {})
 
@@ -96,18 +96,18 @@ def run_shrink(
     parts: Return float32 ``[splits, M, R]``, not yet added, where K was split. out: ``[M, R]`` to write to, by its strides. widths: Of L
     packed layers whose columns x's are: ``[M, L R]`` then, each layer's from its own.
     """
-    s = _known(kept, "shrink", lambda: layouts.shrink(
+    s = known(kept, "shrink", lambda: layouts.shrink(
         config, matrix(x), matrix(a), transposed, matrix(out), dtype, widths, many(adapters), dropout is not None, precision(x.dtype),
         _alone(config),
     ))  # fmt: skip
     z = out if s.shape is None else x.new_empty(s.shape, dtype=s.dtype)
-    seed, threshold, inv_keep = _dropout(dropout)
+    seed, threshold, inv_keep = dropout_args(dropout)
     args = (
         (x, *s.x), (a, *s.a), (z, *s.z), s.stride_split,
         adapters.gather(), adapters.number, s.stride_ae, adapters.scales, adapters.ranks,
         seed, threshold, scale * inv_keep, *s.sizes,
     )  # fmt: skip
-    _run(shrink, s.grid, args, s.options)
+    run_kernel(shrink, s.grid, args, s.options)
     if s.shape is None:
         return out
     if s.splits > 1:
@@ -125,10 +125,10 @@ def add_up(*sums: tuple[torch.Tensor, torch.Tensor], kept: dict | None = None) -
     elements in a row. kept: As in `run_shrink`.
     """
     alike = tuple((parts.shape[0], parts.stride(0), out.numel(), out.dtype) for parts, out in sums)
-    grid, blocks, options = _known(kept, ("add", *alike), lambda: layouts.add_parts(*(out.numel() for _, out in sums)))
+    grid, blocks, options = known(kept, ("add", *alike), lambda: layouts.add_parts(*(out.numel() for _, out in sums)))
     args: list[Any] = [each for parts, out in sums for each in ((parts, parts.stride(0)), parts.shape[0], out, out.numel())]
     args += [None, 0, None, 0] if len(sums) == 1 else []
-    _run(add_parts, grid, (*args, blocks), options)
+    run_kernel(add_parts, grid, (*args, blocks), options)
 
 
 def run_wgrad(*args, **kwargs) -> torch.Tensor:
@@ -152,7 +152,7 @@ def prepare_wgrad(
     """
 
     def layout(beside: bool) -> layouts.WgradLayout:
-        return _known(kept, ("wgrad", out_transposed, beside), lambda: layouts.wgrad(
+        return known(kept, ("wgrad", out_transposed, beside), lambda: layouts.wgrad(
             config, matrix(x), matrix(g), out_transposed, many(adapters), dropout is not None, precision(x.dtype), beside,
             beside and interpreted(),
         ))  # fmt: skip
@@ -163,13 +163,13 @@ def prepare_wgrad(
     into = out if parts is None else parts
 
     def start(beside: bool) -> None:
-        seed, threshold, inv_keep = _dropout(dropout)
+        seed, threshold, inv_keep = dropout_args(dropout)
         starts, order = (None, None) if adapters.segments is None else (adapters.segments.starts, adapters.segments.order)
         args = (
             (x, *w.x), (g, *w.g), (into, *w.out), w.stride_split, starts, order, w.stride_oe, adapters.ranks,
             seed, threshold, scale * inv_keep, *w.sizes,
         )  # fmt: skip
-        _run(wgrad, w.grid, args, layout(True).options if beside else w.options)
+        run_kernel(wgrad, w.grid, args, layout(True).options if beside else w.options)
 
     return start, out, parts
 
@@ -198,7 +198,7 @@ def run_expand(
     c, seg = config.expand, adapters.segments
     out = out if onto is None else onto
     whole = c.persistent and c.tma and c.u == "given" and all(aligned(u, v))
-    e = _known(kept, ("expand", whole) if whole else "expand", lambda: layouts.expand(
+    e = known(kept, ("expand", whole) if whole else "expand", lambda: layouts.expand(
         config, matrix(x), matrix(w), matrix(v), matrix(a), matrix(u), matrix(base), matrix(out), onto is not None, transposed, exact,
         drop_x is not None, drop_uv is not None, many(adapters), precision(x.dtype),
         sm_count(x.device) if c.persistent or config.wgrad.beside == "pdl" else 0, _alone(config), whole,
@@ -225,14 +225,14 @@ def run_expand(
     v_args: Any = (v, *e.v)
     if e.options["UV"] == "steps":
         u_args, v_args = _descriptor(u, *e.boxes[0]), _descriptor(v.t() if transposed else v, *e.boxes[1])
-    seed, threshold, inv_keep = _dropout(drop_x or drop_uv)
+    seed, threshold, inv_keep = dropout_args(drop_x or drop_uv)
     args = (
         x_args, w_args, None if a is None else (a, *e.a), u_args, v_args, bias, (y, *e.y_args),
         adapters.rows(), (x, *e.x) if seg and c.u == "awaited" else None, adapters.gather(), e.gathered, adapters.number,
         e.stride_ae, e.stride_ve, None if c.u == "given" else adapters.scales, adapters.ranks,
         flags, ticket, parts, e.blocks_per_part, e.late, seed, threshold, inv_keep, scale * (inv_keep if drop_x else 1.0), *e.sizes,
     )  # fmt: skip
-    _run(expand, e.grid, args, e.options)
+    run_kernel(expand, e.grid, args, e.options)
     return y, u
 
 
@@ -246,7 +246,7 @@ def _alone(config: Config) -> bool:
     return config.expand.pdl and interpreted()
 
 
-def _dropout(dropout) -> tuple:
+def dropout_args(dropout) -> tuple:
     """(seed, threshold, 1 / (1 - p)) as the kernels take them; dropout: None or (seed tensor, p)."""
     if dropout is None:
         return None, 0, 1.0
@@ -264,7 +264,7 @@ def down(x, lora_A, adapters: Adapters, scale: float, save_u: bool, config: Conf
 
     kept: As in `forward`, of the arm of one of these layers.
     """
-    kept = _among(kept, "down", precision(x.dtype), matrix(lora_A))
+    kept = among(kept, "down", precision(x.dtype), matrix(lora_A))
     with on_device(x):
         return run_shrink(
             x, lora_A, transposed=True, scale=scale, adapters=adapters, dropout=None, config=config, dtype=x.dtype,
@@ -282,7 +282,7 @@ def forward(
     configuration look like these: their layouts.
     """
     drop = (seed, p) if p else None
-    kept = _among(kept, save_u, precision(x.dtype), matrix(base), matrix(u))
+    kept = among(kept, save_u, precision(x.dtype), matrix(base), matrix(u))
     shared: dict[str, Any] = dict(transposed=True, adapters=adapters, config=config, kept=kept)
     with on_device(x):
         if config.expand.u == "given":
@@ -311,7 +311,7 @@ def backward(
     """
     need_dx, need_da, need_db = needs
     drop = (seed, p) if p else None
-    kept = _among(kept, needs, adapter_dtype, precision(dy.dtype), matrix(onto), matrix(all_ds))
+    kept = among(kept, needs, adapter_dtype, precision(dy.dtype), matrix(onto), matrix(all_ds))
     shared: dict[str, Any] = dict(adapters=adapters, config=config, kept=kept)
     dx = None
     keep_ds = need_da or ds is not None
@@ -361,5 +361,5 @@ def merge(weight, base, lora_A, lora_B, scale: float) -> None:
     """``weight := base + scale B A``, float32 sums rounded once. weight, base: ``[N, K]``, any strides, or one tensor."""
     with on_device(weight):
         u = lora_B.float() * scale
-        kept = _among(_merges, matrix(weight), matrix(base), matrix(lora_A), matrix(u))
+        kept = among(_merges, matrix(weight), matrix(base), matrix(lora_A), matrix(u))
         run_expand(base, lora_A, lora_A, transposed=False, u=u, base=base, out=weight, exact=True, config=MERGE, kept=kept)

@@ -10,7 +10,7 @@ from typing import Any
 
 from . import layouts
 from .kernels.experts import experts
-from .launch import _among, _dropout, _known, _run, precision, run_shrink, run_wgrad
+from .launch import among, dropout_args, known, precision, run_kernel, run_shrink, run_wgrad
 from .operands import many, matrix
 from .segments import Adapters
 from .streams import on_device
@@ -23,17 +23,17 @@ def run_experts(x, w, u, v, *, adapters: Adapters, bias=None, drop_uv=None, conf
     x: ``[..., K]``, or each row k times: then ``[..., k, N]``; w: ``[E, K, N]``, u: ``[M, R]``, v: ``[E, R, N]``, any strides; bias:
     ``[E, N]`` or None. drop_uv: None or (seed, p). kept: As in `run_shrink`.
     """
-    e = _known(kept, "experts", lambda: layouts.experts(
+    e = known(kept, "experts", lambda: layouts.experts(
         config, matrix(x), matrix(w), matrix(u), matrix(v), many(adapters), drop_uv is not None, precision(x.dtype)
     ))  # fmt: skip
     y = x.new_empty(e.y)
     bias = None if bias is None else bias.contiguous()
-    seed, threshold, inv_keep = _dropout(drop_uv)
+    seed, threshold, inv_keep = dropout_args(drop_uv)
     args = (
         (x, *e.x), (w, *e.w[1:]), e.w[0], (u, *e.u), (v, *e.v[1:]), e.v[0], bias, (y, e.y[-1], 1),
         adapters.gather(), many(adapters).tiles, adapters.number, adapters.ranks, seed, threshold, inv_keep, *e.sizes,
     )  # fmt: skip
-    _run(experts, e.grid, args, e.options)
+    run_kernel(experts, e.grid, args, e.options)
     return y
 
 
@@ -43,7 +43,7 @@ def forward(
 ):  # fmt: skip
     """As `launch.forward`, for weight ``[E, N, K]`` and bias ``[E, N]`` or None."""
     drop = (seed, p) if p else None
-    shared: dict[str, Any] = dict(adapters=adapters, config=config, kept=_among(kept, precision(x.dtype)))
+    shared: dict[str, Any] = dict(adapters=adapters, config=config, kept=among(kept, precision(x.dtype)))
     with on_device(x):
         u = run_shrink(x, lora_A, transposed=True, scale=scale, dropout=drop, dtype=x.dtype, **shared)
         return run_experts(x, weight.mT, u, lora_B.mT, bias=bias, **shared), u
@@ -57,7 +57,7 @@ def backward(
     need_dx, need_da, need_db = needs
     drop = (seed, p) if p else None
     dx = da = db = ds = None
-    shared: dict[str, Any] = dict(adapters=adapters, config=config, kept=_among(kept, adapter_dtype, precision(dy.dtype)))
+    shared: dict[str, Any] = dict(adapters=adapters, config=config, kept=among(kept, adapter_dtype, precision(dy.dtype)))
     gradients: dict[str, Any] = dict(scale=1.0, dtype=adapter_dtype, **shared)
     with on_device(dy):
         if need_dx or need_da:

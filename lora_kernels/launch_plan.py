@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from .kernels.plan import plan_counts, plan_tiles, plan_tokens
-from .launch import _run
+from .launch import run_kernel
 from .layouts import INT32, Options, cdiv
 from .segments import lengths
 from .streams import on_device
@@ -36,10 +36,10 @@ def plan(ids: torch.Tensor, num_adapters: int, row_block: int, gather_block: int
         if M > PLAN_TOKENS or (E + 1) * M + PLAN_CHUNK >= INT32:
             parts, part = cdiv(M, PLAN_PART), PLAN_PART
             ends = ids.new_empty((E + 1) * parts, dtype=torch.int32)
-            _run(plan_counts, (parts, slot_blocks), (raw, ends, M, E, parts), Options(PART=part, **options))
+            run_kernel(plan_counts, (parts, slot_blocks), (raw, ends, M, E, parts), Options(PART=part, **options))
             ends = ends.cumsum(0, dtype=torch.int32)
         args: tuple = (raw, its_ids, order, starts, present, counts, wrong, ends, parts, M, E)
-        _run(plan_tokens, (counts.shape[0] + blocks + slot_blocks,), args, Options(ROW_BLOCK=row_block, PART=part, **options))
+        run_kernel(plan_tokens, (counts.shape[0] + blocks + slot_blocks,), args, Options(ROW_BLOCK=row_block, PART=part, **options))
         args = (starts, wrong, tile_adapter, tile_first, valid, E, blocks, tiles)
-        _run(plan_tiles, (cdiv(tiles, block),), args, Options(GATHER_BLOCK=gather_block, **options))
+        run_kernel(plan_tiles, (cdiv(tiles, block),), args, Options(GATHER_BLOCK=gather_block, **options))
     return [*tensors, valid]

@@ -40,9 +40,9 @@ LAUNCHED = [
     Mutant("config: another process's hash", CONFIG, 'if name != "_hash"}', "if True}"),
 ]  # fmt: skip
 
-KEPT_FORWARD = "_among(kept, save_u, precision(x.dtype), matrix(base), matrix(u))"
-KEPT_BACKWARD = "_among(kept, needs, adapter_dtype, precision(dy.dtype), matrix(onto), matrix(all_ds))"
-KEPT_DOWN = '_among(kept, "down", precision(x.dtype), matrix(lora_A))'
+KEPT_FORWARD = "among(kept, save_u, precision(x.dtype), matrix(base), matrix(u))"
+KEPT_BACKWARD = "among(kept, needs, adapter_dtype, precision(dy.dtype), matrix(onto), matrix(all_ds))"
+KEPT_DOWN = 'among(kept, "down", precision(x.dtype), matrix(lora_A))'
 REMEMBERED = [
     Mutant("calls: any shape", CALLS, LOOK, LOOK.replace("t.shape, ", "")),
     Mutant("calls: any strides", CALLS, LOOK, LOOK.replace("t.stride(), ", "")),
@@ -83,9 +83,9 @@ REMEMBERED = [
     Mutant("calls: every dS or one", LAUNCH, KEPT_BACKWARD, KEPT_BACKWARD.replace(", matrix(all_ds)", "")),
     Mutant("calls: down in any precision", LAUNCH, KEPT_DOWN, KEPT_DOWN.replace("precision(x.dtype), ", "")),
     Mutant("calls: down of any ranks", LAUNCH, KEPT_DOWN, KEPT_DOWN.replace(", matrix(lora_A)", "")),
-    Mutant("calls: experts in any precision", EXPERTS, "_among(kept, precision(x.dtype))", "_among(kept)"),
+    Mutant("calls: experts in any precision", EXPERTS, "among(kept, precision(x.dtype))", "among(kept)"),
     Mutant("calls: experts backward in any precision", EXPERTS, "adapter_dtype, precision(dy.dtype))", "adapter_dtype)"),
-    Mutant("calls: experts' gradients of any dtype", EXPERTS, "_among(kept, adapter_dtype, ", "_among(kept, ",
+    Mutant("calls: experts' gradients of any dtype", EXPERTS, "among(kept, adapter_dtype, ", "among(kept, ",
            note="equivalent: where dX is not wanted they are `launch`'s, and else A itself is looked at"),
     Mutant("calls: both wgrads alike", LAUNCH, '("wgrad", out_transposed, beside)', '("wgrad", beside)'),
     Mutant("calls: the backward pass of any config", AUTOGRAD, 'config.key() if isinstance(config, Config) else ""', '""'),

@@ -381,6 +381,6 @@ def test_precision_follows_the_switch_that_torch_has_from_2_9_on():
 
 
 def test_no_dropout_reads_no_seed():
-    assert launch._dropout(None) == (None, 0, 1.0)
+    assert launch.dropout_args(None) == (None, 0, 1.0)
     seed = torch.tensor(1)
-    assert launch._dropout((seed, 0.25)) == (seed, philox.threshold_of(0.25), 65536 / (65536 - 16384))
+    assert launch.dropout_args((seed, 0.25)) == (seed, philox.threshold_of(0.25), 65536 / (65536 - 16384))
