@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import nn
@@ -16,6 +15,7 @@ from .dora import dora_linear, gain, weight_norm
 from .merging import Mergeable, check_unmerged
 from .problem import MAX_RANK, UnsupportedError, sharded
 from .projections import Projection
+from .shared_input import SharedInput
 
 
 class AdaptedLinear(Mergeable, nn.Module):
@@ -74,7 +74,7 @@ class FusedLoRALinear(AdaptedLinear):
 
     lora_bias: torch.Tensor | None
     lora_magnitude: torch.Tensor | None
-    _shares: Any = None  # the `SharedInput` of this layer and others, if any
+    _shares: SharedInput | None = None  # of this layer and others
 
     def __init__(
         self,

@@ -9,7 +9,6 @@ import contextlib
 import math
 import threading
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import nn
@@ -72,7 +71,7 @@ def exclusive(model: nn.Module) -> Iterator[Layers]:
         give(layers, None)
 
 
-def give(layers: Layers, plans: Any) -> None:
+def give(layers: Layers, plans: _Given | _BySequence | None) -> None:
     """What the layers ask for the plan that goes with an x."""
     for layer in layers.values():
         vars(layer)["plans"] = plans  # nn.Module's own way takes ten times as long, in layers by the hundred

@@ -30,6 +30,7 @@ from ..experts import Factors, together
 from ..nn import sharding
 from ..problem import PLAIN
 from ..projections import Projection
+from ..shared_input import SharedInput
 from .peft_experts import routed, why_not_routed
 from .peft_mixed import mixed, why_not_mixed
 from .peft_state import Base, Beside, active, adapters_of, base_of, in_dtype, product_of, projection_of, why_not_together
@@ -62,7 +63,7 @@ QUANTISED = {  # PEFT's layers that add the adapters to what a quantised layer m
 class Fused:
     """The forward pass of a LoRA layer of PEFT's by `lora_kernels.lora_linear`, also for ``adapter_names``, in training too."""
 
-    _shares: Any = None  # the `SharedInput` of this layer and others, if any
+    _shares: SharedInput | None = None  # of this layer and others
 
     def projection(self, x: torch.Tensor) -> Projection | None:
         """The layer as one of several of x, or None where it is computed alone."""
