@@ -140,6 +140,8 @@ class PackedPart:
         self.layer, self.n, self.out_features = layer, n, layer.widths[n]
 
     def __getattr__(self, name: str):
+        if name.startswith("__"):  # copy and pickle ask a part that has no layer yet
+            raise AttributeError(name)
         return getattr(self.layer, name)
 
     def adapter(self, i: int) -> Pair:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from lora_kernels import (
+    AdapterPool,
     LoRAConfig,
     MultiLoRALinear,
     PackedLoRALinear,
@@ -193,3 +195,14 @@ def test_a_packed_layer_that_is_the_model(tmp_path):
     assert load_adapter(other, tmp_path, slot=2) == list(NAMES)
     for own, its in zip(layer.adapter(0), other["qkv_proj"].adapter(2), strict=True):
         assert torch.equal(own, its)
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda pool: pickle.loads(pickle.dumps(pool))], ids=["deepcopy", "pickle"])
+def test_a_copy_of_a_pool(tmp_path, again):
+    theirs, pool = saved(tmp_path), AdapterPool(packed())
+    pool.add("theirs", tmp_path)
+    other = again(pool)
+    assert other.model is not pool.model and other.names == ["theirs"]
+    with torch.no_grad(), other.use(["theirs"] * 7):
+        torch.testing.assert_close(other.model(X), theirs(X), **CLOSE)
+    assert not pool.resident
