@@ -239,7 +239,7 @@ def carried(segments, scale, ranks, widths=None) -> tuple[Adapters, float]:
     """(`Adapters`, the scale that is a number)."""
     widths = () if widths is None or len(widths) == 1 else tuple(widths)
     if isinstance(scale, torch.Tensor):
-        return Adapters(segments, scale, ranks, widths), 1.0
+        return Adapters(segments, scale if scale.dim() < 2 else scale.view(1), ranks, widths), 1.0
     return (ONE if segments is None and not widths else Adapters(segments, None, ranks, widths)), scale
 
 

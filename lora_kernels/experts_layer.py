@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 from . import experts as mixture
 from .experts import Factors
 from .merging import Mergeable, check_unmerged
-from .nn import check_dropout, check_rank, hooked, init_adapter, scaling_of
+from .nn import check_dropout, check_rank, check_written, hooked, init_adapter, scaling_of
 from .problem import UnsupportedError, sharded
 
 WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)
@@ -120,8 +120,9 @@ class LoRAExperts(Mergeable, nn.Module):
         return stack.mT if self.experts.is_transposed else stack
 
     def reset_adapter(self, init_lora_weights: bool = True) -> None:
-        """Initialise the adapter again; see ``init_lora_weights``."""
+        """Initialise the adapter again; see ``init_lora_weights``. RuntimeError: it is merged. ValueError: parametrized, or pruned."""
         check_unmerged("reset_adapter", self)
+        check_written(self)
         init_adapter(self.lora_A, self.lora_B, init_lora_weights)
 
     def factors(self) -> Factors:

@@ -25,7 +25,7 @@ from .experts_layer import LoRAExperts, unwrapped
 from .lora_config import CONFIG_FILE, LoRAConfig, by_peft_before_0_19, names_mean, read_config
 from .merging import finite
 from .multi import MultiLoRALinear
-from .nn import AdaptedLinear, sharding
+from .nn import AdaptedLinear, check_written, sharding
 from .packed_layer import PackedLoRALinear, PackedPart
 from .problem import UnsupportedError
 
@@ -113,9 +113,9 @@ def load_adapter(
     Returns:
         The names of the layers that were in the file, as `apply_lora` gives them.
     Raises:
-        FileNotFoundError: no folder, or no such files in it. ValueError: files that are not whole or do not fit the model; a slot
-        missing, or named in vain. IndexError: no such slot. TypeError: dtypes. UnsupportedError: the config asks for more than plain
-        LoRA; layers sharded, or packed without ``names``. RuntimeError: merged layers. ImportError: no safetensors. Nothing has changed.
+        FileNotFoundError: no such folder, or files. ValueError: files that are not whole or do not fit the model; a slot missing, or named
+        in vain; factors parametrized, or pruned. IndexError: no such slot. TypeError: dtypes. UnsupportedError: the config asks for more
+        than plain LoRA; layers sharded, or packed without ``names``. RuntimeError: merged. ImportError: no safetensors. Nothing changed.
     """
     adapter = read(model, folder, slot=slot, partial=partial, cast=cast)
     put(adapter, slot)
@@ -143,6 +143,7 @@ def read(model: nn.Module, folder: str | os.PathLike, *, slot: int | None, parti
     merged = [name for name, layer in layers.items() if layer.merged]
     if merged:
         raise RuntimeError(f"model: wanted unmerged layers to load into, got merged ones ({some(merged)}); call unmerge() first")
+    check_written(*layers.values())
     which = {"layers_to_transform": None, "layers_pattern": None}  # the file's own names say which layers
     given = read_config(folder)
     config = LoRAConfig.from_dict({**given, **which})

@@ -21,7 +21,7 @@ from .checks import check_tensor
 from .nn import AdaptedLinear, check_linear, check_rank, held, init_adapter, scaling_of
 from .problem import UnsupportedError, sharded
 from .segments import Segments, check_int
-from .slots import Pair
+from .slots import Pair, ranks_of, stamp
 
 
 class MultiLoRALinear(AdaptedLinear):
@@ -55,6 +55,7 @@ class MultiLoRALinear(AdaptedLinear):
 
     scaling: torch.Tensor
     ranks: torch.Tensor
+    _seen: tuple = ()  # the `stamp` of ``ranks`` when the host last knew them
     plans: Any = None  # inside `use_segments` and `use_adapters`: what says which plan goes with x
 
     def __init__(
@@ -164,7 +165,7 @@ class MultiLoRALinear(AdaptedLinear):
     def adapter(self, i: int) -> Pair:
         """A ``[r_i, K]`` and B ``[N, r_i]`` of adapter i as detached views: writing to them changes the adapter, in place."""
         self._check_slot(i)
-        r, (A, B) = self._ranks[i], self._slot(i)
+        r, (A, B) = ranks_of(self)[i], self._slot(i)
         return A[..., :r, :], B[:, :r]
 
     def _slot(self, i: int) -> Pair:
@@ -204,7 +205,8 @@ class MultiLoRALinear(AdaptedLinear):
             B: ``[N, r_i]``, likewise.
             scale: Its scaling; None: ``lora_alpha / r_i`` (or ``/ sqrt(r_i)``) with the slot's lora_alpha.
         Raises:
-            ValueError, TypeError: shapes, rank, dtypes or a scale that is not finite; with nothing changed.
+            ValueError, TypeError: shapes, rank, dtypes, a scale that is not finite, or stacks that are parametrized, pruned, or on
+            the meta device; with nothing changed.
         """
         self._check_slot(i)
         r = self._checked_rank(A, B, self.out_features)
@@ -305,7 +307,7 @@ class MultiLoRALinear(AdaptedLinear):
 
     def _know_ranks(self, ranks: list[int]) -> None:
         """Keep ``ranks`` on the host, so that no forward pass asks the device."""
-        self._ranks, self._mixed = ranks, min(ranks) < self.r
+        self._ranks, self._mixed, self._seen = ranks, min(ranks) < self.r, stamp(self.ranks)
 
     def _init(self, i: int, init_lora_weights: bool) -> None:
         init_adapter(*self.adapter(i), init_lora_weights)
@@ -314,8 +316,10 @@ class MultiLoRALinear(AdaptedLinear):
         return {name: value for name, value in self.__dict__.items() if name != "plans"}
 
     def _apply(self, fn, recurse=True):
-        scaling = self.scaling
+        scaling, known = self.scaling, self._seen == stamp(self.ranks)
         super()._apply(fn, recurse)
+        if known:
+            self._seen = stamp(self.ranks)
         if self.scaling.dtype != torch.float32:  # .half() and its like are for weights
             self.scaling = scaling.to(self.scaling.device)
         if scaling.is_meta and not self.scaling.is_meta:  # to_empty fills nothing

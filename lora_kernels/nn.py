@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -143,8 +144,12 @@ class FusedLoRALinear(AdaptedLinear):
         self.reset_adapter(init_lora_weights)
 
     def reset_adapter(self, init_lora_weights: bool = True) -> None:
-        """Initialise the adapter again; see ``init_lora_weights``. RuntimeError: it is merged. UnsupportedError: shards on a CPU."""
+        """Initialise the adapter again; see ``init_lora_weights``. RuntimeError: it is merged. UnsupportedError: shards on a CPU.
+
+        ValueError: a factor is parametrized, or pruned.
+        """
         check_unmerged("reset_adapter", self)
+        check_written(self)
         init_adapter(self.lora_A, self.lora_B, init_lora_weights)
         if self.lora_bias is not None:
             nn.init.zeros_(self.lora_bias)
@@ -152,7 +157,11 @@ class FusedLoRALinear(AdaptedLinear):
 
     @torch.no_grad()
     def reset_magnitude(self) -> None:
-        """DoRA's magnitude as the norm of ``W + scaling B A``: the layer then computes what it would without DoRA."""
+        """DoRA's magnitude as the norm of ``W + scaling B A``: the layer then computes what it would without DoRA.
+
+        ValueError: it is parametrized, or pruned.
+        """
+        check_written(self, names=("lora_magnitude",))
         if self.lora_magnitude is not None:
             self.lora_magnitude.copy_(weight_norm(self.base_weight(), self.lora_A, self.lora_B, self.scaling))
 
@@ -201,13 +210,15 @@ class FusedLoRALinear(AdaptedLinear):
             lora_A: ``[r, in_features]``. lora_B: ``[out_features, r]``. Any device; the layer's adapter dtype.
             scaling: None: the layer's own.
         Raises:
-            ValueError, TypeError: shapes or dtypes, a scaling or merged weight that is not finite; nothing has changed. UnsupportedError:
-            DoRA, or shards.
+            ValueError, TypeError: shapes or dtypes, a scaling or merged weight that is not finite, a factor that is parametrized, or
+            pruned, or on the meta device; nothing has changed. UnsupportedError: DoRA, or shards.
         """
         if sharded(self.lora_A):
             raise UnsupportedError(f"swap: wanted a layer that is whole on this rank, got shards ({self.lora_A.placements})")
         if self.lora_magnitude is not None:
             raise UnsupportedError("swap: wanted a layer without DoRA, whose magnitude belongs to the adapter, got use_dora=True")
+        check_written(self)
+        check_storage("swap", self)
         for name, own, new in (("lora_A", self.lora_A, lora_A), ("lora_B", self.lora_B, lora_B)):
             check_tensor(name, new, f"a tensor {list(own.shape)}")
             if new.shape != own.shape:
@@ -255,6 +266,21 @@ def held(layer: nn.Module, *names: str) -> list:
     """The layer's attributes of these names, parameters and buffers most of them, which nn.Module takes 0.7 us each to find."""
     parameters, buffers = layer._parameters, layer._buffers
     return [parameters[n] if n in parameters else buffers[n] if n in buffers else getattr(layer, n) for n in names]
+
+
+def check_storage(name: str, layer: Any) -> None:
+    """Refuse a layer on the meta device, where a model waits for its weights or offload hooks leave them: what it is given is lost."""
+    if layer.lora_A.is_meta:
+        raise ValueError(f"{name}: wanted a layer with storage to write to, got one on the meta device; load it or call to_empty first")
+
+
+def check_written(*layers: Any, names: tuple[str, ...] = ("lora_A", "lora_B", "lora_bias", "lora_magnitude")) -> None:
+    """Refuse layers with a factor that is computed anew at each use: what is written to it is gone then."""
+    for layer in layers:
+        for name in names:
+            if name not in layer._parameters and name not in layer._buffers and getattr(layer, name, None) is not None:
+                given = "one that is computed at each call (parametrized, or pruned)"
+                raise ValueError(f"{name}: wanted a parameter to write an adapter to, got {given}")
 
 
 def check_linear(linear) -> None:

@@ -9,16 +9,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from .nn import check_storage, check_written
+
 if TYPE_CHECKING:
     from .multi import MultiLoRALinear
 
 Pair = tuple[torch.Tensor, torch.Tensor]  # A [r, K] and B [N, r]
-OWN_GRAD: Any = torch.Tensor.grad  # torch's own attribute, below `SlotParameter`'s
+OWN_GRAD: Any = torch.Tensor.grad  # torch's own attributes, below `SlotParameter`'s
+OWN_DATA: Any = torch.Tensor.data
 
 
 @torch.no_grad()
 def put(i: int, given: Iterable[tuple[MultiLoRALinear, Sequence[Pair | None], float | None]], non_blocking: bool = False) -> None:
-    """Have slot i of each layer hold an adapter, in place; its gradient is 0, and other slots serve on. All of it was checked.
+    """Have slot i of each layer hold an adapter, in place; its gradient is 0, and other slots serve on. Values were checked.
 
     Many layers cost little more than one: a copy for each A and B, and a few launches for all that is zeroed and for the tables.
 
@@ -32,10 +35,14 @@ def put(i: int, given: Iterable[tuple[MultiLoRALinear, Sequence[Pair | None], fl
     rest: list[torch.Tensor] = []
     ranks: list[tuple[torch.Tensor, int]] = []
     scalings: list[tuple[torch.Tensor, float]] = []
+    given = list(given)
+    for layer, parts, _ in given:
+        check_written(layer)
+        ranks_of(layer)
+        if any(parts):
+            check_storage(f"slot {i}", layer)
     for layer, parts, scale in given:
         r = max((own[1].shape[1] for own in parts if own is not None), default=layer._built[i])
-        if r != layer._ranks[i]:
-            layer._know_ranks([*layer._ranks[:i], r, *layer._ranks[i + 1 :]])
         layer.writes[i] += 1
         for (A, B), own in zip(layer._parts(i), parts, strict=True):
             held = 0 if own is None else own[1].shape[1]
@@ -53,6 +60,10 @@ def put(i: int, given: Iterable[tuple[MultiLoRALinear, Sequence[Pair | None], fl
         torch._foreach_copy_(places, values, non_blocking)
     _fill(ranks)
     _fill(scalings)
+    for (layer, *_), (_, r) in zip(given, ranks, strict=True):
+        if r != layer._ranks[i]:
+            layer._know_ranks([*layer._ranks[:i], r, *layer._ranks[i + 1 :]])
+        layer._seen = stamp(layer.ranks)
 
 
 def _fill(numbers: list[tuple[torch.Tensor, Any]]) -> None:
@@ -103,6 +114,20 @@ class SlotParameter(nn.Parameter):
             slot = stack.grad[self._slot]
         slot.copy_(value.detach())
 
+    @property
+    def data(self) -> torch.Tensor:  # type: ignore[override]
+        return OWN_DATA.__get__(self)
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:
+        """Written to the slot: a storage of its own, as torch gives it, would leave the adapter as it is (`vector_to_parameters`)."""
+        if not isinstance(value, torch.Tensor) or value.shape != self.shape or value.dtype != self.dtype:
+            given = f"{value.dtype} {list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+            raise ValueError(f"data: wanted a tensor of {self.dtype} {list(self.shape)}, got {given}")
+        self._stack()
+        with torch.no_grad():
+            self.copy_(value)
+
     def _stack(self) -> nn.Parameter:
         stack = getattr(self._layer, self._name)
         if not self.is_set_to(stack.detach()[self._slot]):
@@ -116,6 +141,18 @@ class SlotParameter(nn.Parameter):
 
     def __reduce_ex__(self, protocol):
         return SlotParameter, (self._layer, self._name, self._slot)
+
+
+def ranks_of(layer: MultiLoRALinear) -> list[int]:
+    """The layer's ranks as the host knows them, asked of the device where others wrote: AveragedModel, a checkpoint read in place."""
+    if layer._seen != stamp(layer.ranks) and not layer.ranks.is_meta:
+        layer._know_ranks(layer.ranks.tolist())
+    return layer._ranks
+
+
+def stamp(t: torch.Tensor) -> tuple[int, int]:
+    """What tells whether a tensor is another one, or was written to; tensors of inference mode do not tell the latter."""
+    return id(t), -1 if t.is_inference() else t._version
 
 
 def _hand_over(leaf: SlotParameter) -> None:

@@ -249,6 +249,19 @@ def test_shapes(impl, device):
 
 
 @pytest.mark.parametrize("impl", ARMS)
+def test_one_scale_of_any_shape(impl, device):
+    truth = leaves(operands(device))
+    y = lora_linear(*truth, scale=0.5, impl=impl)
+    y.square().sum().backward()
+    for shape in ((), (1,), (1, 1), (1, 1, 1)):
+        ours = leaves(operands(device))
+        its_y = lora_linear(*ours, scale=torch.full(shape, 0.5, device=device), impl=impl)
+        its_y.square().sum().backward()
+        for own, other in zip((its_y, *(t.grad for t in ours)), (y, *(t.grad for t in truth)), strict=True):
+            torch.testing.assert_close(own, other)
+
+
+@pytest.mark.parametrize("impl", ARMS)
 def test_no_features(impl, device):
     for n, k in ((N, 0), (0, K)):
         x = torch.randn(4, k, device=device, requires_grad=True)

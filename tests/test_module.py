@@ -8,9 +8,20 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from experts_models import Experts
 from torch import nn
+from torch.nn.utils import parametrize, prune
 
-from lora_kernels import FusedLoRALinear, UnsupportedError, reference
+from lora_kernels import (
+    FusedLoRALinear,
+    LoRAExperts,
+    MultiLoRALinear,
+    PackedLoRALinear,
+    UnsupportedError,
+    load_adapter,
+    reference,
+    save_adapter,
+)
 
 K, N = 20, 12
 
@@ -199,3 +210,69 @@ def test_from_linear_refuses_subclasses():
 
     with pytest.raises(TypeError, match="wanted an nn.Linear, got Quantised"):
         FusedLoRALinear.from_linear(Quantised(K, N))
+
+
+class Twice(nn.Module):
+    def forward(self, t):
+        return 2 * t
+
+
+@pytest.mark.parametrize("how", ["parametrized", "pruned"])
+@pytest.mark.parametrize("name", ["lora_A", "lora_B"])
+@pytest.mark.parametrize("kind", ["one", "many", "packed", "experts"])
+def test_what_would_be_gone_at_the_next_use_is_not_written(tmp_path, kind, name, how):
+    """A factor that torch computes at each use is read as it is computed, and saved so; an adapter written to it would be lost."""
+    A, B, many = torch.randn(4, K), torch.randn(N, 4), dict(num_adapters=2, r=4, init_lora_weights=False)
+    layer = {
+        "one": trained,
+        "many": lambda: MultiLoRALinear(K, N, **many),
+        "packed": lambda: PackedLoRALinear(K, (5, N - 5), names=("q", "k"), **many),
+        "experts": lambda: LoRAExperts(Experts(), "down_proj", r=4, init_lora_weights=False),
+    }[kind]()
+    model, slot = nn.ModuleDict({"proj": layer}), {} if kind in ("one", "experts") else {"slot": 1}
+    plain = copy.deepcopy(model)
+    if how == "pruned":
+        prune.random_unstructured(layer, name, 0.5)
+    else:
+        parametrize.register_parametrization(layer, name, Twice())
+    calls = {
+        "one": [layer.reset_adapter, lambda: layer.swap(A, B)],
+        "many": [lambda: layer.reset_adapter(1), lambda: layer.clear_adapter(1), lambda: layer.load_adapter(1, A, B)],
+        "packed": [lambda: layer.reset_adapter(1), lambda: layer.load_adapter(1, torch.stack((A, A)), B)],
+        "experts": [layer.reset_adapter],
+    }[kind]
+    before, value = copy.deepcopy(model.state_dict()), getattr(layer, name).clone()
+    save_adapter(model, tmp_path, **slot)
+    for call in [*calls, lambda: load_adapter(model, tmp_path, **slot)]:
+        with pytest.raises(ValueError, match=f"{name}: wanted a parameter to write an adapter to, got one that is computed"):
+            call()
+    assert all(torch.equal(t, before[key]) for key, t in model.state_dict().items())
+    load_adapter(plain, tmp_path, **slot)
+    own, index = getattr(plain["proj"], name), slot.get("slot", ...)
+    assert torch.equal(own[index], value[index])
+
+
+def test_what_has_no_storage_is_not_written():
+    """A model that waits for its weights, or layers that accelerate offloads: an adapter would be lost."""
+    A, B, many = torch.randn(4, K), torch.randn(N, 4), dict(num_adapters=2, r=4, device="meta")
+    one, stack, packed = trained(device="meta"), MultiLoRALinear(K, N, **many), PackedLoRALinear(K, (5, N - 5), **many)
+    one.reset_adapter()
+    stack.reset_adapter(1)
+    calls = {
+        "swap": [lambda: one.swap(A, B)],
+        "slot 1": [lambda: stack.load_adapter(1, A[:2], B[:, :2]), lambda: packed.load_adapter(1, torch.stack((A, A)), B)],
+    }
+    for name, each in calls.items():
+        for call in each:
+            with pytest.raises(ValueError, match=f"{name}: wanted a layer with storage to write to, got one on the meta device"):
+                call()
+    assert stack.to_empty(device="cpu").ranks.tolist() == [4, 4] == [stack.adapter(i)[0].shape[0] for i in range(2)]
+
+
+def test_a_parametrized_magnitude_is_not_reset():
+    layer = trained(use_dora=True)
+    parametrize.register_parametrization(layer, "lora_A", Twice())
+    layer.reset_magnitude()
+    parametrize.register_parametrization(layer, "lora_magnitude", Twice())
+    with pytest.raises(ValueError, match="lora_magnitude: wanted a parameter to write an adapter to, got one that is computed"):
+        layer.reset_magnitude()

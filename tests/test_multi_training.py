@@ -8,8 +8,10 @@ import pytest
 import torch
 from test_multi import IDS, MIXED, RANKS, E, K, N, R, alone, plan, through, trained
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from lora_kernels import lora_linear, reference
+from lora_kernels.slots import stamp
 
 
 @RANKS
@@ -237,3 +239,57 @@ def test_copies_of_a_layer_with_its_optimizers(again):
         its.step()
         assert not torch.equal(each.lora_A[0], before[0]) and torch.equal(each.lora_A[1:], before[1:])
     torch.testing.assert_close(layer.lora_A, other.lora_A)
+
+
+def test_what_is_assigned_to_a_leafs_data_is_in_the_slot():
+    """As vector_to_parameters does it: evolution strategies, averages of adapters."""
+    layer, x = trained(), torch.randn(len(IDS), K)
+    leaves, before = layer.adapter_parameters(2), layer.lora_A.detach().clone()
+    A, B = (2 * t for t in layer._slot(2))
+    nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(leaves).detach() * 2, leaves)
+    assert torch.equal(layer.lora_A[2], A) and torch.equal(layer.lora_B[2], B)
+    others = [i for i in range(E) if i != 2]
+    assert torch.equal(layer.lora_A[others], before[others])
+    layer(x, plan()).sum().backward()
+    assert all(torch.equal(leaf.data, leaf) and leaf.grad is not None for leaf in leaves)
+    for wrong in (torch.zeros(R, 1), torch.zeros(R, K, dtype=torch.float64), 0):
+        with pytest.raises(ValueError, match=rf"data: wanted a tensor of torch.float32 \[{R}, {K}\], got"):
+            leaves[0].data = wrong
+    assert torch.equal(layer.lora_A[2], A)
+
+
+@pytest.mark.parametrize("by", ["average", "in place"])
+def test_ranks_that_others_wrote(by):
+    """AveragedModel copies buffers, torch.distributed.checkpoint reads into them: what is read of a slot is all of the adapter."""
+    layer, x = trained(MIXED), torch.randn(len(IDS), K)
+    average = AveragedModel(layer)
+    other = average.module
+    slot = MIXED.index(min(MIXED))
+    layer.load_adapter(slot, torch.randn(R, K), torch.randn(N, R), scale=0.5)
+    if by == "average":
+        average.update_parameters(layer)
+    else:
+        for name, t in other.state_dict().items():
+            t.copy_(layer.state_dict()[name])
+    for own, its in zip(layer.adapter(slot), other.adapter(slot), strict=True):
+        assert torch.equal(own, its)
+    other.merge(slot)
+    torch.testing.assert_close(other(x), through(layer, x, [slot] * len(IDS)))
+    other.unmerge()
+    other.load_adapter(0, torch.randn(1, K), torch.randn(N, 1))
+    assert other.adapter(slot)[0].shape[0] == R and other.adapter(0)[0].shape[0] == 1
+    moved = copy.deepcopy(other).double()
+    assert [moved.adapter(i)[0].shape[0] for i in range(E)] == other.ranks.tolist()
+
+
+def test_ranks_that_the_layer_wrote_are_not_asked_of_the_device():
+    layer = trained(MIXED)
+    for write in (
+        lambda: layer.load_adapter(0, torch.randn(R, K), torch.randn(N, R)),
+        lambda: layer.clear_adapter(1),
+        lambda: layer.double(),
+        lambda: layer.load_state_dict(layer.state_dict()),
+    ):
+        assert layer._seen == stamp(layer.ranks)
+        write()
+    assert layer._seen == stamp(layer.ranks) and layer._ranks == layer.ranks.tolist()

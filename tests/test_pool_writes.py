@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_pool import NAMES, X, hold, served, trained  # noqa: F401  a fixture
 
-from lora_kernels import AdapterPool, load_adapter
+from lora_kernels import AdapterPool, MultiLoRALinear, load_adapter
 
 WHO = ["a", None, "b", "a"]
 
@@ -103,3 +103,30 @@ def test_a_gpus_adapters_are_page_locked(trained, monkeypatch):  # noqa: F811
     assert non_blocking and len(values) == len(locked) == 8 and all(own is kept for own, kept in zip(values, locked, strict=True))
     load_adapter(pool.model, trained[1]["b"], slot=1)
     assert not given[3][1], "a file's tensors are not locked"
+
+
+def test_what_lost_its_storage_is_not_taken_for_written(trained):  # noqa: F811
+    """Layers that are offloaded after the pool was made: the slot would go on with the adapter that it had."""
+    _, folders = trained
+    model = served()
+    pool = AdapterPool(model)
+    pool.add("a", folders["a"])
+    whole, ranks = model[1].up.lora_A, list(model[0].up._ranks)
+    model[1].up.lora_A = torch.nn.Parameter(whole.detach().to("meta"))
+    with pytest.raises(ValueError, match="slot 0: wanted a layer with storage to write to, got one on the meta device"):
+        pool.slots(["a"])
+    assert not pool.resident and model[0].up._ranks == ranks and model[0].up.writes[0] == model[1].up.writes[0]
+    model[1].up.lora_A = whole
+    assert pool.slots(["a"]) == [0]
+
+
+def test_a_write_that_fails_leaves_the_rank_that_the_device_has(monkeypatch):
+    layer = MultiLoRALinear(6, 5, num_adapters=2, r=[2, 4], init_lora_weights=False)
+
+    def full(places, values, non_blocking=False):
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(torch, "_foreach_copy_", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        layer.load_adapter(0, torch.randn(4, 6), torch.randn(5, 4))
+    assert layer.ranks.tolist() == [layer.adapter(i)[0].shape[0] for i in range(2)] == [2, 4]
