@@ -68,6 +68,8 @@ SLOTS = [
     Mutant("slots: the last tenant's gradient", STACKS, "(layer.lora_A, layer.lora_B) if stack.grad is not None]  # of", "()]  # of"),
     Mutant("slots: the device has the old rank", STACKS, "    _fill(ranks)\n", ""),
     Mutant("slots: the old scaling", STACKS, "    _fill(scalings)\n", ""),
+    Mutant("slots: ranks that others wrote", STACKS, "if layer._seen != stamp(layer.ranks) and", "if False and"),
+    Mutant("slots: on the meta device", STACKS, "        if any(parts):", "        if False:"),
     Mutant("slots: a write is not counted", STACKS, "        layer.writes[i] += 1\n        for", "        for"),
 ]  # fmt: skip
 
