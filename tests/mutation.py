@@ -50,7 +50,7 @@ SELECTIONS = {  # a mutant's tests: their files, and which of them run first
     "tuning": (["test_tuning.py"], "tiles_fill or float32_products"),
     "calls": (["test_calls.py"], "test"),
     "serving": (["test_serving.py", "test_pool.py", "test_pool_writes.py"], "test"),
-    "slots": (["test_multi.py", "test_multi_training.py", "test_pool.py", "test_pool_writes.py"], "adapter or slot or pool or writ or wrote"),
+    "slots": (["test_multi.py", "test_multi_training.py", "test_pool.py", "test_pool_writes.py"], "adapter or slot or pool or wr"),
     "merge": (["test_merging.py"], "one_rounding or in_place or blocks or not_finite or merged"),
     "overlap": (["test_overlap.py"], "test"),
     "plan": (["test_plan.py"], "equals or apart or one_adapter or out_of_range or any_block or parts"),
