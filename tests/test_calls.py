@@ -302,7 +302,7 @@ def test_launches_are_those_of_a_call_made_first():
 def test_tensors_that_torch_negates_as_it_reads_them(which, p, impl):
     """The imaginary part of a conjugate has such a bit, and its memory the other sign."""
     x, weight, A, B = operands(3, 2)
-    good = dict(x=x, weight=weight, lora_A=A, lora_B=B, bias=drawn(N), dropout_p=p, training=True, seed=5)
+    good = dict(x=x, weight=weight, lora_A=A, lora_B=B, bias=drawn(N), dropout_p=p, training=True, seed=5 if p else None)
     wanted = lora_linear(**good, impl=impl)
     if which == "dy":
         x.requires_grad_()
@@ -312,6 +312,27 @@ def test_tensors_that_torch_negates_as_it_reads_them(which, p, impl):
     negative = torch._neg_view(-good[which])
     assert negative.is_neg()
     torch.testing.assert_close(lora_linear(**{**good, which: negative}, impl=impl), wanted)
+
+
+def test_a_launch_is_of_operands_of_the_same_dtypes():
+    """A layout that is kept stands for the compiled kernel. Where dB alone is wanted, no operand of the backward pass tells its dtype."""
+    seen, kept = {}, []
+
+    def dtypes(args) -> list:
+        return [t.dtype if isinstance(t, torch.Tensor) else dtypes(t) for t in args if isinstance(t, (torch.Tensor, tuple))]
+
+    def record(kernel, grid, args, options):
+        kept.append(options)
+        assert seen.setdefault(id(options), dtypes(args)) == dtypes(args), kernel.__name__
+        kernel[grid](*args, **options)
+
+    x, weight, A, B = operands(5, dtype=torch.float16)
+    with launch.intercept(record):
+        for dtype in (torch.float16, torch.float32, torch.float16):
+            its_B = B.detach().to(dtype, copy=True).requires_grad_()
+            lora_linear(x, weight, A.to(dtype), its_B, impl="triton").sum().backward()
+            assert its_B.grad.dtype is dtype
+    assert len(seen) > 3
 
 
 def test_another_thread_may_forget_what_was_just_remembered(monkeypatch):
