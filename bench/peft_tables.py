@@ -89,7 +89,7 @@ def _peak(row: dict | None) -> str:
 
 def slots(rows: list[dict], brief: bool) -> str:
     """What another adapter costs a model that serves, beside the model itself."""
-    failed = [row for row in rows if row["error"]]
+    below = {"Failed": [row for row in rows if row["error"]], "Left out": [row for row in rows if row["what"] == "left out"]}
     rows = [row for row in rows if row["ms"]]
     arms = list(dict.fromkeys(row["arm"] for row in rows))
     lines = []
@@ -98,7 +98,7 @@ def slots(rows: list[dict], brief: bool) -> str:
         lines.append([layer, r, moved, *(ms(by_arm.get(arm), brief) for arm in arms)])
     text = "Wall ms until the device has it. From files: the frozen model, and an adapter, by PEFT's hotswap and by `AdapterPool.add`. "
     text += "In `pool.use`: to put an adapter into a slot, beside a copy of as many bytes, and to name one that has its slot."
-    return "\n\n".join([text, markdown_table(["model", "r", "adapter, MiB", *arms], lines), *lists({"Failed": failed})])
+    return "\n\n".join([text, markdown_table(["model", "r", "adapter, MiB", *arms], lines), *lists(below)])
 
 
 def plot(rows: list[dict]) -> str:

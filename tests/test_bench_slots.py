@@ -29,6 +29,8 @@ def test_rows_and_table(tmp_path, capsys):
     whole, brief = (report.render("slots", rows, short) for short in (False, True))
     assert "| model | r | adapter, MiB | model | hotswap | add | copy | put | slot |" in brief and "| tiny, 2 layers | 4 |" in whole
     assert capsys.readouterr().out.startswith("slots, ms")
+    late = rows[0] | {"what": "left out", "arm": None, "ms": None, "detail": "no time for it in 7 s"}
+    assert "Left out:\n\n- points, host: no time for it in 7 s (1 point)" in report.render("slots", [*rows, late], True)
     assert report.render("slots", [], True) == "Not measured yet: `python -m bench.device slots --out bench/results` measures it."
 
 
