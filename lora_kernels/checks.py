@@ -233,6 +233,11 @@ def check_device(name: str, t, x) -> None:
         raise ValueError(f"{name}: wanted x's device {x.device}, got {t.device}")
 
 
+def check_finite(name: str, number: float) -> None:
+    if not math.isfinite(number):
+        raise ValueError(f"{name}: wanted a finite number, got {number}")
+
+
 def check_seed(seed, x) -> None:
     if isinstance(seed, torch.Tensor):
         if seed.dtype != torch.int64 or seed.numel() != 1:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 import os
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from .checks import check_finite
 from .nn import check_dropout, check_rank, scaling_of
 from .problem import UnsupportedError
 
@@ -267,8 +267,7 @@ def _check_expression(label: str, text: str) -> None:
 def _check_number(name: str, value) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: wanted a number, got {value!r}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name}: wanted a finite number, got {value}")
+    check_finite(name, value)
 
 
 def _absent(value) -> bool:

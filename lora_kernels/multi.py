@@ -7,7 +7,6 @@ The stacks are written in place only, slot by slot, so that one adapter is swapp
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch.nn import functional as F
 
 from . import slots
 from .autograd import lora_linear
-from .checks import check_tensor
+from .checks import check_finite, check_tensor
 from .nn import AdaptedLinear, check_linear, check_rank, held, init_adapter, scaling_of
 from .problem import UnsupportedError, sharded
 from .segments import Segments, check_int
@@ -285,8 +284,7 @@ class MultiLoRALinear(AdaptedLinear):
         scale = self._scale_for(i, r) if scale is None else scale
         if isinstance(scale, bool) or not isinstance(scale, (int, float)):
             raise TypeError(f"scale: wanted a float or None, got {type(scale).__name__}")
-        if not math.isfinite(scale):
-            raise ValueError(f"scale: wanted a finite number, got {scale}")
+        check_finite("scale", scale)
         return scale
 
     def _copied(self, A: torch.Tensor, B: torch.Tensor) -> Pair:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .autograd import lora_linear, with_lora_bias
-from .checks import check_tensor
+from .checks import check_finite, check_tensor
 from .dispatch import without_autocast
 from .dora import dora_linear, gain, weight_norm
 from .merging import Mergeable, check_unmerged
@@ -226,8 +226,7 @@ class FusedLoRALinear(AdaptedLinear):
             if new.dtype != own.dtype:
                 raise TypeError(f"{name}: wanted the adapter's dtype {own.dtype}, got {new.dtype}")
         scaling = self.scaling if scaling is None else float(scaling)
-        if not math.isfinite(scaling):
-            raise ValueError(f"scaling: wanted a finite number, got {scaling}")
+        check_finite("scaling", scaling)
         lora_A, lora_B = lora_A.to(self.lora_A.device), lora_B.to(self.lora_B.device)
         if self._base_weight is not None:
             keep = "cpu" if self._base_weight.device.type == "cpu" else "device"
