@@ -4,7 +4,7 @@
     with dS = scale dY B, U = scale (D.x) A^T and D the dropout mask over 1 - p
 
 Saved for backward: x, weight, A, B, U and the seed, each only where a gradient that is wanted uses it; with segments the plan,
-which all layers share.
+which all layers share. A weight that a function makes is made anew.
 """
 
 from __future__ import annotations
@@ -70,13 +70,17 @@ class LoRALinearFunction(torch.autograd.Function):
     """``y [..., N]`` with gradients for x, lora_A, lora_B, bias and base; the weight is frozen."""
 
     @staticmethod
-    def forward(ctx, x, weight, lora_A, lora_B, bias, base, seed, scale, dropout_p, impl, config, arm, geometry, scales, ranks, *plan):
+    def forward(
+        ctx, x, weight, lora_A, lora_B, bias, base, seed, scale, dropout_p, impl, config, arm, make, geometry, scales, ranks, *plan
+    ):  # fmt: skip
         need_x, _, need_A, need_B, need_bias, ctx.need_base = ctx.needs_input_grad[:6]
         adapters = Adapters.from_flat(scales, ranks, plan, geometry)
         y, u = ops.forward(x, weight, lora_A, lora_B, bias, seed, adapters, scale, dropout_p, need_B, impl, config, base, arm)
+        need_weight = need_x or problem.is_stack(weight)  # a stack: by it the arm is chosen
+        ctx.make = make if need_weight else None
         ctx.save_for_backward(
             x if need_A else None,
-            weight if need_x or problem.is_stack(weight) else None,  # a stack: by it the arm is chosen
+            weight if need_weight and make is None else None,
             lora_A if need_x else None,
             lora_B if need_x or need_A else None,
             u if need_B else None,
@@ -86,7 +90,7 @@ class LoRALinearFunction(torch.autograd.Function):
             *plan,
         )
         ctx.constants = (scale, dropout_p, (need_x, need_A, need_B, need_bias), lora_A.dtype, impl, config)
-        ctx.geometry, ctx.inputs = geometry, 15 + len(plan)
+        ctx.geometry, ctx.inputs = geometry, 16 + len(plan)
         return y
 
     @staticmethod
@@ -94,8 +98,10 @@ class LoRALinearFunction(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight, lora_A, lora_B, u, seed, scales, ranks, *plan = ctx.saved_tensors
         adapters = Adapters.from_flat(scales, ranks, plan, ctx.geometry)
-        dx, da, db, dbias = ops.backward(dy, x, weight, lora_A, lora_B, u, seed, adapters, *ctx.constants)
         need_x, need_A, need_B, need_bias = ctx.constants[2]
+        if ctx.make is not None:
+            weight = ctx.make().to(dy.dtype)
+        dx, da, db, dbias = ops.backward(dy, x, weight, lora_A, lora_B, u, seed, adapters, *ctx.constants)
         return (
             dx if need_x else None,
             None,
@@ -121,7 +127,7 @@ def _forward_kernel(
     call Python once more at every call.
     """
     if recorded(any(t is not None and t.requires_grad for t in (x, lora_A, lora_B, bias, base))):
-        constants = (scale, dropout_p, impl, config, None, tuple(geometry), scales, ranks)
+        constants = (scale, dropout_p, impl, config, None, None, tuple(geometry), scales, ranks)
         y = LoRALinearFunction.apply(x, weight, lora_A, lora_B, bias, base, seed, *constants, *plan)
         return y, x.new_empty((math.prod(y.shape[:-1]), lora_A.shape[-2]) if save_u else (0,))
     adapters = Adapters.from_flat(scales, ranks, plan, geometry)
@@ -158,7 +164,8 @@ def lora_linear(
         x: Tokens ``[..., K]``, float16, bfloat16, float32 (every arm) or float64 (reference and torch).
         weight: The frozen base ``[N, K]``, as nn.Linear stores it, x's dtype, any strides; None with ``base``. Or with segments a stack
             ``[E, N, K]``, the experts of a mixture: each token's adapter is that of its expert, and what has none is 0.
-            With `Segments.from_top_k` each token has k experts, and y is ``[..., k, N]``.
+            With `Segments.from_top_k` each token has k experts, and y is ``[..., k, N]``. Or a function that makes the weight, of
+            4 bits, say: it is called, and for x's gradient once more, with the same result; the kernels and the chain keep none.
         lora_A: ``[r, K]``, or with segments a stack ``[E, r, K]``, r from 1 to 512, any strides, x's dtype or float32 (rounded to
             x's dtype tile by tile, as autocast would).
         lora_B: ``[N, r]`` or ``[E, N, r]``, lora_A's dtype.
@@ -190,6 +197,9 @@ def lora_linear(
         ValueError: shapes, devices or values disagree. TypeError: dtypes or types. UnsupportedError: legal, but not here.
     Source: Hu et al. 2021, arXiv:2106.09685, eq. 3; gradients in docs/math.md.
     """
+    make = None
+    if callable(weight):
+        make, weight = weight, weight()
     x, weight, bias = autocast(x, weight, bias, base)
     call = arm = None
     key = config.key() if isinstance(config, Config) else ""
@@ -215,7 +225,7 @@ def lora_linear(
     if recorded(trained):
         scales, _, plan, geometry = adapters.flat()
         return LoRALinearFunction.apply(
-            x, weight, lora_A, lora_B, bias, base, drawn, float(factor), p, impl, key, arm, geometry, scales, ranks, *plan
+            x, weight, lora_A, lora_B, bias, base, drawn, float(factor), p, impl, key, arm, make, geometry, scales, ranks, *plan
         )
     return ops.forward(x, weight, lora_A, lora_B, bias, drawn, adapters, float(factor), p, False, impl, key, base, arm)[0]
 
@@ -255,6 +265,7 @@ def explain(
     Raises:
         The errors of `lora_linear`.
     """
+    weight = weight() if callable(weight) else weight
     x, weight, bias, key = prepare(x, weight, lora_A, lora_B, bias, base, scale, dropout_p, seed, segments, ranks, config, impl, widths)
     if lora_bias is not None:
         check_lora_bias(lora_bias, weight, lora_A, segments)

@@ -343,7 +343,7 @@ BASE = [
            "even(x), None if base is None else as_matrix(base)[:1].expand(x.numel() // x.shape[-1], -1)"),
     Mutant("base: without a gradient", AUTOGRAD, "dy if ctx.need_base else None", "None"),
     Mutant("base: trained alone, and no Function", AUTOGRAD, "added = bias if base is None else base", "added = bias"),
-    Mutant("base: kept for backward", AUTOGRAD, "weight if need_x or problem.is_stack(weight) else None", "base if need_x else None"),
+    Mutant("base: kept for backward", AUTOGRAD, "weight if need_weight and make is None else None", "base if need_x else None"),
     Mutant("base: autocast's dtype, not its own", AUTOGRAD, "base.dtype if isinstance(base, torch.Tensor) else torch.get", "torch.get"),
 ]  # fmt: skip
 

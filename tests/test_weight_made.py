@@ -1,0 +1,142 @@
+"""A weight that a function makes, of 4 bits, say: called once for y and once for dX, and kept by nobody."""
+
+import pytest
+import torch
+from test_memory import SEED, Kept
+from torch.utils.checkpoint import checkpoint
+
+from lora_kernels import Projection, Segments, UnsupportedError, explain, lora_linear, lora_linears, parity
+from lora_kernels.parity import Case
+
+M, N, K, R = 21, 37, 50, 5
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ARMS = ("triton", "torch", "auto")
+
+
+class Maker:
+    """A byte a weight and a scale a row, unpacked at each call."""
+
+    def __init__(self, *sizes, dtype=torch.float32):
+        self.packed, self.calls, self.dtype = torch.randint(-127, 128, sizes, dtype=torch.int8, device=DEVICE), 0, dtype
+
+    def __call__(self):
+        self.calls += 1
+        return self.packed.to(self.dtype) / 100
+
+
+def operands(adapters: int = 0, trained=("x", "lora_A", "lora_B"), **changed) -> dict:
+    tensors = parity.inputs(Case(M, N, K, R, adapters=adapters, **changed), DEVICE)
+    return {name: tensors[name].requires_grad_(name in trained) for name in ("x", "lora_A", "lora_B", "bias")}
+
+
+def call(t: dict, weight, **kwargs) -> torch.Tensor:
+    return lora_linear(t["x"], weight, t["lora_A"], t["lora_B"], t["bias"], scale=0.7, **kwargs)
+
+
+@pytest.mark.parametrize("impl", [*ARMS, "reference"])
+@pytest.mark.parametrize("adapters", [0, 3])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_bit_for_bit_as_the_matrix(impl, adapters, p):
+    made, t = Maker(N, K), operands(adapters)
+    how: dict = dict(impl=impl, dropout_p=p, training=True, seed=7)
+    if adapters:
+        how["segments"] = Segments.from_ids(torch.arange(M, device=DEVICE) % (adapters + 1) - 1, adapters)
+    results = []
+    for weight in (made, made()):
+        made.calls = 0
+        y = call(t, weight, **how)
+        results.append((y.detach(), *torch.autograd.grad(y, [t[name] for name in ("x", "lora_A", "lora_B")], torch.cos(y.detach()))))
+        assert made.calls == (0 if isinstance(weight, torch.Tensor) else 1 if impl == "reference" else 2)
+    for mine, wanted in zip(*results, strict=True):
+        assert torch.equal(mine, wanted)
+
+
+@pytest.mark.parametrize("impl", ARMS)
+def test_made_again_for_dX_alone(impl):
+    made, t = Maker(N, K), operands(trained=("lora_A", "lora_B"))
+    call(t, made, impl=impl).sum().backward()
+    with torch.no_grad():
+        call(t, made, impl=impl)
+    assert made.calls == 2, "once for each y"
+
+
+@pytest.mark.parametrize("impl", ARMS)
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_bytes_kept(impl, p):
+    """x, u and a seed, as beside a matrix that is there anyway; not what was made."""
+    t = operands()
+    with Kept() as kept:
+        call(t, Maker(N, K), impl=impl, dropout_p=p, training=True)
+    assert kept.bytes(besides=(t["lora_A"], t["lora_B"])) == 4 * M * K + 4 * M * R + SEED * bool(p)
+
+
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+def test_a_stack_of_experts(impl):
+    """By its weight the arm is chosen in the backward pass, so that it is made for dA and dB, too; and not kept."""
+    made, t = Maker(3, N, K), operands(3, trained=("lora_A", "lora_B"))
+    t["bias"] = None
+    segments = Segments.from_ids(torch.arange(M, device=DEVICE) % 3, 3)
+    results = []
+    for weight in (made, made()):
+        with Kept() as kept:
+            y = call(t, weight, segments=segments, impl=impl)
+        y.square().sum().backward()
+        results.append((y.detach(), t["lora_A"].grad, t["lora_B"].grad))
+        t["lora_A"].grad = t["lora_B"].grad = None
+        assert (kept.bytes() >= 4 * 3 * N * K) == isinstance(weight, torch.Tensor)
+    assert all(torch.equal(mine, wanted) for mine, wanted in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing(reentrant):
+    made, t = Maker(N, K), operands()
+    grads = []
+    for run in (lambda: call(t, made), lambda: checkpoint(lambda x: call({**t, "x": x}, made), t["x"], use_reentrant=reentrant)):
+        t["x"].grad = None
+        run().square().sum().backward()
+        grads.append(t["x"].grad)
+    assert torch.equal(*grads)
+
+
+def test_autocast():
+    """What is made is cast as a matrix would be, in both passes."""
+    made, t = Maker(N, K), operands()
+    results = []
+    for weight in (made, made()):
+        with torch.autocast(DEVICE.type, torch.float16):
+            y = call(t, weight, impl="torch")
+        results.append((y.detach(), *torch.autograd.grad(y, [t["x"], t["lora_B"]], torch.ones_like(y))))
+    assert results[0][0].dtype is torch.float16 and all(torch.equal(mine, wanted) for mine, wanted in zip(*results, strict=True))
+
+
+def test_compiled_without_a_break():
+    packed, t = Maker(N, K).packed, operands()
+
+    def made():
+        return packed.float() / 100
+
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: call({**t, "x": x}, made), backend="aot_eager", fullgraph=True)
+    grads = [torch.autograd.grad(f(t["x"]).square().sum(), [t["x"], t["lora_A"]]) for f in (compiled, lambda x: call({**t, "x": x}, made))]
+    for mine, wanted in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, wanted)
+
+
+def test_explain_and_refusals():
+    t = operands()
+    assert explain(t["x"], Maker(N, K), t["lora_A"], t["lora_B"]).arm == explain(t["x"], Maker(N, K)(), t["lora_A"], t["lora_B"]).arm
+    for make, error, words in (
+        (lambda: None, TypeError, r"weight: wanted a tensor \[out_features, in_features\], or None with base, got NoneType"),
+        (Maker(N, K + 1), ValueError, "weight"),
+        (Maker(N, K, dtype=torch.float16), TypeError, "weight"),
+        (lambda: torch.zeros(N, K, device=DEVICE, requires_grad=True), ValueError, "weight: wanted a frozen base weight"),
+    ):
+        with pytest.raises(error, match=words):
+            call(t, make)
+    with pytest.raises(ValueError, match="weight: wanted None with base"):
+        lora_linear(t["x"], Maker(N, K), t["lora_A"], t["lora_B"], base=torch.zeros(M, N, device=DEVICE))
+    with pytest.raises(TypeError, match="weight: wanted a tensor .* got Maker"):
+        lora_linears(t["x"], [Projection(Maker(N, K), t["lora_A"], t["lora_B"])])
+    y = call(t, Maker(N, K))
+    with pytest.raises(UnsupportedError, match="create_graph"):
+        torch.autograd.grad(torch.autograd.grad(y.sum(), t["x"], create_graph=True)[0].sum(), t["lora_A"])
