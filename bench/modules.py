@@ -1,7 +1,8 @@
 """PEFT's own LoRA layer on a CPU, as it is and fused, in one run: ``python -m bench.modules --out bench/results/modules.jsonl``.
 
-linear   the frozen nn.Linear alone: the floor
-peft     peft.tuners.lora.Linear
+linear   the frozen nn.Linear alone: the floor; with --four-bit bitsandbytes' Linear4bit (NF4)
+peft     peft.tuners.lora.Linear, or its Linear4bit
+beside   with --four-bit: fused, the base product the layer's own, as for few tokens
 fused    the same layer, after ``lora_kernels.integrations.peft.fuse``
 
 A step is forward and backward with gradients for x, A and B. Bytes are what autograd saves for backward, parameters not counted, x counted.
@@ -29,17 +30,28 @@ from .timing import HostClock, Step, interleave
 from .workloads import Point
 
 
-def peft_and_fused(K: int, N: int, r: int, p: float, base: torch.dtype, adapters: torch.dtype) -> dict[str, nn.Module]:
-    """PEFT's layer around an nn.Linear with the same values twice: stock and fused; B is not zero."""
+def peft_and_fused(K: int, N: int, r: int, p: float, base: torch.dtype, adapters: torch.dtype, four_bit=False) -> dict[str, nn.Module]:
+    """PEFT's layer around an nn.Linear, or one of 4 bits, with the same values: stock and fused, and beside its base; B is not zero."""
     torch.manual_seed(0)
     config = LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=p, target_modules=["0"], init_lora_weights=False)
     model = nn.Sequential(nn.Linear(K, N, bias=False, dtype=base))
+    if four_bit:
+        from bitsandbytes.nn import Linear4bit, Params4bit
+
+        layer = Linear4bit(K, N, bias=False, compute_dtype=base, quant_type="nf4")
+        layer.weight = Params4bit(model[0].weight.data, requires_grad=False, quant_type="nf4", module=layer)
+        model = nn.Sequential(layer).to("cpu")
+        model.is_loaded_in_4bit = True  # by which PEFT chooses its layer  # type: ignore[assignment]
     stock = get_peft_model(model, config, autocast_adapter_dtype=adapters == torch.float32)
     fused = copy.deepcopy(stock)
     report = fuse(fused)
     if report.left:
         raise RuntimeError(f"layer: wanted it fused, got {report}")
-    return {"peft": stock.base_model.model[0], "fused": fused.base_model.model[0]}
+    layers = {"peft": stock.base_model.model[0], "fused": fused.base_model.model[0]}
+    if four_bit:
+        layers["beside"] = copy.deepcopy(layers["fused"])
+        layers["beside"].base_layer.register_forward_hook(lambda *args: None)  # which only the layer itself would call
+    return layers
 
 
 def steps(layers: dict[str, nn.Module], x: torch.Tensor, dy: torch.Tensor) -> dict[str, Step]:
@@ -52,9 +64,9 @@ def steps(layers: dict[str, nn.Module], x: torch.Tensor, dy: torch.Tensor) -> di
     return {name: step(layer) for name, layer in layers.items()}
 
 
-def measure(recorder: Recorder, point: Point, adapters: torch.dtype, seconds: float) -> None:
+def measure(recorder: Recorder, point: Point, adapters: torch.dtype, seconds: float, four_bit: bool) -> None:
     """A row for each arm and pass of a point, with what the arm keeps for backward; an arm that fails is raised."""
-    layers = peft_and_fused(point.K, point.N, point.r, point.p, point.dtype, adapters)
+    layers = peft_and_fused(point.K, point.N, point.r, point.p, point.dtype, adapters, four_bit)
     layers = {"linear": layers["peft"].base_layer, **layers}
     x, dy = (torch.randn(point.M, size, dtype=point.dtype) for size in (point.K, point.N))
     x.requires_grad_()
@@ -72,8 +84,16 @@ def measure(recorder: Recorder, point: Point, adapters: torch.dtype, seconds: fl
             )  # fmt: skip
 
 
-def points(quick: bool) -> Iterator[tuple[Point, torch.dtype]]:
-    """`bench.cpu`'s points, and on a 16-bit base both what PEFT makes of the adapters by default, float32, and 16 bits."""
+def points(quick: bool, four_bit: bool) -> Iterator[tuple[Point, torch.dtype]]:
+    """`bench.cpu`'s points, and on a 16-bit base both what PEFT makes of the adapters by default, float32, and 16 bits.
+
+    Over 4 bits those of many tokens in bfloat16.
+    """
+    if four_bit:
+        layers, tokens = ({"64->64": (64, 64)}, (1024,)) if quick else ({"1024->4096": (1024, 4096), "4096->4096": (4096, 4096)}, (2048,))
+        for p in (0.0, 0.1):
+            yield from ((point, torch.float32) for point in workloads.train(layers, tokens, (16,), "cpu", (p,), torch.bfloat16))
+        return
     for point in workloads.cpu_chain(quick):
         yield point, torch.float32
         if point.dtype != torch.float32:
@@ -83,14 +103,15 @@ def points(quick: bool) -> Iterator[tuple[Point, torch.dtype]]:
 def summary(rows: list[dict]) -> str:
     """Medians of a step, PEFT's time over ours, and MiB kept."""
     both = [row for row in rows if row["what"] == "both"]
+    names = list(dict.fromkeys(row["arm"] for row in both))
     lines = []
-    for at in range(0, len(both), 3):
-        arms = {row["arm"]: row for row in both[at : at + 3]}
+    for at in range(0, len(both), len(names)):
+        arms = {row["arm"]: row for row in both[at : at + len(names)]}
         row = arms["fused"]
         name = f"{row['dtype']} adapters {row['adapter_dtype']} p={row['p']:g} {row['layer']} {row['M']} tokens"
         kept = [f"{arms[arm]['saved_bytes'] / 2**20:.2f}" for arm in ("peft", "fused")]
-        lines.append([name, *(arms[arm]["ms"]["p50"] for arm in arms), f"{row['speedup_over_peft']:.2f}", *kept, row["rounds"]])
-    return text_table(["forward + backward, ms", "linear", "PEFT", "fused", "PEFT/fused", "PEFT, MiB", "fused, MiB", "rounds"], lines)
+        lines.append([name, *(arms[arm]["ms"]["p50"] for arm in names), f"{row['speedup_over_peft']:.2f}", *kept, row["rounds"]])
+    return text_table(["forward + backward, ms", *names, "peft/fused", "peft, MiB", "fused, MiB", "rounds"], lines)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -98,12 +119,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="file for the JSON lines")
     parser.add_argument("--seconds", type=float, default=9.0, help="time for the rounds of a point, at least 5 of them (default 9)")
     parser.add_argument("--quick", action="store_true", help="one small layer: to see that it runs")
+    parser.add_argument("--four-bit", action="store_true", help="over bitsandbytes' layers of 4 bits, NF4")
     args = parser.parse_args(argv)
-    recorder = Recorder(args.out, "modules", conditions(torch.device("cpu")))
-    found = list(points(args.quick))
+    recorder = Recorder(args.out, "qlora" if args.four_bit else "modules", conditions(torch.device("cpu")))
+    found = list(points(args.quick, args.four_bit))
     for i, (point, adapters) in enumerate(found, 1):
         say(f"modules {i}/{len(found)} {point}, adapters {dtype_name(adapters)}")
-        measure(recorder, point, adapters, args.seconds)
+        measure(recorder, point, adapters, args.seconds, args.four_bit)
     print(summary(recorder.rows), flush=True)
     return 0
 

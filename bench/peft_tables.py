@@ -8,6 +8,7 @@ from .table import markdown_table, ratio, significant
 
 COMMANDS = {
     "modules": "python -m bench.modules --out bench/results/modules.jsonl",
+    "qlora": "python -m bench.modules --four-bit --out bench/results/qlora.jsonl",
     "curves": "python -m bench.loss_curves --out bench/results/curves.jsonl",
     "model": "python -m bench.device model --out bench/results",
     "slots": "python -m bench.device slots --out bench/results",
@@ -18,17 +19,32 @@ TITLES = {"peft": "PEFT", "fused": "fused", "shared": "fused, `share_inputs`", "
 def modules(rows: list[dict], brief: bool) -> str:
     """PEFT's layer against the same one fused: a step's time, and what it keeps; in brief PEFT's default dtypes at the most tokens."""
     rows = [row for row in rows if row["what"] == "both"]
-    most = max(row["M"] for row in rows)
+    most, beside = max(row["M"] for row in rows), ["beside"] if any(row["arm"] == "beside" for row in rows) else []
     lines = []
     for (dtype, adapters, p, layer, M), by_arm in points(rows, ("dtype", "adapter_dtype", "p", "layer", "M")):
         if brief and (M != most or adapters != "float32"):
             continue
-        cells = [dtype, adapters, f"{p:g}", layer, M, *(ms(by_arm[arm], brief) for arm in ("linear", "peft", "fused"))]
+        cells = [dtype, adapters, f"{p:g}", layer, M, *(ms(by_arm[arm], brief) for arm in ("linear", "peft", *beside, "fused"))]
         kept = [significant(by_arm[arm]["saved_bytes"] / (1 << 20)) for arm in ("peft", "fused")]
         lines.append([*cells, ratio(by_arm["fused"]["speedup_over_peft"]), *kept])
-    header = ["base", "adapters", "dropout", "layer", "tokens", "frozen linear, ms", "PEFT, ms", "fused, ms", "PEFT / fused"]
+    header = [
+        "base",
+        "adapters",
+        "dropout",
+        "layer",
+        "tokens",
+        "frozen linear, ms",
+        "PEFT, ms",
+        *(f"{arm}, ms" for arm in (*beside, "fused")),
+    ]
+    header.append("PEFT / fused")
     rounds = sorted({row["rounds"] for row in rows})
     text = "`peft.tuners.lora.Linear` as it is and after `fuse`: forward + backward, medians of "
+    if beside:
+        text = (
+            "PEFT's layer over bitsandbytes' NF4 as it is and after `fuse`, beside its base's own product and with the weight made whole: "
+        )
+        text += "forward + backward, medians of "
     text += f"{rounds[0]} to {rounds[-1]} interleaved rounds, r = {rows[0]['r']}; and MiB that autograd keeps for backward, x among them."
     return f"{text}\n\n" + markdown_table([*header, "PEFT keeps", "fused keeps"], lines, left=4)
 
@@ -110,5 +126,5 @@ def plot(rows: list[dict]) -> str:
     return charts(panels, "step", "loss")
 
 
-RENDERERS = {"modules": modules, "curves": curves, "model": model, "slots": slots}
+RENDERERS = {"modules": modules, "qlora": modules, "curves": curves, "model": model, "slots": slots}
 PLOTS = {"curves": plot}

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from .dequantize import plain_linear
 from .experts_layer import LoRAExperts, plain_name, why_not_adapted
 from .lora_config import LoRAConfig, all_linear, names_mean, pattern_means
 from .multi import MultiLoRALinear
 from .nn import AdaptedLinear, FusedLoRALinear, has_hooks, sharding
 from .over import LoRAOver, MultiLoRAOver, Over, quantised
-from .problem import UnsupportedError, sharded
+from .problem import FLOATS, UnsupportedError, sharded
 
 # Layers that transformers (5.23) does not call, always or in training on a GPU, but hands their weights to functions and kernels.
 READ_PAST = {
@@ -94,7 +95,7 @@ def apply_lora(model: nn.Module, config: LoRAConfig, *, num_adapters: int | None
     return [*targets, *(f"{plain_name(model, name)}.{each}" for name, (_, parameters) in stacks.items() for each in parameters)]
 
 
-def remove_lora(model: nn.Module, *, merge: bool = False) -> list[str]:
+def remove_lora(model: nn.Module, *, merge: bool = False, dequantize: torch.dtype | None = None) -> list[str]:
     """Turn every `FusedLoRALinear` and `MultiLoRALinear` back into an nn.Linear, in place; weights and biases stay shared and frozen.
 
     A `LoRAOver` gives the layer below back, a `LoRAExperts` the experts.
@@ -103,13 +104,21 @@ def remove_lora(model: nn.Module, *, merge: bool = False) -> list[str]:
         model: A module that contains such layers.
         merge: False: the adapters are dropped, the base answers bit for bit. True: their update is added to the weights first
             (`FusedLoRALinear.merge`; the base weights are kept on the CPU until all have it), and an adapter's bias makes a new one.
+        dequantize: With ``merge=True``: the dtype of the nn.Linear layers that all quantised ones become, adapted or not, with the
+            weights by which those multiply x of this dtype, and the update; transformers' model forgets that it was quantised. None: a
+            `LoRAOver` is refused.
     Returns:
         The names that `apply_lora` gave.
     Raises:
         ValueError: no such layer; a merged layer with ``merge=False``, which could mean either; with ``merge=True`` a stack of
-        adapters, a weight that another module shares, or an adapter with NaN or Inf. UnsupportedError: a layer has hooks or is
-        sharded, or with ``merge=True`` a quantised base. In each case the model is as it was.
+        adapters, a weight that another module shares, or an adapter with NaN or Inf; ``dequantize`` without ``merge``. TypeError:
+        ``dequantize`` is no floating-point dtype. UnsupportedError: a layer has hooks or is sharded, or with ``merge=True`` a
+        quantised base and no ``dequantize``. In each case the model is as it was.
     """
+    if dequantize is not None and dequantize not in FLOATS:
+        raise TypeError(f"dequantize: wanted float16, bfloat16, float32, float64 or None, got {dequantize!r}")
+    if dequantize is not None and not merge:
+        raise ValueError(f"dequantize: wanted None with merge=False, which gives the quantised layers back, got {dequantize}")
     _check_not_sharded(model)
     places = _places(model, (AdaptedLinear, LoRAExperts))
     if not places:
@@ -122,14 +131,20 @@ def remove_lora(model: nn.Module, *, merge: bool = False) -> list[str]:
     merged = [name for name, layer in layers.items() if layer.merged]
     if merged and not merge:
         raise ValueError(f"merge: wanted unmerged layers, got merged ones ({some(merged)}); call unmerge() first, or pass merge=True")
-    if merge:
-        _merge(model, layers)
+    plain = _merge(model, layers, dequantize) if merge else {}
     around = {name: layer for name, layer in layers.items() if isinstance(layer, LoRAExperts)}
     within = [layer.base_layer for layer in around.values()]
     outermost = {name: layer for name, layer in around.items() if layer not in within}
     linear = {name: layer for name, layer in layers.items() if name not in around}
     stacks = [f"{plain_name(model, name)}.{each.parameter_name}" for name, layer in outermost.items() for each in layer.chain()[::-1]]
-    _put(model, {name: _linear(layer) for name, layer in {**linear, **outermost}.items()}, {names[0]: names for names in places.values()})
+    places |= {layer: names for layer, (names, _) in plain.items()}
+    back = {name: _linear(layer) for name, layer in {**linear, **outermost}.items() if layer not in plain}
+    back |= {names[0]: made for names, made in plain.values()}
+    _put(model, back, {names[0]: names for names in places.values()})
+    if dequantize:
+        for module in model.modules():  # a transformers model knows that it was quantised, and would save it so
+            if (quantizer := getattr(module, "hf_quantizer", None)) is not None:
+                quantizer.remove_quantization_config(module)
     return [*linear, *stacks]
 
 
@@ -298,27 +313,43 @@ def _linear(layer) -> nn.Module:
     return linear.train(layer.training)
 
 
-def _merge(model: nn.Module, layers: dict[str, Any]) -> None:
-    """Merge all, or none."""
-    for name, layer in layers.items():
-        if isinstance(layer, Over):
-            raise UnsupportedError(f"merge: wanted layers with a weight to write to, got {name} over a {type(layer.base_layer).__name__}")
+def _merge(model: nn.Module, layers: dict[str, Any], dequantize: torch.dtype | None) -> dict[nn.Module, tuple[list[str], nn.Linear]]:
+    """Merge all, or none; returns the names of quantised layers, by themselves or by what is over them, and the plain one of each."""
     users = _users(model)
     for name, layer in layers.items():
+        if isinstance(layer, Over) and dequantize is None:
+            given = f"{name} over a {type(layer.base_layer).__name__}; dequantize=torch.bfloat16 makes plain layers of such"
+            raise UnsupportedError(f"merge: wanted layers with a weight to write to, got {given}")
         if isinstance(layer, MultiLoRALinear):
             raise ValueError(f"merge: wanted layers of one adapter, got {name} with {layer.num_adapters}; copy one out first")
-        if users[id(layer.stack if isinstance(layer, LoRAExperts) else layer.weight)] > 1:
+        if not isinstance(layer, Over) and users[id(layer.stack if isinstance(layer, LoRAExperts) else layer.weight)] > 1:
             raise ValueError(f"merge: wanted weights of their own, got {name}, whose weight another module shares and would change, too")
+    plain = {} if dequantize is None else _dequantized(model, dequantize)
     done = []
     try:
         for layer in layers.values():
-            if not layer.merged:
+            if not layer.merged and layer not in plain:
                 layer.merge()
                 done.append(layer)
     except BaseException:
         for layer in done:
             layer.unmerge()
         raise
+    return plain
+
+
+def _dequantized(model: nn.Module, dtype: torch.dtype) -> dict[nn.Module, tuple[list[str], nn.Linear]]:
+    """Of every quantised layer, or what is over it: its names, and the plain one to put there, with the update."""
+    places, plain = _places(model, nn.Module), {}
+    below = [module.base_layer for module in places if isinstance(module, Over)]
+    for module, names in places.items():
+        if isinstance(module, Over):
+            layer: Any = module
+            plain[module] = names, plain_linear(layer.base_layer, layer.in_features, dtype, layer.lora_A, layer.lora_B, layer.scaling)
+        elif quantised(module) and module not in below:
+            _check_hooks(module, names[0])
+            plain[module] = names, plain_linear(module, module.in_features, dtype)
+    return plain
 
 
 def _users(model: nn.Module) -> collections.Counter[int]:

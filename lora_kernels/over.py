@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .dequantize import four_bit
 from .multi import MultiLoRALinear
 from .nn import AdaptedLinear, FusedLoRALinear, check_dropout
 from .problem import FLOATS, UnsupportedError
@@ -55,6 +56,9 @@ class Over:
         return torch.empty(0, dtype=adapter_dtype, device=None if first is None else first.device)
 
     def _operands(self, x: torch.Tensor) -> tuple:
+        whole = four_bit(self.base_layer, x)
+        if whole is not None and whole.dtype is x.dtype:
+            return x, whole.make, whole.bias, None
         base = self.base_layer(x)
         if not isinstance(base, torch.Tensor) or base.dtype not in FLOATS:
             given = base.dtype if isinstance(base, torch.Tensor) else type(base).__name__

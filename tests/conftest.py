@@ -30,6 +30,7 @@ NEEDS = {
     "test_peft_formulas.py": "peft",
     "test_peft_shared.py": "peft",
     "test_peft_quantised.py": "torchao",
+    "test_dequantize.py": "torchao",
     "test_files.py": "peft",
     "test_from_peft.py": "peft",
     "test_packed_files.py": "peft",

@@ -1,5 +1,6 @@
 """What is measured on PEFT's own layers and models: whole rows, tables and a plot made of them alone."""
 
+import importlib.util
 import json
 import re
 import xml.etree.ElementTree as ElementTree
@@ -15,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("as_on_a_users_cpu")  # interpreted kernels
 
 def test_modules_times_and_weighs_both(tmp_path, capsys):
     assert modules.main(["--quick", "--seconds", "0.05", "--out", str(tmp_path / "modules.jsonl")]) == 0
-    assert "PEFT/fused" in capsys.readouterr().out
+    assert "peft/fused" in capsys.readouterr().out
     rows = conditions.read_rows(tmp_path / "modules.jsonl")
     assert len(rows) == 6 * 3 * 3
     for row in rows:
@@ -32,6 +33,17 @@ def test_the_measured_layer_is_fused_or_nothing_is_measured(monkeypatch):
     monkeypatch.setattr(modules, "fuse", lambda model: type("Report", (), {"left": {"0": "why"}, "__str__": lambda self: "1 left"})())
     with pytest.raises(RuntimeError, match="layer: wanted it fused, got 1 left"):
         modules.peft_and_fused(8, 8, 2, 0.0, torch.float32, torch.float32)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="the base is bitsandbytes'")
+def test_four_bits_beside_their_base_and_whole(tmp_path, capsys):
+    assert modules.main(["--quick", "--four-bit", "--seconds", "0.05", "--out", str(tmp_path / "qlora.jsonl")]) == 0
+    assert "beside" in capsys.readouterr().out
+    rows = conditions.read_rows(tmp_path / "qlora.jsonl")
+    assert len(rows) == 2 * 4 * 3 and {row["section"] for row in rows} == {"qlora"} and {row["M"] for row in rows} == {1024}
+    kept = {row["arm"]: row["saved_bytes"] for row in rows if row["what"] == "both" and not row["p"]}
+    assert kept["fused"] == kept["beside"] < kept["peft"]
+    assert "| beside, ms | fused, ms |" in peft_tables.modules(rows, False)
 
 
 def test_loss_curves_are_those_of_one_model(tmp_path, monkeypatch):

@@ -128,9 +128,10 @@ def _single(layer: Any, x: torch.Tensor) -> torch.Tensor | None:
 
 def _by_one(x: torch.Tensor, base: Base, adapter: Factors) -> torch.Tensor:
     one = in_dtype(adapter, base.dtype)
-    return lora_linear(
+    y = lora_linear(
         x, base.weight, one.A, one.B, base.bias, base=base.product, scale=one.scale, dropout_p=one.p, training=one.training
     )  # fmt: skip
+    return y if base.result is None else y.to(base.result)
 
 
 def _settled(layer: Any, x: torch.Tensor, base: Base | Beside) -> tuple[torch.Tensor, Base]:

@@ -31,7 +31,7 @@ def mixed(x: torch.Tensor, base: Base, adapters: list[Factors], ids: tuple[int, 
         scale = torch.stack([torch.as_tensor(scale, dtype=torch.float32, device=x.device).reshape(()) for scale in scales])
     else:
         scale = _from_host(_table, x.device, tuple(scales), torch.float32)
-    return lora_linear(
+    y = lora_linear(
         x,
         base.weight,
         A,
@@ -44,6 +44,7 @@ def mixed(x: torch.Tensor, base: Base, adapters: list[Factors], ids: tuple[int, 
         segments=_from_host(_plan, x.device, ids, len(adapters), math.prod(x.shape[1:-1])),
         ranks=_from_host(_table, x.device, ranks, torch.int32) if min(ranks) < max(ranks) else None,
     )
+    return y if base.result is None else y.to(base.result)
 
 
 def why_not_mixed(adapters: list[Factors]) -> str | None:

@@ -6,6 +6,7 @@ Everything is read at each call, from attributes that cost little: nothing is ca
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from peft.tuners import lora
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..dequantize import MANY, four_bit, is_four_bit
 from ..experts import Factors
 from ..nn import held, hooked
 from ..problem import FLOATS, MAX_RANK, PLAIN, UnsupportedError, sharded
@@ -22,15 +24,16 @@ DROPOUTS = (nn.Dropout, nn.Identity)
 
 
 class Base(NamedTuple):
-    """``weight [N, K]``, by strides where it is stored transposed; ``bias``; and ``dtype``, of the product for this x.
+    """``weight [N, K]``, by strides where it is stored transposed, or what makes it; ``bias``; and ``dtype``, of the product for this x.
 
-    Or the product itself, ``[..., N]``, from the layer below: then weight and bias are None.
+    Or the product itself, ``[..., N]``, from the layer below: then weight and bias are None. ``result``: what y is cast to, if anything.
     """
 
-    weight: torch.Tensor | None
+    weight: torch.Tensor | Callable[[], torch.Tensor] | None
     bias: torch.Tensor | None
     dtype: torch.dtype
     product: torch.Tensor | None = None
+    result: torch.dtype | None = None
 
 
 class Beside(NamedTuple):
@@ -60,7 +63,10 @@ def base_of(layer: lora.LoraLayer, x: torch.Tensor | None) -> Base | Beside | st
         if x.dtype not in FLOATS:
             return f"x is {x.dtype}"
     if type(module) is not nn.Linear and type(module) is not Conv1D:
-        return Beside(f"its base layer is a {type(module).__name__}, not exactly an nn.Linear")
+        if x is not None and (whole := four_bit(module, x)) is not None:
+            return Base(whole.make, whole.bias, whole.dtype, result=x.dtype)
+        many = f"; in training its weight is made whole for more than {MANY} tokens" if is_four_bit(module) else ""
+        return Beside(f"its base layer is a {type(module).__name__}, not exactly an nn.Linear{many}")
     if type(weight) not in PLAIN:
         return Beside(f"its base layer's weight is a {type(weight).__name__}")
     if weight.requires_grad:
@@ -94,7 +100,7 @@ def adapters_of(layer: lora.LoraLayer, names: list[str], base: Base | Beside, x:
     """The adapters of these names, in this order; names that the layer does not have are an error."""
     found = []
     device = None if x is None else x.device
-    if isinstance(base, Base) and base.weight is not None:
+    if isinstance(base, Base) and isinstance(base.weight, torch.Tensor):
         device = base.weight.device
     for name in names:
         adapter = adapter_of(layer, name, device)
@@ -108,7 +114,7 @@ def projection_of(layer: Any, x: torch.Tensor) -> Projection | None:
     """The layer as one of several of x, or None: only one adapter, and a base whose product a fused call makes, take part."""
     names = [] if layer._disable_adapters or layer.merged_adapters else active(layer)
     base = base_of(layer, x) if len(names) == 1 else ""
-    if not isinstance(base, Base) or base.weight is None:
+    if not isinstance(base, Base) or not isinstance(base.weight, torch.Tensor):
         return None
     adapters = adapters_of(layer, names, base, x)
     if isinstance(adapters, str) or in_dtype(adapters[0], base.dtype) is not adapters[0]:
