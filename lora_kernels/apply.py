@@ -340,15 +340,19 @@ def _merge(model: nn.Module, layers: dict[str, Any], dequantize: torch.dtype | N
 
 def _dequantized(model: nn.Module, dtype: torch.dtype) -> dict[nn.Module, tuple[list[str], nn.Linear]]:
     """Of every quantised layer, or what is over it: its names, and the plain one to put there, with the update."""
-    places, plain = _places(model, nn.Module), {}
-    below = [module.base_layer for module in places if isinstance(module, Over)]
-    for module, names in places.items():
-        if isinstance(module, Over):
-            layer: Any = module
-            plain[module] = names, plain_linear(layer.base_layer, layer.in_features, dtype, layer.lora_A, layer.lora_B, layer.scaling)
-        elif quantised(module) and module not in below:
-            _check_hooks(module, names[0])
-            plain[module] = names, plain_linear(module, module.in_features, dtype)
+    places: dict[Any, list[str]] = _places(model, nn.Module)  # type: ignore[assignment]
+    plain: dict[nn.Module, tuple[list[str], nn.Linear]] = {}
+    below = [layer.base_layer for layer in places if isinstance(layer, LoRAOver)]
+    for layer, names in places.items():
+        if isinstance(layer, LoRAOver):
+            _check_hooks(layer.base_layer, names[0])
+            linear = plain_linear(layer.base_layer, layer.in_features, dtype, layer.lora_A, layer.lora_B, layer.scaling)
+        elif quantised(layer) and layer not in below:
+            _check_hooks(layer, names[0])
+            linear = plain_linear(layer, layer.in_features, dtype)
+        else:
+            continue
+        plain[layer] = names, linear
     return plain
 
 

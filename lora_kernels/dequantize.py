@@ -8,7 +8,6 @@ autograd would add two. Like bitsandbytes it is made twice, and not kept.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -26,12 +25,34 @@ BLOCK = 1024  # columns of a weight that `whole` asks a layer for at a time
 NEAR = 0.1  # of a product's norm: how far a layer may be from a product by its weight, as those are that quantise x, too
 
 
-class FourBit(NamedTuple):
-    """``make``: the weight ``[N, K]`` in dtype. ``bias``: ``[N]`` in dtype, or None."""
+class Made:
+    """What makes a weight ``[N, K]`` of one in 4 bits; equal to another that makes the same."""
 
-    make: Callable[[], torch.Tensor]
+    def __init__(self, packed: torch.Tensor, state: Any, dtype: torch.dtype):
+        self.packed, self.state, self.dtype, self.version = packed.data, state, dtype, packed._version
+        self.device = packed.device
+
+    def __call__(self) -> torch.Tensor:
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(self.packed, self.state).to(self.dtype)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Made) and self._what() == other._what()
+
+    def _what(self) -> tuple:
+        return self.packed.data_ptr(), self.version, id(self.state), self.dtype
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class FourBit(NamedTuple):
+    """``make``: the weight ``[N, K]`` in dtype. ``bias``: ``[N]`` in dtype, or None; ``settled``: whether it is the layer's own."""
+
+    make: Made
     bias: torch.Tensor | None
     dtype: torch.dtype
+    settled: bool
 
 
 def four_bit(layer: Any, x: torch.Tensor) -> FourBit | None:
@@ -47,13 +68,8 @@ def four_bit(layer: Any, x: torch.Tensor) -> FourBit | None:
     dtype = layer.compute_dtype if layer.compute_type_is_set else None
     if dtype is not (torch.get_autocast_dtype(x.device.type) if autocasts(x.device) else x.dtype) or weight.device != x.device:
         return None
-
-    def make() -> torch.Tensor:
-        from bitsandbytes.functional import dequantize_4bit
-
-        return dequantize_4bit(weight.data, state).to(dtype)
-
-    return FourBit(make, None if layer.bias is None else layer.bias.to(dtype), dtype)
+    bias = None if layer.bias is None else layer.bias.to(dtype)
+    return FourBit(Made(weight, state, dtype), bias, dtype, bias is layer.bias)
 
 
 def is_four_bit(layer: nn.Module) -> bool:

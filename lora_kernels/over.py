@@ -17,6 +17,7 @@ from .dequantize import four_bit
 from .multi import MultiLoRALinear
 from .nn import AdaptedLinear, FusedLoRALinear, check_dropout
 from .problem import FLOATS, UnsupportedError
+from .projections import Projection
 from .segments import check_int
 
 
@@ -106,6 +107,12 @@ class LoRAOver(Over, FusedLoRALinear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x) if self.enabled else self.base_layer(x)
+
+    def projection(self, x: torch.Tensor) -> Projection | None:
+        whole = four_bit(self.base_layer, x) if self.enabled else None
+        if whole is None or whole.dtype is not x.dtype or not whole.settled:
+            return None
+        return Projection(whole.make, self.lora_A, self.lora_B, whole.bias, self.scaling, self.lora_dropout if self.training else 0.0)
 
 
 class MultiLoRAOver(Over, MultiLoRALinear):

@@ -10,7 +10,7 @@ chain are those of one layer (`lora_linear`), and which of them a layer takes is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,18 +18,19 @@ import torch
 from . import dispatch, ops, reference
 from .autograd import carried, lora_linear, prepare, recorded, refused_twice
 from .operands import as_matrix, even, like_tokens, tokens
-from .problem import MAX_RANK, UnsupportedError
+from .problem import MAX_RANK, UnsupportedError, autocasts
 from .segments import Adapters
 
 
 class Projection(NamedTuple):
     """One layer of a shared x; each field as in `lora_linear`.
 
-    weight: ``[N, K]``, frozen. lora_A: ``[r, K]``. lora_B: ``[N, r]``. bias: ``[N]`` or None. scale: a float, or a float32 tensor of one
-    element. dropout_p: in [0, 1), acts when training. seed: its mask's, None to draw one.
+    weight: ``[N, K]``, frozen; or a function that makes it, contiguous: called in both passes, when its product's turn comes. lora_A:
+    ``[r, K]``. lora_B: ``[N, r]``. bias: ``[N]`` or None. scale: a float, or a float32 tensor of one element. dropout_p: in [0, 1), acts
+    when training. seed: its mask's, None to draw one.
     """
 
-    weight: torch.Tensor
+    weight: torch.Tensor | Callable[[], torch.Tensor]
     lora_A: torch.Tensor
     lora_B: torch.Tensor
     bias: torch.Tensor | None = None
@@ -44,11 +45,12 @@ class Projection(NamedTuple):
 
 
 class _Layer(NamedTuple):
-    """A projection as its arm takes it: its tensors apart, which autograd saves."""
+    """A projection as its arm takes it: its tensors apart, which autograd saves; ``make``: what makes the weight, if it is no tensor."""
 
     adapters: Adapters
     scale: float
     p: float
+    make: Callable[[], torch.Tensor] | None
 
 
 class LoRALinearsFunction(torch.autograd.Function):
@@ -90,6 +92,8 @@ class LoRALinearsFunction(torch.autograd.Function):
             if all_ds is not None:
                 need_A = i == live[-1]  # dS is whole then, and dX's last launch has company
                 shared |= dict(ds=all_ds[:, columns[i]], all_ds=all_ds)
+            if need_x and layer.make is not None:
+                weight = _made(layer.make, dy.shape[-1], A.shape[-1], dy)
             if need_x or need_A or need_B or all_ds is not None:
                 run, chosen = dispatch.backward_arm(dy, its_x, weight, A, B, u, layer.adapters, layer.p, impl, config)
                 need = (need_x, need_A, need_B)
@@ -115,10 +119,10 @@ def _fives(flat: Sequence) -> list[Sequence]:
 def _forward(x, tensors, layers: Sequence[_Layer], impl: str, config: str, save: Sequence[bool]):
     """Each layer's ``y [..., N]`` and ``u [M, r]``, and which columns of the shared u are whose, None where each has its own."""
     its = even(x)
-    arms = [
-        dispatch.forward_arm(its, weight, A, B, layer.adapters, layer.p, impl, config)
-        for (weight, A, B, *_), layer in zip(tensors, layers, strict=True)
-    ]
+    arms = []
+    for (weight, A, B, *_), layer in zip(tensors, layers, strict=True):
+        like = weight if layer.make is None else torch.empty(len(B), x.shape[-1], dtype=x.dtype, device="meta")  # made when its turn comes
+        arms.append(dispatch.forward_arm(its, like, A, B, layer.adapters, layer.p, impl, config))
     columns = _columns([A for _, A, *_ in tensors], layers)
     us: list = [None] * len(layers)
     # To put the As together is to read and write them once; it saves reading x for all layers but one.
@@ -130,9 +134,19 @@ def _forward(x, tensors, layers: Sequence[_Layer], impl: str, config: str, save:
         us = [u[..., own] for own in columns]
     ys = []
     for i, ((run, chosen), (weight, A, B, bias, seed), layer) in enumerate(zip(arms, tensors, layers, strict=True)):
+        weight = weight if layer.make is None else _made(layer.make, B.shape[0], x.shape[-1], x)
         y, us[i] = run(its, weight, A, B, bias, seed, layer.adapters, layer.scale, layer.p, save[i], chosen, u=us[i])
         ys.append(y if its is x else like_tokens(y, x))
     return ys, us, columns
+
+
+def _made(make: Callable[[], torch.Tensor], N: int, K: int, like: torch.Tensor) -> torch.Tensor:
+    """The weight ``[N, K]`` that a function makes, in the dtype of ``like`` and, as its arm was chosen for, contiguous."""
+    weight = make()
+    if not isinstance(weight, torch.Tensor) or tuple(weight.shape) != (N, K) or weight.device != like.device or not weight.is_contiguous():
+        given = f"{list(weight.shape)} on {weight.device}" if isinstance(weight, torch.Tensor) else type(weight).__name__
+        raise ValueError(f"weight: wanted a function that makes a contiguous [{N}, {K}] on {like.device}, got one that makes {given}")
+    return weight.to(like.dtype)
 
 
 def _takes_u(config) -> bool:
@@ -175,26 +189,39 @@ def lora_linears(x, projections: Sequence[Projection], *, training=False, config
         raise ValueError("projections: wanted at least one, got none")
     checked, key = [], ""
     for i, each in enumerate(projections):
+        made = callable(each.weight)
+        weight = _unmade(x, each.lora_B) if made else each.weight
         try:
             x, weight, bias, key = prepare(
-                x, each.weight, each.lora_A, each.lora_B, each.bias, None, each.scale, each.dropout_p, each.seed, None, None, config, impl
+                x, weight, each.lora_A, each.lora_B, each.bias, None, each.scale, each.dropout_p, each.seed, None, None, config, impl
             )  # fmt: skip
         except (TypeError, ValueError, UnsupportedError) as error:
             raise type(error)(f"projections[{i}]: {error}") from None
+        weight = each.weight if made else weight
         cast = weight is not each.weight or bias is not each.bias
         checked.append(each._replace(weight=weight, bias=bias) if cast else each)
     if impl == "reference" or seen(x, checked):
         return tuple(each.alone(x, training=training, config=config, impl=impl) for each in checked)
-    layers, tensors = [], []
+    layers = []
+    tensors: list[tuple] = []
     for each in checked:
         p = float(each.dropout_p) if training else 0.0
         adapters, scale = carried(None, each.scale, None)
-        layers.append(_Layer(adapters, float(scale), p))
-        tensors.append((*each[:4], reference.as_seed(each.seed, x.device) if p else None))
+        make = each.weight if callable(each.weight) else None
+        layers.append(_Layer(adapters, float(scale), p, make))
+        tensors.append((None if make else each.weight, *each[1:4], reference.as_seed(each.seed, x.device) if p else None))
     trained = x.requires_grad or any(t is not None and t.requires_grad for five in tensors for t in five)
     if recorded(trained):
         return LoRALinearsFunction.apply(x, tuple(layers), impl, key, *(t for five in tensors for t in five))
     return tuple(_forward(x, tensors, layers, impl, key, [False] * len(layers))[0])
+
+
+def _unmade(x, lora_B) -> torch.Tensor | None:
+    """In the place of a weight that is not made yet, for the checks; it takes no memory."""
+    if not isinstance(x, torch.Tensor) or not isinstance(lora_B, torch.Tensor) or lora_B.dim() != 2:
+        return x  # of which the checks say what is wrong beside it
+    dtype = torch.get_autocast_dtype(x.device.type) if autocasts(x.device) else x.dtype
+    return x.new_empty((), dtype=dtype).expand(lora_B.shape[0], x.shape[-1])
 
 
 def _what(projections) -> str:
@@ -207,4 +234,4 @@ def seen(x: torch.Tensor, projections: Sequence[Projection]) -> bool:
     """Whether a compiler, a mode or a tensor's class is to see the operators of single calls; or there is nothing to compute."""
     if ops.watched() or x.numel() == 0:
         return True
-    return any(each.weight.numel() == 0 or not ops.plain(x, *each[:4]) for each in projections)
+    return any(each.lora_B.shape[0] == 0 or not ops.plain(x, *(t for t in each[:4] if not callable(t))) for each in projections)

@@ -114,9 +114,10 @@ class SharedInput:
 def _beside(own: Projection, layer: Any, x: torch.Tensor) -> Projection | None:
     """A layer's projection of x, if it fits beside ``own``."""
     one = layer.projection(x)
-    if one is None or seen(x, [one]) or any(getattr(one.weight, what) != getattr(own.weight, what) for what in ("device", "dtype")):
+    if one is None or seen(x, [one]) or one.lora_A.shape[-1] != own.lora_A.shape[-1] or callable(one.weight) != callable(own.weight):
         return None
-    return one if one.weight.shape[1] == own.weight.shape[1] else None
+    alike = all(getattr(one.weight, what) == getattr(own.weight, what) for what in ("device", "dtype"))
+    return one if alike else None
 
 
 def _generator(x: torch.Tensor) -> torch.Generator:
@@ -182,7 +183,7 @@ def share_inputs(model: nn.Module, groups: Iterable[Sequence[str]] = GROUPS) -> 
         TypeError: ``groups`` is not one of sequences of names. ValueError: a name is in a group twice.
 
     Layers that turn out not to be called with one x are computed alone from their third call on, with a warning. Under torch.compile, in
-    inference mode, with segments, DoRA, several adapters at once or over a quantised base each layer is computed alone, too.
+    inference mode, with segments, DoRA, several adapters at once or beside a quantised base's product each layer is computed alone, too.
     """
     groups = [tuple(_names(group)) for group in groups]
     for module in model.modules():

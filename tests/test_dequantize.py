@@ -2,17 +2,19 @@
 
 import contextlib
 import copy
+import weakref
 
 import bitsandbytes as bnb
 import pytest
 import torch
+from peft import get_peft_model
 from peft_models import agree, checkpoint_first, counted, results, train_all
 from test_memory import SEED, Kept
 from test_peft_quantised import KINDS, adapted, config, four_bits, precise
 from torch import nn
 
 from lora_kernels import LoRAConfig, LoRAOver, MultiLoRAOver, Segments, UnsupportedError, apply_lora, remove_lora
-from lora_kernels.dequantize import MANY, four_bit, is_four_bit, whole
+from lora_kernels.dequantize import MANY, Made, four_bit, is_four_bit, whole
 from lora_kernels.integrations.peft import fuse, mixed_adapters
 from lora_kernels.shared_input import share_inputs
 
@@ -150,16 +152,80 @@ def test_gradient_checkpointing(reentrant):
         assert torch.equal(plain[name], value), name
 
 
-def test_layers_of_one_x_are_computed_alone(calls, groups):
-    torch.manual_seed(0)
-    _, fused, _ = pair()
-    net = fused.base_model.model
-    wanted = fused(X)
-    net.second = copy.deepcopy(net.first)  # two layers of one x
-    assert share_inputs(fused, [("first", "second")]) and net.first._shares is net.second._shares
-    calls.clear()
-    assert torch.equal(net.first(X), net.second(X)) and not groups
-    assert [call["base"] is None for call in calls] == [True, True] and wanted.shape[-1] == 16
+class Three(nn.Module):
+    """q, k and v of one x, without a bias but for q."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        torch.manual_seed(0)
+        sizes = {"q_proj": (24, 64, True), "k_proj": (24, 16, False), "v_proj": (24, 16, False)}
+        for name, (K, N, bias) in sizes.items():
+            setattr(self, name, four_bits(nn.Linear(K, N, bias, dtype=dtype), compute_dtype=dtype))
+        self.is_loaded_in_4bit = True
+
+    def forward(self, x):
+        return torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+@pytest.mark.parametrize("peft", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_of_one_x(dtype, peft, p, groups, within=None):
+    """They share x here, too, and each weight is made when its turn comes; the results are those of each alone."""
+    alone, names = Three(dtype), ["q_proj", "k_proj", "v_proj"]
+    if peft:
+        alone = get_peft_model(alone, config(target_modules=names, lora_dropout=p))
+        fuse(alone)
+    else:
+        apply_lora(alone, LoRAConfig(target_modules=names, r=4, lora_alpha=8, init_lora_weights=False, lora_dropout=p))
+    for bias in (module.bias for module in alone.modules() if is_four_bit(module) and module.bias is not None):
+        bias.data = bias.data.to(dtype)
+    together = copy.deepcopy(alone)
+    assert len(share_inputs(together)) == 1
+    x = X if within else X.to(dtype)
+    how = (lambda: torch.autocast("cpu", within)) if within else contextlib.nullcontext
+    found = []
+    for model in (alone, together):
+        torch.manual_seed(5)
+        found.append(results(model, x, how))
+    assert groups == [3] and found[0].keys() == found[1].keys()
+    close = 1e-5 if dtype is torch.float32 else 0.02
+    for name, value in found[0].items():
+        assert found[1][name].dtype is value.dtype
+        torch.testing.assert_close(found[1][name], value, rtol=close, atol=close * value.abs().max().item(), msg=name)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_float32_layers_of_one_x_under_autocast(p, groups):
+    test_layers_of_one_x(torch.bfloat16, True, p, groups, within=torch.bfloat16)
+
+
+def test_no_two_weights_of_one_x_at_once(monkeypatch):
+    """Each is made, used and let go before the next; none is kept."""
+    model = Three(torch.float32)
+    apply_lora(model, LoRAConfig(target_modules=["q_proj", "k_proj", "v_proj"], r=4, init_lora_weights=False))
+    share_inputs(model)
+    made, alive = Made.__call__, []
+
+    def counted(self):
+        assert all(each() is None for each in alive), "another weight is there still"
+        weight = made(self)
+        alive.append(weakref.ref(weight))
+        return weight
+
+    monkeypatch.setattr(Made, "__call__", counted)
+    model(X.requires_grad_()).sum().backward()
+    assert len(alive) == 6
+
+
+def test_a_cast_bias_is_computed_alone(groups):
+    """A bias of another dtype is cast anew at each call, so that no result of an earlier one is known for right."""
+    model = Three(torch.bfloat16)
+    model.q_proj.bias.data = model.q_proj.bias.data.float()
+    apply_lora(model, LoRAConfig(target_modules=["q_proj", "k_proj", "v_proj"], r=4, init_lora_weights=False))
+    share_inputs(model)
+    model(X.bfloat16().requires_grad_())
+    assert groups == [2] and model.q_proj.base_layer.bias.dtype is torch.float32
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -251,6 +317,13 @@ def test_dequantize_refusals():
     with pytest.raises(UnsupportedError, match="base_layer: wanted one that multiplies by a matrix, got a Curved that does something else"):
         remove_lora(model, merge=True, dequantize=torch.float32)
     assert list(model.modules()) == before and model[1].bias is not None
+    hooked = nn.Sequential(four_bits(nn.Linear(64, 8), **FLOAT32), four_bits(nn.Linear(64, 8), **FLOAT32))
+    apply_lora(hooked, LoRAConfig(target_modules=["0"], r=2))
+    for each, name in ((hooked[0].base_layer, "0"), (hooked[1], "1")):
+        handle = each.register_forward_hook(lambda *args: None)
+        with pytest.raises(UnsupportedError, match=f"{name}: wanted a layer without hooks"):
+            remove_lora(hooked, merge=True, dequantize=torch.float32)
+        handle.remove()
     many = nn.Sequential(four_bits(nn.Linear(64, 8), **FLOAT32))
     apply_lora(many, LoRAConfig(target_modules=["0"], r=2), num_adapters=2)
     with pytest.raises(ValueError, match="merge: wanted layers of one adapter, got 0 with 2"):

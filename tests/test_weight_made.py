@@ -122,6 +122,28 @@ def test_compiled_without_a_break():
         torch.testing.assert_close(mine, wanted)
 
 
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_layers_of_one_x(impl, p):
+    """Bit for bit as with matrices; each made twice, and once where x needs no gradient."""
+    t, makers = operands(), [Maker(N, K), Maker(16, K)]
+    others = [torch.randn(8, K, device=DEVICE, requires_grad=True), torch.randn(16, 8, device=DEVICE, requires_grad=True)]
+    found = []
+    for weights in (makers, [each() for each in makers]):
+        for each in makers:
+            each.calls = 0
+        parts = [Projection(weights[0], t["lora_A"], t["lora_B"], t["bias"], 0.7, p, 3), Projection(weights[1], *others, None, 0.7, p, 4)]
+        with Kept() as kept:
+            ys = lora_linears(t["x"], parts, training=True, impl=impl)
+        grads = torch.autograd.grad([y.cos().sum() for y in ys], [t["x"], t["lora_A"], t["lora_B"], *others])
+        found.append([*ys, *grads])
+        made = weights is makers
+        assert [each.calls for each in makers] == [2 * made, 2 * made] and (kept.bytes() > 4 * (N + 16) * K + 4 * M * K) != made
+    assert all(torch.equal(mine, wanted) for mine, wanted in zip(*found, strict=True))
+    lora_linears(t["x"].detach(), [Projection(makers[0], t["lora_A"], t["lora_B"])], impl=impl)[0].sum().backward()
+    assert makers[0].calls == 1
+
+
 def test_explain_and_refusals():
     t = operands()
     assert explain(t["x"], Maker(N, K), t["lora_A"], t["lora_B"]).arm == explain(t["x"], Maker(N, K)(), t["lora_A"], t["lora_B"]).arm
@@ -135,8 +157,11 @@ def test_explain_and_refusals():
             call(t, make)
     with pytest.raises(ValueError, match="weight: wanted None with base"):
         lora_linear(t["x"], Maker(N, K), t["lora_A"], t["lora_B"], base=torch.zeros(M, N, device=DEVICE))
-    with pytest.raises(TypeError, match="weight: wanted a tensor .* got Maker"):
-        lora_linears(t["x"], [Projection(Maker(N, K), t["lora_A"], t["lora_B"])])
+    for make, words in ((Maker(N + 1, K), rf"\[{N + 1}, {K}\] on"), (lambda: 3, "int"), (lambda: torch.zeros(K, N, device=DEVICE).T, "")):
+        with pytest.raises(ValueError, match=rf"weight: wanted a function that makes a contiguous \[{N}, {K}\] on .*, got .* {words}"):
+            lora_linears(t["x"], [Projection(make, t["lora_A"], t["lora_B"])])
+    with pytest.raises(ValueError, match=r"projections\[0\]: lora_A"):
+        lora_linears(t["x"], [Projection(Maker(N, K), t["lora_A"][:, :-1], t["lora_B"])])
     y = call(t, Maker(N, K))
     with pytest.raises(UnsupportedError, match="create_graph"):
         torch.autograd.grad(torch.autograd.grad(y.sum(), t["x"], create_graph=True)[0].sum(), t["lora_A"])

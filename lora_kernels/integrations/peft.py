@@ -111,7 +111,8 @@ def __getattr__(name: str) -> type:
 def _single(layer: Any, x: torch.Tensor) -> torch.Tensor | None:
     """Every token through the active adapters; None where PEFT's forward is to compute it."""
     if layer._shares is not None and (own := projection_of(layer, x)) is not None:
-        return layer._shares.call(layer, x, own)
+        y = layer._shares.call(layer, x, own)
+        return y.to(x.dtype) if callable(own.weight) else y
     names = active(layer)
     base = base_of(layer, x) if names else ""
     if isinstance(base, str):

@@ -114,7 +114,7 @@ def projection_of(layer: Any, x: torch.Tensor) -> Projection | None:
     """The layer as one of several of x, or None: only one adapter, and a base whose product a fused call makes, take part."""
     names = [] if layer._disable_adapters or layer.merged_adapters else active(layer)
     base = base_of(layer, x) if len(names) == 1 else ""
-    if not isinstance(base, Base) or not isinstance(base.weight, torch.Tensor):
+    if not isinstance(base, Base) or base.weight is None or base.bias is not held(layer._modules["base_layer"], "bias")[0]:
         return None
     adapters = adapters_of(layer, names, base, x)
     if isinstance(adapters, str) or in_dtype(adapters[0], base.dtype) is not adapters[0]:
