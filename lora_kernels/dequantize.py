@@ -60,7 +60,7 @@ def four_bit(layer: Any, x: torch.Tensor) -> FourBit | None:
 
     That is in evaluation, for few tokens, under a compiler or a mode, and where it multiplies in another dtype than x's or autocast's.
     """
-    if not layer.training or tokens(x) <= MANY or not is_four_bit(layer) or hooked(layer) or ops.watched():
+    if not layer.training or not is_four_bit(layer) or tokens(x) <= MANY or hooked(layer) or ops.watched():
         return None
     weight, state = layer.weight, getattr(layer.weight, "quant_state", None)
     if state is None or tuple(state.shape) != (layer.out_features, layer.in_features) or getattr(state, "packing_format_for_cpu", False):
