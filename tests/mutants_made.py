@@ -1,0 +1,60 @@
+"""The slips of `mutation.py` in weights that a function makes: of 4 bits, for training and to merge into."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from mutants import Mutant
+
+DEQUANTIZE, AUTOGRAD, PROJECTIONS, SHARED, APPLY = "dequantize.py", "autograd.py", "projections.py", "shared_input.py", "apply.py"
+STATE, PEFT, MIXED, OVER = "integrations/peft_state.py", "integrations/peft.py", "integrations/peft_mixed.py", "over.py"
+WHOLE = "not layer.training or not is_four_bit(layer) or tokens(x) <= MANY or hooked(layer) or ops.watched()"
+NOT_AS_IT_WAS = 'tuple(state.shape) != (layer.out_features, layer.in_features) or getattr(state, "packing_format_for_cpu", False)'
+IN_AUTOCAST = "(torch.get_autocast_dtype(x.device.type) if autocasts(x.device) else x.dtype)"
+
+SLIPS = [
+    Mutant("made: kept for backward", AUTOGRAD, "weight if need_weight and make is None else None", "weight if need_weight else None"),
+    Mutant("made: for gradients that need none", AUTOGRAD, "ctx.make = make if need_weight else None", "ctx.make = make"),
+    Mutant("made: in its own dtype", AUTOGRAD, "ctx.make().to(dy.dtype)", "ctx.make()"),
+    Mutant("made: in evaluation", DEQUANTIZE, WHOLE, WHOLE.replace("not layer.training or ", "")),
+    Mutant("made: of few tokens", DEQUANTIZE, WHOLE, WHOLE.replace("tokens(x) <= MANY or ", "")),
+    Mutant("made: past hooks", DEQUANTIZE, WHOLE, WHOLE.replace("hooked(layer) or ", "")),
+    Mutant("made: of a weight packed anew", DEQUANTIZE, NOT_AS_IT_WAS, NOT_AS_IT_WAS.split(" or ")[0]),
+    Mutant("made: before its layer knows its dtype", DEQUANTIZE, "layer.compute_dtype if layer.compute_type_is_set else None", "x.dtype"),
+    Mutant("made: in x's dtype under autocast", DEQUANTIZE, IN_AUTOCAST, "x.dtype"),
+    Mutant("made: without its bias", DEQUANTIZE, "bias = None if layer.bias is None else layer.bias.to(dtype)", "bias = None"),
+    Mutant("made: a bias that is cast is one's own", DEQUANTIZE, "dtype, bias is layer.bias)", "dtype, True)"),
+    Mutant("made: equal whatever it is of", DEQUANTIZE, "return isinstance(other, Made) and self._what() == other._what()", "return True"),
+    Mutant("made: never equal", DEQUANTIZE, "return isinstance(other, Made) and self._what() == other._what()", "return False"),
+    Mutant("made: equal after a write", DEQUANTIZE, "self.packed.data_ptr(), self.version, id", "self.packed.data_ptr(), id"),
+    Mutant("made: y as it was computed", PEFT, "return y if base.result is None else y.to(base.result)", "return y"),
+    Mutant("made: y of a batch as it was computed", MIXED, "return y if base.result is None else y.to(base.result)", "return y"),
+    Mutant("made: y of several as it was computed", PEFT, "return y.to(x.dtype) if callable(own.weight) else y", "return y"),
+    Mutant("made: a cast bias among several", STATE, ' or base.bias is not held(layer._modules["base_layer"], "bias")[0]', ""),
+    Mutant("made: over a layer, in autocast's dtype", OVER, "whole is not None and whole.dtype is x.dtype", "whole is not None"),
+    Mutant("made: several at once, in autocast's dtype", OVER, "whole.dtype is not x.dtype or ", ""),
+    Mutant("made: of several, for gradients that need none", PROJECTIONS,
+           "if need_x and layer.make is not None:", "if layer.make is not None:"),
+    Mutant("made: of any shape", PROJECTIONS, "tuple(weight.shape) != (N, K) or ", ""),
+    Mutant("made: with gaps", PROJECTIONS, " or not weight.is_contiguous()", ""),
+    Mutant("made: of several, in its own dtype", PROJECTIONS, "return weight.to(like.dtype)", "return weight"),
+    Mutant("made: checked in x's dtype", PROJECTIONS,
+           "torch.get_autocast_dtype(x.device.type) if autocasts(x.device) else x.dtype", "x.dtype"),
+    Mutant("made: beside a matrix", SHARED, " or callable(one.weight) != callable(own.weight)", ""),
+    Mutant("made: beside another K", SHARED, " or one.lora_A.shape[-1] != own.lora_A.shape[-1]", ""),
+    Mutant("whole: the bias in the weight", DEQUANTIZE, '            held["bias"] = None\n', "            pass\n"),
+    Mutant("whole: the bias is lost", DEQUANTIZE, '            held["bias"] = bias\n', "            pass\n"),
+    Mutant("whole: the mode is lost", DEQUANTIZE, "        layer.train(training)\n", ""),
+    Mutant("whole: of whatever it does", DEQUANTIZE, "if not torch.linalg.vector_norm(product", "if False and (product"),
+    Mutant("whole: one block", DEQUANTIZE, "ones[:, begin : begin + count].fill_diagonal_(1.0)", "ones.fill_diagonal_(1.0)"),
+    Mutant("whole: without the update", DEQUANTIZE, "    if adapter:\n", "    if not adapter:\n"),
+    Mutant("whole: trained from here on", DEQUANTIZE,
+           "linear.weight = nn.Parameter(weight, requires_grad=False)", "linear.weight = nn.Parameter(weight)"),
+    Mutant("whole: layers without an adapter stay", APPLY, "elif quantised(layer) and layer not in below:", "elif False:"),
+    Mutant("whole: past the hooks of the base", APPLY, "            _check_hooks(layer.base_layer, names[0])\n", ""),
+    Mutant("whole: past the hooks of others", APPLY, "            _check_hooks(layer, names[0])\n            linear", "            linear"),
+    Mutant("whole: known for quantised", APPLY, "quantizer.remove_quantization_config(module)", "pass"),
+    Mutant("whole: unasked", APPLY, "if isinstance(layer, Over) and dequantize is None:", "if False:"),
+]  # fmt: skip
+
+EVERY = [replace(m, tests="made") for m in SLIPS]
