@@ -1,8 +1,8 @@
 """PEFT's own LoRA layer on a CPU, as it is and fused, in one run: ``python -m bench.modules --out bench/results/modules.jsonl``.
 
-linear   the frozen nn.Linear alone: the floor; with --four-bit bitsandbytes' Linear4bit (NF4)
-peft     peft.tuners.lora.Linear, or its Linear4bit
-beside   with --four-bit: fused, the base product the layer's own, as for few tokens
+linear   the frozen nn.Linear alone: the floor; with --kind qlora bitsandbytes' Linear4bit (NF4)
+peft     peft.tuners.lora.Linear, or its Linear4bit; with --kind dora with a magnitude
+beside   with --kind qlora: fused, the base product the layer's own, as for few tokens
 fused    the same layer, after ``lora_kernels.integrations.peft.fuse``
 
 A step is forward and backward with gradients for x, A and B. Bytes are what autograd saves for backward, parameters not counted, x counted.
@@ -30,12 +30,12 @@ from .timing import HostClock, Step, interleave
 from .workloads import Point
 
 
-def peft_and_fused(K: int, N: int, r: int, p: float, base: torch.dtype, adapters: torch.dtype, four_bit=False) -> dict[str, nn.Module]:
+def peft_and_fused(K: int, N: int, r: int, p: float, base: torch.dtype, adapters: torch.dtype, kind="modules") -> dict[str, nn.Module]:
     """PEFT's layer around an nn.Linear, or one of 4 bits, with the same values: stock and fused, and beside its base; B is not zero."""
     torch.manual_seed(0)
-    config = LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=p, target_modules=["0"], init_lora_weights=False)
+    config = LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=p, target_modules=["0"], init_lora_weights=False, use_dora=kind == "dora")
     model = nn.Sequential(nn.Linear(K, N, bias=False, dtype=base))
-    if four_bit:
+    if kind == "qlora":
         from bitsandbytes.nn import Linear4bit, Params4bit
 
         layer = Linear4bit(K, N, bias=False, compute_dtype=base, quant_type="nf4")
@@ -48,7 +48,7 @@ def peft_and_fused(K: int, N: int, r: int, p: float, base: torch.dtype, adapters
     if report.left:
         raise RuntimeError(f"layer: wanted it fused, got {report}")
     layers = {"peft": stock.base_model.model[0], "fused": fused.base_model.model[0]}
-    if four_bit:
+    if kind == "qlora":
         layers["beside"] = copy.deepcopy(layers["fused"])
         layers["beside"].base_layer.register_forward_hook(lambda *args: None)  # which only the layer itself would call
     return layers
@@ -64,9 +64,9 @@ def steps(layers: dict[str, nn.Module], x: torch.Tensor, dy: torch.Tensor) -> di
     return {name: step(layer) for name, layer in layers.items()}
 
 
-def measure(recorder: Recorder, point: Point, adapters: torch.dtype, seconds: float, four_bit: bool) -> None:
+def measure(recorder: Recorder, point: Point, adapters: torch.dtype, seconds: float, kind: str) -> None:
     """A row for each arm and pass of a point, with what the arm keeps for backward; an arm that fails is raised."""
-    layers = peft_and_fused(point.K, point.N, point.r, point.p, point.dtype, adapters, four_bit)
+    layers = peft_and_fused(point.K, point.N, point.r, point.p, point.dtype, adapters, kind)
     layers = {"linear": layers["peft"].base_layer, **layers}
     x, dy = (torch.randn(point.M, size, dtype=point.dtype) for size in (point.K, point.N))
     x.requires_grad_()
@@ -84,12 +84,12 @@ def measure(recorder: Recorder, point: Point, adapters: torch.dtype, seconds: fl
             )  # fmt: skip
 
 
-def points(quick: bool, four_bit: bool) -> Iterator[tuple[Point, torch.dtype]]:
+def points(quick: bool, kind: str) -> Iterator[tuple[Point, torch.dtype]]:
     """`bench.cpu`'s points, and on a 16-bit base both what PEFT makes of the adapters by default, float32, and 16 bits.
 
-    Over 4 bits those of many tokens in bfloat16.
+    Over 4 bits and of DoRA those of many tokens in bfloat16.
     """
-    if four_bit:
+    if kind != "modules":
         layers, tokens = ({"64->64": (64, 64)}, (1024,)) if quick else ({"1024->4096": (1024, 4096), "4096->4096": (4096, 4096)}, (2048,))
         for p in (0.0, 0.1):
             yield from ((point, torch.float32) for point in workloads.train(layers, tokens, (16,), "cpu", (p,), torch.bfloat16))
@@ -119,13 +119,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="file for the JSON lines")
     parser.add_argument("--seconds", type=float, default=9.0, help="time for the rounds of a point, at least 5 of them (default 9)")
     parser.add_argument("--quick", action="store_true", help="one small layer: to see that it runs")
-    parser.add_argument("--four-bit", action="store_true", help="over bitsandbytes' layers of 4 bits, NF4")
+    parser.add_argument("--kind", choices=("modules", "qlora", "dora"), default="modules", help="plain layers, 4 bits (NF4), or DoRA")
     args = parser.parse_args(argv)
-    recorder = Recorder(args.out, "qlora" if args.four_bit else "modules", conditions(torch.device("cpu")))
-    found = list(points(args.quick, args.four_bit))
+    recorder = Recorder(args.out, args.kind, conditions(torch.device("cpu")))
+    found = list(points(args.quick, args.kind))
     for i, (point, adapters) in enumerate(found, 1):
         say(f"modules {i}/{len(found)} {point}, adapters {dtype_name(adapters)}")
-        measure(recorder, point, adapters, args.seconds, args.four_bit)
+        measure(recorder, point, adapters, args.seconds, args.kind)
     print(summary(recorder.rows), flush=True)
     return 0
 

@@ -8,7 +8,8 @@ from .table import markdown_table, ratio, significant
 
 COMMANDS = {
     "modules": "python -m bench.modules --out bench/results/modules.jsonl",
-    "qlora": "python -m bench.modules --four-bit --out bench/results/qlora.jsonl",
+    "qlora": "python -m bench.modules --kind qlora --out bench/results/qlora.jsonl",
+    "dora": "python -m bench.modules --kind dora --out bench/results/dora.jsonl",
     "curves": "python -m bench.loss_curves --out bench/results/curves.jsonl",
     "model": "python -m bench.device model --out bench/results",
     "slots": "python -m bench.device slots --out bench/results",
@@ -39,12 +40,12 @@ def modules(rows: list[dict], brief: bool) -> str:
     ]
     header.append("PEFT / fused")
     rounds = sorted({row["rounds"] for row in rows})
-    text = "`peft.tuners.lora.Linear` as it is and after `fuse`: forward + backward, medians of "
-    if beside:
-        text = (
-            "PEFT's layer over bitsandbytes' NF4 as it is and after `fuse`, beside its base's own product and with the weight made whole: "
-        )
-        text += "forward + backward, medians of "
+    text = {
+        "modules": "`peft.tuners.lora.Linear` as it is and after `fuse`",
+        "qlora": "PEFT's layer over bitsandbytes' NF4 as it is and after `fuse`, beside its base's own product and with the weight made whole",
+        "dora": "PEFT's layer with DoRA as it is and after `fuse`",
+    }[rows[0]["section"]]
+    text += ": forward + backward, medians of "
     text += f"{rounds[0]} to {rounds[-1]} interleaved rounds, r = {rows[0]['r']}; and MiB that autograd keeps for backward, x among them."
     return f"{text}\n\n" + markdown_table([*header, "PEFT keeps", "fused keeps"], lines, left=4)
 
@@ -126,5 +127,5 @@ def plot(rows: list[dict]) -> str:
     return charts(panels, "step", "loss")
 
 
-RENDERERS = {"modules": modules, "qlora": modules, "curves": curves, "model": model, "slots": slots}
+RENDERERS = {"modules": modules, "qlora": modules, "dora": modules, "curves": curves, "model": model, "slots": slots}
 PLOTS = {"curves": plot}

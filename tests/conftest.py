@@ -28,6 +28,7 @@ NEEDS = {
     "test_peft_states.py": "peft",
     "test_peft_mixed.py": "peft",
     "test_peft_formulas.py": "peft",
+    "test_peft_dora.py": "peft",
     "test_peft_shared.py": "peft",
     "test_peft_quantised.py": "torchao",
     "test_dequantize.py": "torchao",

@@ -37,13 +37,19 @@ def test_the_measured_layer_is_fused_or_nothing_is_measured(monkeypatch):
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="the base is bitsandbytes'")
 def test_four_bits_beside_their_base_and_whole(tmp_path, capsys):
-    assert modules.main(["--quick", "--four-bit", "--seconds", "0.05", "--out", str(tmp_path / "qlora.jsonl")]) == 0
+    assert modules.main(["--quick", "--kind", "qlora", "--seconds", "0.05", "--out", str(tmp_path / "qlora.jsonl")]) == 0
     assert "beside" in capsys.readouterr().out
     rows = conditions.read_rows(tmp_path / "qlora.jsonl")
     assert len(rows) == 2 * 4 * 3 and {row["section"] for row in rows} == {"qlora"} and {row["M"] for row in rows} == {1024}
     kept = {row["arm"]: row["saved_bytes"] for row in rows if row["what"] == "both" and not row["p"]}
     assert kept["fused"] == kept["beside"] < kept["peft"]
     assert "| beside, ms | fused, ms |" in peft_tables.modules(rows, False)
+
+
+def test_dora_is_measured_fused(tmp_path):
+    assert modules.main(["--quick", "--kind", "dora", "--seconds", "0.05", "--out", str(tmp_path / "dora.jsonl")]) == 0
+    rows = conditions.read_rows(tmp_path / "dora.jsonl")
+    assert len(rows) == 2 * 3 * 3 and {row["section"] for row in rows} == {"dora"} and "with DoRA" in peft_tables.modules(rows, True)
 
 
 def test_loss_curves_are_those_of_one_model(tmp_path, monkeypatch):

@@ -27,7 +27,6 @@ FIELDS = {field.name for field in dataclasses.fields(LoraConfig)}
 
 def variants():
     """PEFT's variants of LoRA on a linear layer, those this version has."""
-    yield {"use_dora": True}, "DoraLinearVariant"
     if "alora_invocation_tokens" in FIELDS:
         yield {"alora_invocation_tokens": [1]}, "ALoraLinearVariant"
     if "use_bdlora" in FIELDS:

@@ -4,8 +4,8 @@
     print(fuse(model))                                                              or after, in place; `unfuse` undoes it
 
 `Fused` changes ``forward`` alone. Beside a quantised base, or one that has hooks or is trained, the layer below makes the base product
-and the fused call adds the adapter. What it does not compute at all (variants such as DoRA, an adapter's bias, sharded parts) PEFT's own
-forward computes, and `why_not_fused` names the reason. The wrappers around the parameters of a mixture's experts are `.peft_experts`.
+and the fused call adds the adapter. What it does not compute at all (variants but DoRA, an adapter's bias, sharded parts) PEFT's own
+forward computes, and `why_not_fused` names the reason. DoRA is `.peft_dora`; the wrappers around a mixture's experts are `.peft_experts`.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from ..nn import sharding
 from ..problem import PLAIN
 from ..projections import Projection
 from ..shared_input import SharedInput
+from .peft_dora import Dora, dora_of
 from .peft_experts import routed, why_not_routed
 from .peft_mixed import mixed, why_not_mixed
 from .peft_state import Base, Beside, active, adapters_of, base_of, in_dtype, product_of, projection_of, why_not_together
@@ -119,7 +120,8 @@ def _single(layer: Any, x: torch.Tensor) -> torch.Tensor | None:
         return None
     adapters = adapters_of(layer, names, base, x)
     if isinstance(adapters, str):
-        return None
+        special = dora_of(layer, names, base)
+        return special.of(x, base) if isinstance(special, Dora) else None  # type: ignore[arg-type]
     if len(adapters) > 1:
         if why_not_together(adapters) is not None:
             return None
@@ -240,12 +242,13 @@ def why_not_fused(layer: Any, x: torch.Tensor | None = None) -> str | None:
     """Why PEFT's own forward computes this layer as it stands (for this x), or None where the kernels do."""
     if isinstance(layer, lora.ParamWrapper):
         return why_not_routed(layer)
-    base = base_of(layer, x)
+    base, names = base_of(layer, x), active(layer)
     if isinstance(base, str):
         return base
-    adapters = adapters_of(layer, active(layer), base, x)
+    adapters = adapters_of(layer, names, base, x)
     if isinstance(adapters, str):
-        return adapters
+        special = dora_of(layer, names, base)
+        return None if isinstance(special, Dora) else special or adapters
     return why_not_together(adapters)
 
 

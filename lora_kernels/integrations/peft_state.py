@@ -142,9 +142,9 @@ def in_dtype(adapter: Factors, dtype: torch.dtype) -> Factors:
     return adapter._replace(A=adapter.A.float(), B=adapter.B.float())
 
 
-def adapter_of(layer: lora.LoraLayer, name: str, device: torch.device | None, experts: int = 1) -> Factors | str:
-    """An adapter of a layer, whose A and B hold those of so many experts, or why it takes no fused call."""
-    if name in layer.lora_variant:
+def adapter_of(layer: lora.LoraLayer, name: str, device: torch.device | None, experts: int = 1, variant: str = "") -> Factors | str:
+    """An adapter of a layer, of this variant of LoRA, whose A and B hold those of so many experts, or why it takes no fused call."""
+    if name in layer.lora_variant and type(layer.lora_variant[name]).__name__ != variant:
         return f"adapter {name!r} is a {type(layer.lora_variant[name]).__name__}"
     parts = layer._modules
     down, up, dropout = (parts[part]._modules[name] for part in ("lora_A", "lora_B", "lora_dropout"))

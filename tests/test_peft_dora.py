@@ -1,0 +1,182 @@
+"""PEFT's DoRA layers, fused: y and every gradient, the magnitude's too, as PEFT's; the dropout mask is torch's own in both."""
+
+import copy
+
+import pytest
+import torch
+from peft.helpers import DoraCaching
+from peft_models import Net, X, adapters_to, agree, both, checkpoint_first, config, layers, pair, results
+from test_memory import Kept
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+import lora_kernels.integrations.peft_dora as ours
+from lora_kernels.integrations.peft import fuse, why_not_fused
+from lora_kernels.shared_input import share_inputs
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The calls of dora_linear that fused layers made: their keyword arguments."""
+    made, real = [], ours.dora_linear
+
+    def count(*args, **kwargs):
+        made.append(kwargs)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(ours, "dora_linear", count)
+    return made
+
+
+class Transposed(Net):
+    """GPT-2's layers, their weights transposed."""
+
+    def __init__(self, dtype=torch.float32):
+        super().__init__(dtype)
+        self.first, self.second = Conv1D(32, 24).to(dtype), Conv1D(16, 32).to(dtype)
+        nn.init.normal_(self.first.bias)
+
+
+def moved(stock, fused):
+    """Magnitudes away from the norms, which an optimizer would move, too."""
+    for model in (stock, fused):
+        for layer in layers(model):
+            with torch.no_grad():
+                magnitude = layer.lora_magnitude_vector["default"].weight
+                magnitude *= torch.linspace(0.5, 1.5, len(magnitude)).to(magnitude.dtype)
+    return stock, fused
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("net, changed", [(Net, {}), (Net, {"use_rslora": True, "lora_alpha": 3}), (Transposed, {"fan_in_fan_out": True})])
+def test_the_same_as_peft(dtype, net, changed, calls):
+    stock, fused, report = pair(dtype, net, use_dora=True, **changed)
+    assert len(report.fused) == 2 and not report.left and not report.beside
+    agree(*moved(stock, fused), X.to(dtype))
+    assert len(calls) == 2 and any("magnitude" in name for name in results(fused, X.to(dtype)))
+
+
+def test_dropout_is_peft_s_own(calls):
+    """The same numbers of torch's generator, so that a seed gives PEFT's masks."""
+    stock, fused = moved(*pair(use_dora=True, lora_dropout=0.4)[:2])
+    found = []
+    for model in (stock, fused):
+        torch.manual_seed(7)
+        found.append(results(model, X))
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-4, atol=1e-4 * value.abs().max().item(), msg=name)
+    assert [call["dropout_p"] for call in calls] == [0.4, 0.4] and all(call["training"] for call in calls)
+    both(stock, fused, lambda model: model.eval())
+    torch.testing.assert_close(fused(X), stock(X))
+    assert not calls[-1]["training"]
+
+
+@pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16])
+def test_autocast(adapter_dtype, calls):
+    """A float32 base in bfloat16; and adapters of whatever dtype."""
+    stock, fused = moved(*pair(use_dora=True)[:2])
+    both(stock, fused, lambda model: adapters_to(model, adapter_dtype))
+    within = lambda: torch.autocast("cpu", torch.bfloat16)  # noqa: E731
+    mine, theirs = results(fused, X, within), results(stock, X, within)
+    assert len(calls) == 2 and mine.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert mine[name].dtype is value.dtype, name
+        torch.testing.assert_close(mine[name], value, rtol=0.05, atol=0.03 * value.abs().max().item(), msg=name)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing(reentrant):
+    _, fused, _ = pair(use_dora=True, lora_dropout=0.5)
+    torch.manual_seed(5)
+    plain = results(fused, X)
+    checkpoint_first(fused, reentrant)
+    torch.manual_seed(5)
+    for name, value in results(fused, X).items():
+        assert torch.equal(plain[name], value), name
+
+
+def test_it_trains_as_peft_s(calls):
+    stock, fused, _ = pair(use_dora=True)
+    losses = []
+    for model in (stock, fused):
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
+        own = []
+        for _ in range(5):
+            loss = model(X).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            own.append(loss.item())
+        losses.append(own)
+    torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-4, atol=1e-6)
+    assert len(calls) == 10 and losses[0][-1] < losses[0][0]
+    both(stock, fused, lambda model: model.merge_adapter())
+    torch.testing.assert_close(fused(X), stock(X))
+    assert len(calls) == 10, "merged it is PEFT's forward"
+
+
+def test_less_is_kept():
+    stock, fused, _ = pair(use_dora=True)
+    kept = []
+    for model in (stock, fused):
+        layer, x = layers(model)[0], torch.randn(8, 24, requires_grad=True)
+        with Kept() as each:
+            layer(x)
+        kept.append(each.bytes(list(layer.parameters())))
+    assert kept[1] < kept[0] / 2
+
+
+def test_what_peft_computes(calls):
+    """Several adapters, norms that PEFT keeps, a scale that is a tensor, hooks on the magnitude or the base; then it is fused again."""
+    stock, fused = moved(*pair(use_dora=True)[:2])
+    first = layers(fused)[0]
+
+    def left(words):
+        calls.clear()
+        assert words in why_not_fused(first), why_not_fused(first)
+        torch.testing.assert_close(fused(X), stock(X))
+        assert len(calls) < 2
+        return calls
+
+    for changed, words in (({"use_dora": True}, "with DoRA"), ({}, "several adapters are active at once, with DoRA")):
+        both(stock, fused, lambda model, changed=changed: model.add_adapter("b", config(**changed)))
+        both(stock, fused, lambda model: model.base_model.set_adapter(["default", "b"]))
+        assert not left(words)
+        both(stock, fused, lambda model: (model.base_model.set_adapter("default"), model.delete_adapter("b")))
+    both(stock, fused, lambda model: model.eval())
+    with DoraCaching():
+        assert not left("whose norms PEFT keeps")
+    both(stock, fused, lambda model: layers(model)[0].scaling.update(default=torch.tensor(2.0)))
+    left("a scale that is a tensor")
+    both(stock, fused, lambda model: layers(model)[0].scaling.update(default=2.0))
+    seen = []
+    both(stock, fused, lambda model: layers(model)[0].lora_magnitude_vector["default"].register_forward_hook(lambda *a: seen.append(1)))
+    left("has a magnitude that is a DoraLinearLayer with hooks")
+    both(stock, fused, lambda model: layers(model)[0].lora_magnitude_vector["default"]._forward_hooks.clear())
+    both(stock, fused, lambda model: layers(model)[0].base_layer.register_forward_hook(lambda *args: seen.append(1)))
+    left("is a DoraLinearVariant, and its base layer has hooks")
+    both(stock, fused, lambda model: layers(model)[0].base_layer._forward_hooks.clear())
+    calls.clear()
+    agree(stock, fused)
+    assert seen and len(calls) == 2 and why_not_fused(first) is None
+
+
+def test_beside_plain_adapters_and_others_of_one_x(calls):
+    """DoRA and plain adapters of one model, each when it is active; layers of one x are computed alone."""
+    stock, fused, _ = pair(use_dora=True)
+    both(stock, fused, lambda model: model.add_adapter("plain", config()))
+    for name, made in (("plain", 0), ("default", 2)):
+        both(stock, fused, lambda model, name=name: model.set_adapter(name))
+        agree(stock, fused)
+        assert len(calls) == made
+    net = fused.base_model.model
+    net.second = copy.deepcopy(net.first)
+    share_inputs(fused, [("first", "second")])
+    assert torch.equal(net.first(X), net.second(X)) and len(calls) == 4
+
+
+def test_compiles_without_a_break():
+    _, fused, _ = pair(use_dora=True)
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(fused, backend="aot_eager", fullgraph=True)(X), fused(X))
+    assert len(fuse(fused).fused) == 2
