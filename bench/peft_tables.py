@@ -42,7 +42,7 @@ def modules(rows: list[dict], brief: bool) -> str:
     rounds = sorted({row["rounds"] for row in rows})
     text = {
         "modules": "`peft.tuners.lora.Linear` as it is and after `fuse`",
-        "qlora": "PEFT's layer over bitsandbytes' NF4 as it is and after `fuse`, beside its base's own product and with the weight made whole",
+        "qlora": "PEFT's layer over bitsandbytes' NF4 as it is and after `fuse`, beside its base's product and with the weight made whole",
         "dora": "PEFT's layer with DoRA as it is and after `fuse`",
     }[rows[0]["section"]]
     text += ": forward + backward, medians of "
