@@ -27,7 +27,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 import lora_kernels.experts as mixture
 from lora_kernels.integrations import peft as ours
-from lora_kernels.integrations.peft import FusedParamWrapper, fuse, unfuse
+from lora_kernels.integrations.peft import FusedParamWrapper, fuse, unfuse, use_fused
 
 PEFT = tuple(int(part) for part in peft.__version__.split(".")[:2])
 E, K, I, TOP = 5, 24, 16, 2
@@ -110,6 +110,22 @@ def test_the_numbers_are_pefts(kind, calls):
     assert len(report.fused) == 2 and not report.left and not report.beside
     agree(stock, fused, X)
     assert len(calls) == 2 and all(args[1].dim() == 3 for args in calls)
+
+
+def test_use_fused_builds_what_fuse_makes(calls):
+    """Both stacks, one wrapper in the other; and of an adapter that comes later, which PEFT before 0.20 does not take."""
+    stock, wanted, _ = pair()
+    model = get_peft_model(Net(), use_fused(config(Net())))
+    model.load_state_dict(stock.state_dict())
+    if PEFT >= (0, 20):
+        for each in (stock, wanted, model):
+            torch.manual_seed(0)
+            each.add_adapter("other", config(Net()))
+            each.base_model.set_adapter("other")
+    kinds = [type(m) for m in model.modules() if isinstance(m, lora.LoraLayer)]
+    assert kinds == [FusedParamWrapper] * 2 == [type(m) for m in wanted.modules() if isinstance(m, lora.LoraLayer)]
+    agree(stock, model, X)
+    assert len(calls) == 2
 
 
 @pytest.mark.parametrize("name", ["gate_up_proj", "down_proj"])

@@ -30,7 +30,7 @@ from lora_kernels import (
     use_segments,
 )
 from lora_kernels.integrations import peft as ours
-from lora_kernels.integrations.peft import Fused, fuse, mixed_adapters, unfuse, why_not_fused
+from lora_kernels.integrations.peft import Fused, fuse, mixed_adapters, unfuse, use_fused, why_not_fused
 
 calls = counted  # the fixture
 NAMES = ["b", "__base__", "default"]
@@ -100,11 +100,11 @@ class Net(nn.Module):
         return self.second(torch.tanh(self.first(x)))
 
 
-def adapted(kind: str, **changed):
+def adapted(kind: str, early=False, **changed):
     """The model with PEFT's layer for this kind of base, as PEFT's dispatchers choose it where the packages of its kind are there."""
     make, wrapper = KINDS[kind]
     torch.manual_seed(0)
-    given = config(**changed)
+    given = use_fused(config(**changed)) if early else config(**changed)
     if wrapper is None:
         return get_peft_model(Net(make), given)
 
@@ -164,6 +164,15 @@ def test_the_same_as_peft(kind, dtype, calls):
     assert len(kinds) == 1 and all(issubclass(each, Fused) and each.__name__.startswith("Fused") for each in kinds)
     assert kinds == {getattr(ours, each.__name__) for each in kinds}
     assert unfuse(fused) == 2 and type(fused.base_model.model.first) is type(stock.base_model.model.first)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_use_fused_builds_what_fuse_makes(kind):
+    wanted, model = adapted(kind), adapted(kind, early=True)
+    fuse(wanted)
+    kinds = [type(m) for m in model.modules() if isinstance(m, LoraLayer)]
+    assert len(kinds) == 2 and kinds == [type(m) for m in wanted.modules() if isinstance(m, LoraLayer)]
+    assert issubclass(kinds[0], Fused) and torch.equal(model(X), wanted(X))
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8", "gptq"])

@@ -19,7 +19,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
-from lora_kernels.integrations.peft import FusedLoraLinear, dispatch_fused, fuse, unfuse, use_fused, why_not_fused
+from lora_kernels.integrations.peft import FusedLoraLinear, fuse, unfuse, use_fused, why_not_fused
 
 calls = counted  # the fixture
 FIELDS = {field.name for field in dataclasses.fields(LoraConfig)}
@@ -130,7 +130,7 @@ def test_a_subclass_of_linear_makes_its_own_product(early, calls):
     stock = get_peft_model(Quantised(), config())
     torch.manual_seed(0)
     fused = get_peft_model(Quantised(), use_fused(config()) if early else config())
-    assert [type(layer) for layer in layers(fused)] == ([lora.Linear, FusedLoraLinear] if early else [lora.Linear] * 2)
+    assert [type(layer) for layer in layers(fused)] == [FusedLoraLinear if early else lora.Linear] * 2
     report = fuse(fused)
     assert report.beside == {"base_model.model.first": "its base layer is a Linear4bit, not exactly an nn.Linear"}
     assert "2 LoRA layers fused, 0 left to PEFT\n  1 beside their base: its base layer is a Linear4bit" in str(report)
@@ -147,14 +147,33 @@ def test_a_trained_base_weight_gets_its_gradient(calls):
     assert len(calls) == 2 and layers(fused)[0].base_layer.weight.grad.any()
 
 
-def test_target_parameters_are_not_captured():
-    model = get_peft_model(Net(), use_fused(LoraConfig(target_modules=[], target_parameters=["first.weight"], r=4)))
+@pytest.mark.parametrize("early", [True, False])
+def test_target_parameters_of_other_modules_are_left(early):
+    given = LoraConfig(target_modules=[], target_parameters=["first.weight"], r=4)
+    model = get_peft_model(Net(), use_fused(given) if early else given)
     kinds = {type(m).__name__ for m in model.modules() if isinstance(m, lora.LoraLayer)}
     assert kinds == {"ParamWrapper"} and fuse(model).fused == []
     assert "its base layer is a Linear, without num_experts of transformers' experts interface" in str(fuse(model))
-    assert dispatch_fused(nn.Linear(2, 2), "default", parameter_name="weight") is None
-    before_0_19 = dict(fan_in_fan_out=False, init_lora_weights="loftq")  # PEFT's own dispatcher knows the bits
-    assert dispatch_fused(nn.Linear(2, 2), "default", **before_0_19) is None
+
+
+def test_use_fused_leaves_what_fuse_leaves():
+    """Other types are PEFT's own, another's dispatcher is asked as before, and the config can be copied and pickled."""
+    made = []
+
+    def other(target, name, **kwargs):
+        made.append(name)
+
+    given = LoraConfig(target_modules=["0", "1", "2"], r=2)
+    given._register_custom_module({nn.Linear: other})
+    for each in (use_fused(given), copy.deepcopy(given)):
+        net = nn.Sequential(nn.Embedding(5, 8), nn.Conv2d(3, 3, 1), nn.Linear(8, 4))
+        model = get_peft_model(net, each)
+        assert [type(layer) for layer in model.base_model.model] == [lora.Embedding, lora.Conv2d, FusedLoraLinear]
+    assert made == ["default"] * 2
+    assert pickle.loads(pickle.dumps(use_fused(config()))).r == 4
+    with pytest.raises(ValueError, match="Target module .* is not supported"):
+        get_peft_model(nn.Sequential(nn.LayerNorm(8)), use_fused(LoraConfig(target_modules=["0"])))
+    assert list(given._custom_modules) == [nn.Module, nn.Linear]
 
 
 @pytest.mark.parametrize("init", ["gaussian", "olora", "pissa", "orthogonal"])

@@ -23,12 +23,10 @@ from peft.tuners import lora
 from peft.tuners.lora import LoraConfig
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from ..autograd import lora_linear
 from ..experts import Factors, together
 from ..nn import sharding
-from ..problem import PLAIN
 from ..projections import Projection
 from ..shared_input import SharedInput
 from .peft_dora import Dora, dora_of
@@ -160,30 +158,28 @@ def _mixed(layer: Any, x: torch.Tensor, names: list[str]) -> torch.Tensor | None
     return mixed(x, base, [in_dtype(each, base.dtype) for each in adapters], ids)
 
 
-def dispatch_fused(target, adapter_name, config=None, parameter_name=None, **kwargs):
-    """For PEFT's extension point: a `FusedLoraLinear` on a plain nn.Linear or Conv1D, None (PEFT's own dispatchers decide) on the rest."""
-    base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
-    if parameter_name is not None or type(base) not in (nn.Linear, Conv1D) or type(base.weight) not in PLAIN:
-        return None
-    transposed = type(base) is Conv1D
-    if config is None:  # PEFT before 0.19 passes the config's fields instead, without those of LoftQ
-        given, lacking = kwargs["fan_in_fan_out"], kwargs["init_lora_weights"] == "loftq"
-    else:
-        given, lacking, kwargs["config"] = config.fan_in_fan_out, False, config
-    if given != transposed or lacking:  # PEFT corrects the flag, with a warning
-        return None
-    return FusedLoraLinear(target, adapter_name, is_target_conv_1d_layer=transposed, **kwargs)
+def dispatch_fused(target, adapter_name, config, **kwargs):
+    """For PEFT's extension point: the layer that PEFT's own dispatchers make, of quantised bases and experts too, as `fuse` leaves it."""
+    registered = config._custom_modules
+    config._custom_modules = {kind: make for kind, make in registered.items() if kind is not nn.Module}
+    try:
+        layer = lora.LoraModel._create_new_module(config, adapter_name, target, **kwargs)
+    finally:
+        config._custom_modules = registered
+    _take(layer)
+    return layer
 
 
 def use_fused(config: LoraConfig) -> LoraConfig:
-    """Have PEFT build fused layers for this config; returns it. Not saved with the adapter: after loading call `fuse`.
+    """Have PEFT build the layers of this config as `fuse` leaves them; returns it. Not saved with the adapter: after loading call `fuse`.
 
     Raises:
         TypeError: ``config`` is not a LoraConfig.
     """
     if not isinstance(config, LoraConfig):
         raise TypeError(f"config: wanted a peft.LoraConfig, got {type(config).__name__}")
-    config._register_custom_module({nn.Linear: dispatch_fused, Conv1D: dispatch_fused})
+    dispatch: Any = functools.partial(dispatch_fused, config=config)  # which PEFT before 0.19 does not pass on
+    config._custom_modules = {nn.Module: dispatch, **(config._custom_modules or {})}  # the first that matches is asked
     return config
 
 
@@ -223,11 +219,7 @@ def fuse(model: nn.Module) -> Report:
         raise ValueError(f"model: wanted one that is not compiled or sharded yet (fuse it first), got {late} in it")
     report = Report()
     for name, layer in layers.items():
-        reason = _why_not_this_type(layer)
-        if reason is None:
-            if not isinstance(layer, Fused):
-                layer.__class__ = fused_class(type(layer))  # type: ignore[arg-type]
-            reason = why_not_fused(layer)
+        reason = _take(layer) or why_not_fused(layer)
         if reason is None:
             report.fused.append(name)
             base = None if isinstance(layer, lora.ParamWrapper) else base_of(layer, None)
@@ -307,6 +299,14 @@ def _lora_layers(model: nn.Module) -> dict[str, lora.LoraLayer]:
     if not layers:
         raise ValueError("model: wanted one with PEFT LoRA layers (get_peft_model(model, LoraConfig(...))), got none")
     return layers
+
+
+def _take(layer: Any) -> str | None:
+    """Give a layer the forward pass of `Fused`, or say why its type keeps its own."""
+    reason = _why_not_this_type(layer)
+    if reason is None and not isinstance(layer, Fused):
+        layer.__class__ = fused_class(type(layer))
+    return reason
 
 
 def _why_not_this_type(layer: nn.Module) -> str | None:
