@@ -30,6 +30,7 @@ GROUPS = (
     ("q", "k", "v"),
     ("q_lin", "k_lin", "v_lin"),
     ("to_q", "to_k", "to_v"),
+    ("add_q_proj", "add_k_proj", "add_v_proj"),
 )
 FEW = 64  # tokens
 

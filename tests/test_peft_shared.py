@@ -53,9 +53,9 @@ def test_a_llama_trains_as_pefts(groups):
     assert groups == [3, 2] * 6
 
 
-def test_layers_right_under_the_model_are_one_group():
+@pytest.mark.parametrize("names", [("q_proj", "k_proj"), ("add_q_proj", "add_k_proj", "add_v_proj")])  # of the text, in diffusers
+def test_layers_right_under_the_model_are_one_group(names):
     """Which PEFT's wrappers pass off as their own attributes."""
-    names = ("q_proj", "k_proj")
     model = get_peft_model(torch.nn.ModuleDict({name: torch.nn.Linear(8, 8) for name in names}), LoraConfig(target_modules=list(names)))
     fuse(model)
     assert share_inputs(model) == [tuple(f"base_model.model.{name}" for name in names)]
