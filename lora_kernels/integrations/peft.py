@@ -305,7 +305,7 @@ def _take(layer: Any) -> str | None:
     """Give a layer the forward pass of `Fused`, or say why its type keeps its own."""
     reason = _why_not_this_type(layer)
     if reason is None and not isinstance(layer, Fused):
-        layer.__class__ = fused_class(type(layer))
+        layer.__class__ = fused_class(type(layer))  # type: ignore[arg-type]
     return reason
 
 
