@@ -47,21 +47,20 @@ class ScaleColumns(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, t, g, bias):
-        y = t * g
-        if bias is not None:
-            y += bias
+        y = torch.empty_like(t)  # into which torch rounds as it computes, so that no float32 tensor of its size is made
+        torch.mul(t, g, out=y) if bias is None else torch.addcmul(bias, t, g, out=y)
         ctx.save_for_backward(t if ctx.needs_input_grad[1] else None, g)
-        ctx.dtypes = t.dtype, None if bias is None else bias.dtype
-        return y.to(t.dtype)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return y
 
     @staticmethod
     @refused_twice
     def backward(ctx, dy):
         t, g = ctx.saved_tensors
         need_t, need_g, need_bias = ctx.needs_input_grad
-        dt = (dy * g).to(ctx.dtypes[0]) if need_t else None
+        dt = torch.mul(dy, g, out=torch.empty_like(dy)) if need_t else None
         dg = (dy.to(g.dtype) * t).reshape(-1, dy.shape[-1]).sum(0) if need_g else None
-        dbias = dy.reshape(-1, dy.shape[-1]).sum(0, dtype=g.dtype).to(ctx.dtypes[1]) if need_bias else None
+        dbias = dy.reshape(-1, dy.shape[-1]).sum(0, dtype=g.dtype).to(ctx.bias_dtype) if need_bias else None
         return dt, dg, dbias
 
 
