@@ -218,6 +218,21 @@ def test_no_two_weights_of_one_x_at_once(monkeypatch):
     assert len(alive) == 6
 
 
+def test_a_weight_written_between_two_calls(groups):
+    """k's weight is another after q's call, which had made k's, too: k is computed again."""
+    model = Three(torch.float32)
+    apply_lora(model, LoRAConfig(target_modules=["q_proj", "k_proj", "v_proj"], r=4, init_lora_weights=False))
+    share_inputs(model)
+    x, k = X.clone().requires_grad_(), model.k_proj
+    model.q_proj(x)
+    with torch.no_grad():
+        k.base_layer.weight.copy_(k.base_layer.weight.flip(0))
+    y = k(x)
+    share_inputs(model, ())
+    torch.testing.assert_close(y, k(x), rtol=1e-5, atol=1e-5)
+    assert groups[0] == 3
+
+
 def test_a_cast_bias_is_computed_alone(groups):
     """A bias of another dtype is cast anew at each call, so that no result of an earlier one is known for right."""
     model = Three(torch.bfloat16)
