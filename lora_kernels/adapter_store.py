@@ -49,13 +49,14 @@ def _sync(path: str | os.PathLike) -> None:
 
 
 @contextlib.contextmanager
-def opened(path: str) -> Iterator[Any]:
+def opened(path: str | os.PathLike) -> Iterator[Any]:
     """The file, whose header safetensors has checked against its size: whole, no gaps, each shape as large as its bytes."""
     safetensors = safetensors_or_why()
     if not os.path.isfile(path):
-        pickled = os.path.isfile(os.path.join(os.path.dirname(path), "adapter_model.bin"))
+        folder = os.path.dirname(path)
+        pickled = os.path.isfile(os.path.join(folder, "adapter_model.bin"))
         hint = "; adapter_model.bin is a pickle, which is not read: save it as safetensors with PEFT" if pickled else ""
-        raise FileNotFoundError(f"folder: wanted a directory with {WEIGHTS_FILE}, got one without{hint}")
+        raise FileNotFoundError(f"folder: wanted a directory with {WEIGHTS_FILE}, got {folder!r} without{hint}")
     try:
         file = safetensors.safe_open(path, framework="pt", device="cpu")
     except safetensors.SafetensorError as error:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import collections
-import contextlib
 import json
 import math
 import re
@@ -20,9 +19,10 @@ import torch
 
 from . import analysis
 from .adapter_store import WEIGHTS_FILE as FILE
+from .adapter_store import opened
 from .files import DTYPES, PREFIX
 from .lora_config import CONFIG_FILE as CONFIG
-from .lora_config import pattern_means
+from .lora_config import pattern_means, read_config
 from .nn import scaling_of
 
 DESCRIPTION = """\
@@ -44,7 +44,6 @@ What a LoRA adapter saved by PEFT does to its base, for each matrix W it adapts;
 
 Exit code: 0 all read, 1 a matrix holds NaN or Inf, 2 the folder cannot be read.
 """
-CONFIG_BYTES = 1_000_000
 PAIRS = {".lora_A.weight": ".lora_B.weight", ".lora_embedding_A": ".lora_embedding_B"}
 CHANGE_THE_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
 SERVED = 100
@@ -79,13 +78,9 @@ class Adapter:
     """
 
     def __init__(self, folder: Path):
-        self.config, self.path = read_config(folder), folder / FILE
-        if not self.path.is_file():
-            pickled = (folder / "adapter_model.bin").is_file()
-            got = "adapter_model.bin, a pickle, which is never read" if pickled else "none"
-            raise FileNotFoundError(f"{self.path}: wanted this file, got {got}")
-        self.bytes = self.path.stat().st_size
+        self.config, self.path = checked_config(folder), folder / FILE
         with opened(self.path) as file:
+            self.bytes = self.path.stat().st_size
             slices = {key: file.get_slice(key) for key in file.keys()}
             shapes = {key: tuple(part.get_shape()) for key, part in slices.items()}
             dtypes = {key: part.get_dtype() for key, part in slices.items()}
@@ -163,38 +158,14 @@ class Base:
         return weight.T if matrix.transposed else weight
 
 
-@contextlib.contextmanager
-def opened(path: Path):
-    """A safetensors file; a ValueError if it is truncated or none."""
-    try:
-        from safetensors import SafetensorError, safe_open
-    except ImportError as error:
-        raise ImportError(f'wanted safetensors, got "{error}"; install it with: pip install "lora_kernels[peft]"') from error
-    try:
-        with safe_open(str(path), "pt") as file:
-            yield file
-    except SafetensorError as error:
-        raise ValueError(f"{path}: wanted a whole safetensors file, got {path.stat().st_size} bytes: {error}") from error
-
-
-def read_config(folder: Path) -> dict:
-    """The adapter's configuration, the fields that a scale needs checked."""
-    path = folder / CONFIG
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: wanted this file, got none; is {folder} a folder saved by PEFT's save_pretrained?")
-    if path.stat().st_size > CONFIG_BYTES:
-        raise ValueError(f"{path}: wanted at most {CONFIG_BYTES} bytes, got {path.stat().st_size}")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: wanted JSON, got {error}") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise ValueError(f"{path}: wanted peft_type 'LORA', got {config.get('peft_type') if isinstance(config, dict) else config!r}")
+def checked_config(folder: Path) -> dict:
+    """The adapter's configuration, of the method that this is about; the fields that a scale needs have PEFT's defaults."""
+    config = read_config(folder)
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"{folder / CONFIG}: wanted peft_type 'LORA', got {config.get('peft_type')!r}")
     if config.get("target_parameters"):
-        raise ValueError(f"{path}: wanted adapted modules, got target_parameters, whose factors hold several matrices each")
-    for field, default in (("r", 8), ("lora_alpha", 8)):
-        config.setdefault(field, default)
-    return config
+        raise ValueError(f"{folder / CONFIG}: wanted adapted modules, got target_parameters, whose factors hold several matrices each")
+    return {"r": 8, "lora_alpha": 8, **config}
 
 
 def of_pattern(config: dict, what: str, name: str):

@@ -283,7 +283,7 @@ def pickled(folder):
 
 
 def wide(folder):
-    (folder / "adapter_config.json").write_text(" " * 1_000_001)
+    (folder / "adapter_config.json").write_text(" " * ((1 << 24) + 1))
 
 
 def integers(folder):
@@ -299,12 +299,12 @@ SPOILED = [
     (alone_in_B, "got base_model.model.layers.5.q.lora_B.weight alone"),
     (cut, "wanted a whole safetensors file, got"),
     (claims_more_than_it_holds, "wanted a whole safetensors file, got"),
-    (pickled, "wanted this file, got adapter_model.bin, a pickle, which is never read"),
-    (lambda folder: (folder / FILE).unlink(), f"{FILE}: wanted this file, got none"),
-    (lambda folder: (folder / "adapter_config.json").unlink(), "adapter_config.json: wanted this file, got none"),
-    (lambda folder: (folder / "adapter_config.json").write_text("{"), "adapter_config.json: wanted JSON, got"),
-    (lambda folder: (folder / "adapter_config.json").write_text("[" * 500_000), "adapter_config.json: wanted JSON, got"),
-    (wide, "wanted at most 1000000 bytes, got 1000001"),
+    (pickled, "adapter_model.bin is a pickle, which is not read"),
+    (lambda folder: (folder / FILE).unlink(), f"wanted a directory with {FILE}, got"),
+    (lambda folder: (folder / "adapter_config.json").unlink(), "wanted a directory with adapter_config.json, got"),
+    (lambda folder: (folder / "adapter_config.json").write_text("{"), "adapter_config.json: wanted a JSON object, got none"),
+    (lambda folder: (folder / "adapter_config.json").write_text("[" * 500_000), "adapter_config.json: wanted a JSON object, got none"),
+    (wide, "wanted at most 16777216 bytes, got more"),
     (integers, "wanted base_model.model.layers.5.q.lora_A.weight as F16, BF16, F32, F64, got I8"),
     (nothing_in_it, "wanted tensors named ...lora_A.weight, got model.weight"),
     (lambda folder: reconfigure(folder, peft_type="IA3"), "wanted peft_type 'LORA', got 'IA3'"),
@@ -344,7 +344,7 @@ def test_wrong_companions_are_exit_code_2(adapter, folder, tmp_path, capsys):
         (("--base", small), "wanted layers.0.q.weight as floats [24, 12], got F32 [3, 12]"),
         (("--base", scalar), "wanted conv.weight as floats [8, 12], got F32 []"),
         (("--against", folder), "wanted a matrix such as conv, got none in common"),
-        (("--against", empty), "adapter_config.json: wanted this file, got none"),
+        (("--against", empty), f"wanted a directory with adapter_config.json, got '{empty}' without"),
         (("--plot", tmp_path / "plots"), "--plot: wanted --against OTHER_DIR beside it, got none"),
     ]:
         code, out, err = inspect(capsys, ours, *args)
