@@ -16,7 +16,7 @@ from .apply import some
 from .experts_layer import LoRAExperts, config_name, unwrapped
 from .lora_config import names_mean, pattern_of
 from .multi import MultiLoRALinear
-from .nn import FusedLoRALinear, scaling_of
+from .nn import FusedLoRALinear, check_storage, scaling_of
 from .packed_layer import PackedLoRALinear, PackedPart
 from .problem import UnsupportedError, sharded
 
@@ -26,17 +26,18 @@ STACKED = (MultiLoRALinear, PackedPart)
 ADAPTED = (FusedLoRALinear, LoRAExperts, *STACKED)
 
 
-def file_layers(model: nn.Module, slot: int | None) -> dict[str, Any]:
-    """The layers that ``slot`` means, by first name, as in the uncompiled model."""
+def file_layers(model: nn.Module, slot: int | None) -> tuple[dict[str, Any], dict[str, str]]:
+    """The layers that ``slot`` means and what a config calls them, both by first name, as in the uncompiled model."""
     if slot is not None and (isinstance(slot, bool) or not isinstance(slot, int)):
         raise TypeError(f"slot: wanted an adapter's number, an int, got {type(slot).__name__}")
     found: dict[str, Any] = {}
-    for name, _, m in file_modules(model):
+    called: dict[str, str] = {}
+    for name, its_name, m in file_modules(model):
         if not isinstance(m, ADAPTED):
             continue
         if name in found:
             raise ValueError(f"names: wanted a name for each layer that files can tell apart, got {name} for two")
-        found[name] = m
+        found[name], called[name] = m, its_name
     if not found:
         hint = "apply_lora(model, config) makes them"
         raise ValueError(f"model: wanted one that contains FusedLoRALinear or MultiLoRALinear layers, got none; {hint}")
@@ -50,11 +51,10 @@ def file_layers(model: nn.Module, slot: int | None) -> dict[str, Any]:
             raise UnsupportedError(f"names: wanted those that adapter files have for the layers that {name} packs, got none")
         if slot is not None and not 0 <= slot < layer.num_adapters:
             raise IndexError(f"slot: wanted an adapter of {name} from 0 to {layer.num_adapters - 1}, got {slot}")
-        if layer.lora_A.is_meta:
-            raise ValueError(f"model: wanted layers with storage, got {name} on the meta device; call to_empty or load it first")
+        check_storage(name, layer)
         if sharded(layer.lora_A):
             raise UnsupportedError(f"model: wanted whole layers, got shards in {name}; gather them into a model that is not sharded")
-    return found
+    return found, called
 
 
 def file_modules(model: nn.Module, aliases: bool = False) -> list[tuple[str, str, Any]]:
@@ -84,9 +84,10 @@ def held_by(layer: Any, slot: int | None) -> dict[str, torch.Tensor]:
     return {part: t.detach() for part, t in found.items() if t is not None}
 
 
-def config_of(model: nn.Module, layers: dict[str, Any], held, slot: int | None, one_scale: bool) -> tuple[dict[str, Any], dict[str, float]]:
+def config_of(
+    model: nn.Module, layers: dict[str, Any], called: dict[str, str], held, slot: int | None, one_scale: bool
+) -> tuple[dict[str, Any], dict[str, float]]:
     """The config, and what each lora_B is to be multiplied by."""
-    called = {key: name for key, name, _ in file_modules(model)}
     ranks = {name: held[name]["lora_A.weight"].shape[0] // getattr(layer, "num_experts", 1) for name, layer in layers.items()}
     scalings = {name: float(layer.scaling if slot is None else layer.scaling[slot]) for name, layer in layers.items()}
     wrong = [name for name, scaling in scalings.items() if not math.isfinite(scaling)]

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from . import slots
-from .adapter_layers import ATTRIBUTES, STACKED, config_of, file_layers, file_modules, held_by
+from .adapter_layers import ATTRIBUTES, STACKED, config_of, file_layers, held_by
 from .adapter_store import WEIGHTS_FILE, opened, safetensors_or_why, write
 from .apply import some
 from .experts_layer import LoRAExperts, unwrapped
@@ -75,12 +75,12 @@ def save_adapter(
         raise TypeError(f"dtype: wanted {', '.join(map(str, DTYPES.values()))} or None, got {dtype}")
     if task_type not in (None, *TASKS):
         raise ValueError(f"task_type: wanted {', '.join(TASKS)} or None, got {task_type!r}")
-    layers = file_layers(model, slot)
+    layers, called = file_layers(model, slot)
     held = {name: held_by(layer, slot) for name, layer in layers.items()}
     dtypes = sorted({str(t.dtype) for tensors in held.values() for t in tensors.values()})
     if dtype is None and len(dtypes) > 1:
         raise ValueError(f"dtype: wanted the one to write in, since the adapters have several, {', '.join(dtypes)}; got None")
-    config, scales = config_of(model, layers, held, slot, one_scale)
+    config, scales = config_of(model, layers, called, held, slot, one_scale)
     tensors = {}
     for name, parts in held.items():
         for part, t in parts.items():
@@ -137,17 +137,15 @@ class Adapter(NamedTuple):
 def read(model: nn.Module, folder: str | os.PathLike, *, slot: int | None, partial: bool = False, cast: bool = False) -> Adapter:
     """All of `load_adapter` but the writing."""
     safetensors_or_why()
-    layers = file_layers(model, slot)
+    layers, called = file_layers(model, slot)
     if by := next(filter(None, map(sharding, model.modules())), ""):
         raise UnsupportedError(f"model: wanted one that is not sharded, got a {by}, whose parameters are whole in passing; load it first")
     merged = [name for name, layer in layers.items() if layer.merged]
     if merged:
         raise RuntimeError(f"model: wanted unmerged layers to load into, got merged ones ({some(merged)}); call unmerge() first")
     check_written(*layers.values())
-    which = {"layers_to_transform": None, "layers_pattern": None}  # the file's own names say which layers
     given = read_config(folder)
-    config = LoRAConfig.from_dict({**given, **which})
-    called = {key: name for key, name, _ in file_modules(model)}
+    config = LoRAConfig.from_dict({**given, "layers_to_transform": None, "layers_pattern": None})  # the file's own names say which layers
     held = {name: held_by(layer, slot) for name, layer in layers.items()}
     with opened(os.path.join(folder, WEIGHTS_FILE)) as file:
         if read_config(folder) != given:  # a save takes the old config away before it replaces the weights
@@ -155,10 +153,11 @@ def read(model: nn.Module, folder: str | os.PathLike, *, slot: int | None, parti
         there = set(file.keys())
         bases = {f"{PREFIX}{name}.base_layer.weight": layer for name, layer in layers.items() if isinstance(layer, AdaptedLinear)}
         keys = _check_keys(there - bases.keys(), held, partial)
-        _check_stacks(config, {called[name]: layers[name] for name in keys}, layers, by_peft_before_0_19(given))
+        adapted = {called[name]: layers[name] for name in keys}
+        _check_stacks(config, adapted, layers, by_peft_before_0_19(given))
         for name, parts in keys.items():
             _check_layer(file, config, called[name], layers[name], parts, cast)
-        _check_packed(config, {called[name]: layers[name] for name in keys})
+        _check_packed(config, adapted)
         _check_one_dtype(file, there - bases.keys(), cast)
         for key in there & bases.keys():  # PEFT writes it beside the adapter of a head
             if not bases[key].has_base(file.get_tensor(key)):

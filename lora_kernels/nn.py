@@ -268,9 +268,9 @@ def held(layer: nn.Module, *names: str) -> list:
 
 
 def check_storage(name: str, layer: Any) -> None:
-    """Refuse a layer on the meta device, where a model waits for its weights or offload hooks leave them: what it is given is lost."""
+    """Refuse a layer on the meta device, where a model waits for its weights or offload hooks leave them."""
     if layer.lora_A.is_meta:
-        raise ValueError(f"{name}: wanted a layer with storage to write to, got one on the meta device; load it or call to_empty first")
+        raise ValueError(f"{name}: wanted a layer with storage, got one on the meta device; load it or call to_empty first")
 
 
 def check_written(*layers: Any, names: tuple[str, ...] = ("lora_A", "lora_B", "lora_bias", "lora_magnitude")) -> None:

@@ -245,7 +245,7 @@ def test_nothing_is_read_before_the_header_was_checked(tmp_path, monkeypatch):
         (lambda: ours(num_adapters=2), {"slot": 2}, IndexError, "slot: wanted an adapter of blocks.0.q_proj from 0 to 1, got 2"),
         (lambda: ours(num_adapters=2), {"slot": -1}, IndexError, "slot: wanted an adapter of blocks.0.q_proj from 0 to 1, got -1"),
         (lambda: ours(num_adapters=2), {"slot": True}, TypeError, "slot: wanted an adapter's number, an int, got bool"),
-        (lambda: ours().to("meta"), {}, ValueError, "wanted layers with storage, got blocks.0.q_proj on the meta device"),
+        (lambda: ours().to("meta"), {}, ValueError, "blocks.0.q_proj: wanted a layer with storage, got one on the meta device"),
     ],
 )
 def test_models_that_neither_save_nor_load(make, kwargs, error, match, tmp_path):
