@@ -208,8 +208,8 @@ class MultiLoRALinear(AdaptedLinear):
             the meta device; with nothing changed.
         """
         self._check_slot(i)
-        r = self._checked_rank(A, B, self.out_features)
-        scale = self._checked_scale(i, r, scale)
+        self._check_pair(A, B, self.out_features)
+        check_scale(scale)
         slots.put(i, [(self, [self._copied(A, B)], scale)])
 
     def merge(self, i: int, keep: str = "device") -> None:
@@ -263,8 +263,8 @@ class MultiLoRALinear(AdaptedLinear):
                 "do it before fully_shard or parallelize_module, or gather the state"
             )
 
-    def _checked_rank(self, A, B, N: int, which: str = "") -> int:
-        """The rank of an adapter that fits a slot, with N outputs; which: of packed layers, behind the names in errors."""
+    def _check_pair(self, A, B, N: int, which: str = "") -> None:
+        """Refuse what fits no slot with N outputs; which: of packed layers, behind the names in errors."""
         a, b, K = f"A{which}", f"B{which}", self.in_features
         check_tensor(a, A, f"a tensor [r, {K}]")
         check_tensor(b, B, f"a tensor [{N}, r]")
@@ -275,17 +275,9 @@ class MultiLoRALinear(AdaptedLinear):
             raise ValueError(f"{a}: wanted a rank from 1 to the stack's {self.r}, got {r} (shape {list(A.shape)})")
         if tuple(B.shape) != (N, r):
             raise ValueError(f"{b}: wanted shape [{N}, {r}] to match {a} {list(A.shape)}, got {list(B.shape)}")
-        return r
 
     def _scale_for(self, i: int, r: int) -> float:
         return scaling_of(self.lora_alpha[i], r, self.use_rslora)
-
-    def _checked_scale(self, i: int, r: int, scale: float | None) -> float:
-        scale = self._scale_for(i, r) if scale is None else scale
-        if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-            raise TypeError(f"scale: wanted a float or None, got {type(scale).__name__}")
-        check_finite("scale", scale)
-        return scale
 
     def _copied(self, A: torch.Tensor, B: torch.Tensor) -> Pair:
         """As the stacks have them; copied, for they may be views into these stacks."""
@@ -341,6 +333,13 @@ class MultiLoRALinear(AdaptedLinear):
         parts += [f"num_adapters={self.num_adapters}", f"r={self.r}", f"lora_dropout={self.lora_dropout:g}"]
         parts += [f"ranks={low}" if low == high else f"ranks={low}..{high}"] if self._mixed else []
         return ", ".join(parts)
+
+
+def check_scale(scale: float | None) -> None:
+    if scale is not None:
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+            raise TypeError(f"scale: wanted a float or None, got {type(scale).__name__}")
+        check_finite("scale", scale)
 
 
 def _each(name: str, value, E: int) -> list:
