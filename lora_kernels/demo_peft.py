@@ -14,12 +14,6 @@ from .demo import DROPOUT, TARGETS, Setting, accuracy, compare, outputs, row, tr
 from .demo_data import CannotRun, Classifier
 
 
-def check_peft() -> None:
-    """Raise `CannotRun` where PEFT is missing."""
-    if importlib.util.find_spec("peft") is None:
-        raise CannotRun('--peft: wanted the package peft, got none; install it with: pip install "lora_kernels[demo,peft]"')
-
-
 def pair(encoder, topics: int, rank: int, dropout: float) -> tuple[dict[str, Classifier], str]:
     """The same model fused and as PEFT computes it, in this order, and what `fuse` reported."""
     from peft import LoraConfig, get_peft_model
@@ -43,7 +37,8 @@ def failures(fused: float, stock: float, tests: int) -> list[str]:
 
 def run(args: argparse.Namespace) -> list[str]:
     """The demo; returns what failed."""
-    check_peft()
+    if importlib.util.find_spec("peft") is None:
+        raise CannotRun('--peft: wanted the package peft, got none; install it with: pip install "lora_kernels[demo,peft]"')
     s = Setting.of(args)
     torch.manual_seed(args.seed)
     models, report = pair(s.encoder, len(s.topics), args.rank, s.dropout)

@@ -121,7 +121,8 @@ def _choose(p: Problem, device: torch.device, impl: str, key: str, interpreted: 
     if arch is None or reason:
         why |= {"triton": f"no: {reason}", "torch": "the chain of library calls"}
         return Choice("torch", None, why)
-    arm, sentence = _preferred(p, arch)
+    row = lookup(p, arch)
+    arm, sentence = (row.arm, f"measured faster: {row.source}") if row else unmeasured(p, arch)
     why[arm] = sentence
     return Choice(arm, config if arm == "triton" else None, why)
 
@@ -135,11 +136,6 @@ def why_not_here(config: Config, p: Problem, arch: Arch) -> str | None:
     if config.expand.pdl and arch.kind == "cuda" and _release(triton_version()) < (3, 5):
         return f"expand.pdl is compiled by Triton from 3.5 on and not by {triton_version()} (its own functions fail)"
     return why_not(config, p, arch)
-
-
-def _preferred(p: Problem, arch: Arch) -> tuple[str, str]:
-    row = lookup(p, arch)
-    return (row.arm, f"measured faster: {row.source}") if row else unmeasured(p, arch)
 
 
 def unmeasured(p: Problem, arch: Arch) -> tuple[str, str]:

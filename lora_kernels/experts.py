@@ -20,7 +20,6 @@ from .problem import FLOATS, PLAIN, UnsupportedError
 from .segments import Segments
 
 INTERFACE = ("num_experts", "has_gate", "has_bias", "is_transposed", "_apply_gate")
-ELSEWHERE = "its experts run by {!r}, another library's kernels"
 OURS = (None, "eager", "grouped_mm", "batched_mm")  # ways to compute the same in plain torch
 
 
@@ -62,7 +61,7 @@ def why_not_experts(experts: nn.Module, *, frozen: bool = True) -> str | None:
         return f"its base layer is a {kind}, without {missing[0]} of transformers' experts interface"
     way = getattr(getattr(experts, "config", None), "_experts_implementation", None)
     if way not in OURS:
-        return ELSEWHERE.format(way)
+        return f"its experts run by {way!r}, another library's kernels"
     for name in projections(experts):
         for each in (name, f"{name}_bias") if experts.has_bias else (name,):
             t: Any = getattr(experts, each, None)

@@ -54,7 +54,7 @@ def evaluate(case: Case, tensors: dict, impl: str, dtype: torch.dtype | None = N
             **many(case, t["x"].device), base=t["base"], dropout_p=case.p, seed=SEED, **how,
         )  # fmt: skip
     grads = torch.autograd.grad(y, [t[name] for name in names], t["dY"].view_as(y) if case.top_k > 1 else t["dY"])
-    return [y.detach(), *grads] + [None] * (5 - 1 - len(grads))
+    return [y.detach(), *grads] + [None] * (4 - len(grads))
 
 
 def errors(ours: torch.Tensor, truth: torch.Tensor) -> tuple[float, float]:
