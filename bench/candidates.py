@@ -82,7 +82,8 @@ def _expands(problem: Problem, arch: Arch, own: Expand) -> Iterator[Expand]:
     if tiles < arch.sms:
         narrow = [replace(own, block_n=128, num_stages=stages) for stages in (3, 4)]
         yield from (replace(tile, split=split) for tile in narrow for split in _splits(tiles, problem.K, own.block_k, arch) if split <= 16)
-    own, modes = replace(own, split=1), list(_modes(own.tma))
+    # Scheduled both ways, but loaded by descriptors only where the heuristic takes them too.
+    own, modes = replace(own, split=1), [dict(tma=own.tma, persistent=persistent, num_warps=8) for persistent in (False, True)]
     wide = problem.itemsize == 2 and arch.shared_memory >= 160 << 10
     for (m, n, k), stages, mode in itertools.product(EXPAND_TILES if wide else SMALL_TILES, (2, 3, 4, 5), modes):
         if stages > 2 or not wide:
@@ -93,12 +94,6 @@ def _expands(problem: Problem, arch: Arch, own: Expand) -> Iterator[Expand]:
     yield replace(own, tma=False)
     yield replace(own, base="library", tma=False)
     yield from (replace(own, group_m=g, persistent=persistent) for g in (4, 16) for persistent in (False, True))
-
-
-def _modes(tma: bool) -> Iterator[dict]:
-    """Ways to load and to schedule; by descriptors only where the heuristic takes them too."""
-    for persistent in (False, True):
-        yield dict(tma=tma, persistent=persistent, num_warps=8)
 
 
 def _few_tokens(problem: Problem, arch: Arch, own: Expand) -> Iterator[Expand]:

@@ -61,15 +61,20 @@ class Checker:
         if arm.of not in self._expected:
             exact = outputs(textbook, in_float64(o), tiny.forward_alone)
             self._expected[arm.of] = outputs(textbook, o, tiny.forward_alone), exact
-        same, exact = self._expected[arm.of]
-        for what, mine, other, truth in zip(NAMES, outputs(arm.formula, o, tiny.forward_alone), same, exact, strict=False):
-            mine = torch.zeros_like(other) if mine is None else mine
-            if mine.shape != other.shape:
-                return f"{what} at {tiny}: wanted shape {list(other.shape)}, got {list(mine.shape)}"
-            used = parity.budget_used(mine, other, truth, terms=tiny.M + tiny.K + tiny.N)
-            if not used <= 1.0:
-                return f"{what} at {tiny}: {used:.3g} times the error that is allowed"
-        return None
+        mine = outputs(arm.formula, o, tiny.forward_alone)
+        return first_wrong(mine, *self._expected[arm.of], f"{tiny}", terms=tiny.M + tiny.K + tiny.N)
+
+
+def first_wrong(mine: list, same: list, exact: list, where: str, terms: int) -> str | None:
+    """What is wrong with the first of `outputs` that is not right, or None; same: the textbook's in their dtype, exact: in float64."""
+    for what, own, other, truth in zip(NAMES, mine, same, exact, strict=False):  # forward alone: y
+        own = torch.zeros_like(other) if own is None else own
+        if own.shape != other.shape:
+            return f"{what} at {where}: wanted shape {list(other.shape)}, got {list(own.shape)}"
+        used = parity.budget_used(own, other, truth, terms=terms)
+        if not used <= 1.0:
+            return f"{what} at {where}: {used:.3g} times the error that is allowed"
+    return None
 
 
 def textbook(o: Operands) -> torch.Tensor:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from . import report_tables
 from .plan_cost import GRID, LAYERS
-from .report_tables import PASSES, ms, points, title
+from .report_tables import PASSES, lists, ms, points, reasons, title
 from .table import geomean, markdown_table, ratio, significant, text_table
 
 SECTIONS = ("multi", "decode", "mtrain")
@@ -59,7 +58,7 @@ def many(rows: list[dict], brief: bool) -> str:
     if plan:
         parts.append(_plan(plan, brief))
     if not brief:
-        parts += report_tables.lists({"Left out": left_out, "Failed": [row for row in rows if row["error"]]}, arm_title)
+        parts += lists({"Left out": left_out, "Failed": [row for row in rows if row["error"]]}, arm_title)
     return "\n\n".join(parts)
 
 
@@ -92,10 +91,6 @@ def _plan(rows: list[dict], brief: bool) -> str:
     return f"`Segments.from_ids`, once for all layers; the base product is {first['K']}->{first['N']}.\n\n" + markdown_table(header, lines)
 
 
-def reasons(rows: list[dict]) -> list[str]:
-    return report_tables.reasons(rows, arm_title)
-
-
 def summary(name: str, rows: list[dict]) -> str:
     """Text: times over the base alone's, geometric means over layers; then plans, and what was left out."""
     timed = [row for row in rows if row["over_linear"] is not None and row["grid"] != GRID]
@@ -117,7 +112,8 @@ def summary(name: str, rows: list[dict]) -> str:
         lines = [[f"{row['launch']} M={row['M']} E={row['loaded']}", row["ms"]["p50"], significant(row["over_linear"]),
                   significant(row["over_linear"] / LAYERS)] for row in plan]  # fmt: skip
         text += "\n" + text_table([f"{name}: plan", "ms", "/ base product", f"/ {LAYERS} of them"], lines)
-    return "\n".join([text, *(f"left out: {line}" for line in reasons([row for row in rows if row["what"] == "left out"]))])
+    left_out = [row for row in rows if row["what"] == "left out"]
+    return "\n".join([text, *(f"left out: {line}" for line in reasons(left_out, arm_title))])
 
 
 RENDERERS = dict.fromkeys(SECTIONS, many)

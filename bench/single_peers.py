@@ -14,12 +14,10 @@ from types import ModuleType
 import torch
 import torch.nn.functional as F
 
-from lora_kernels import parity
-
 from . import peer_modules
 from .baselines import Formula, gradients, training
 from .conditions import Recorder
-from .multi_check import NAMES, in_float64, outputs, textbook
+from .multi_check import first_wrong, in_float64, outputs, textbook
 from .timing import Step, message
 from .workloads import Operands, Point
 
@@ -107,11 +105,4 @@ def masked(keep: torch.Tensor) -> Formula:
 
 def _compare(mine: list, right: Formula, o: Operands, where: str) -> str | None:
     same, exact = outputs(right, o, False), outputs(right, in_float64(o), False)
-    for what, own, other, truth in zip(NAMES, mine, same, exact, strict=True):
-        own = torch.zeros_like(other) if own is None else own
-        if own.shape != other.shape:
-            return f"{what} at {where}: wanted shape {list(other.shape)}, got {list(own.shape)}"
-        used = parity.budget_used(own, other, truth, terms=sum(o.x.shape) + o.weight.shape[0])
-        if not used <= 1.0:
-            return f"{what} at {where}: {used:.3g} times the error that is allowed"
-    return None
+    return first_wrong(mine, same, exact, where, terms=sum(o.x.shape) + o.weight.shape[0])

@@ -6,6 +6,7 @@ One variant equals that choice; it is timed all the same, since the difference b
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -104,15 +105,10 @@ def variants(every: bool, decode: bool) -> Iterator[tuple[str, dict]]:
     for u in ("loop", "awaited"):
         # The other way past the hazard of a dropped operand, where the plain variant gives up its pipeline.
         yield f"{u}+32rows", {"u": u, "base": "kernel", "block_m": 32, "block_n": 128}
-    for u in SOURCES:
-        for tma in (False, True):
-            for persistent in (False, True):
-                flags = [("tma", tma), ("persistent", persistent)]
-                yield "+".join([u, *(flag for flag, on in flags if on)]), {"u": u, "base": "kernel", **dict(flags)}
-    for tma in (False, True):
-        for persistent in (False, True):
-            flags = [("tma", tma), ("persistent", persistent), ("pdl", True)]
-            yield "+".join(["given", *(flag for flag, on in flags if on)]), {"u": "given", "base": "kernel", **dict(flags)}
+    for u, pdl in (*((u, {}) for u in SOURCES), ("given", {"pdl": True})):
+        for tma, persistent in itertools.product((False, True), repeat=2):
+            flags = {"tma": tma, "persistent": persistent, **pdl}
+            yield "+".join([u, *(flag for flag, on in flags.items() if on)]), {"u": u, "base": "kernel", **flags}
     yield "library", {"u": "given", "base": "library", "tma": False, "persistent": False}
 
 
