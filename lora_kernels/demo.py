@@ -24,8 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .apply import apply_lora
 from .autograd import explain
 from .demo_data import Batch, CannotRun, Classifier, Headlines, check_packages, drop_duplicates, load_encoder, read_titles, split
+from .lora_config import LoRAConfig
 from .nn import FusedLoRALinear
 from .problem import MAX_RANK
 
@@ -92,14 +94,10 @@ def _number(kind, low, below, wanted: str):
     return parse
 
 
-def adapt(encoder: nn.Module, rank: int, dropout: float) -> dict[str, FusedLoRALinear]:
+def adapt(encoder: nn.Module, rank: int, dropout: float) -> dict[str, Any]:
     """Put a FusedLoRALinear in the place of each nn.Linear named in TARGETS, sharing its weight; returns them by name."""
-    layers = {}
-    for name, linear in list(encoder.named_modules()):
-        if type(linear) is nn.Linear and name.rpartition(".")[2] in TARGETS:
-            layers[name] = FusedLoRALinear.from_linear(linear, r=rank, lora_alpha=2 * rank, lora_dropout=dropout)
-            encoder.set_submodule(name, layers[name])
-    return layers
+    config = LoRAConfig(target_modules=TARGETS, r=rank, lora_alpha=2 * rank, lora_dropout=dropout)
+    return {name: encoder.get_submodule(name) for name in apply_lora(encoder, config)}
 
 
 def train(groups: list[dict], epoch_of, epochs: int, steps: int, seed: int, label: str) -> None:

@@ -158,8 +158,9 @@ def test_every_targeted_linear_is_replaced_and_shares_its_weight(encoder):
 
 
 def test_other_linears_are_left_alone():
-    block = nn.ModuleDict({"query": nn.Linear(4, 4), "output": nn.ModuleDict({"dense": nn.Linear(4, 4)}), "other": nn.Linear(4, 4)})
-    assert demo.adapt(block, rank=2, dropout=0.0).keys() == {"query", "output.dense"}
+    linears = {name: nn.Linear(4, 4) for name in ("query", "key", "value", "other")}
+    block = nn.ModuleDict({**linears, "output": nn.ModuleDict({"dense": nn.Linear(4, 4)})})
+    assert demo.adapt(block, rank=2, dropout=0.0).keys() == {"query", "key", "value", "output.dense"}
     assert type(block["other"]) is nn.Linear
 
 
