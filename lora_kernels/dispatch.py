@@ -61,18 +61,13 @@ def triton_missing() -> str | None:
 
 
 @functools.cache
-def triton_version() -> str:
-    return importlib.metadata.version("triton")
+def version(package: str) -> str:
+    return importlib.metadata.version(package)
 
 
-@functools.cache
-def numpy_version() -> str:
-    return importlib.metadata.version("numpy")
-
-
-def _release(version: str) -> tuple[int, ...]:
-    """The first two numbers of a version."""
-    return tuple(int(number) for number in version.split(".")[:2])
+def _release(package: str) -> tuple[int, ...]:
+    """The first two numbers of its version."""
+    return tuple(int(number) for number in version(package).split(".")[:2])
 
 
 @functools.cache
@@ -131,10 +126,10 @@ def why_not_here(config: Config, p: Problem, arch: Arch) -> str | None:
     """`why_not`, and what the Triton of this machine cannot do."""
     if arch.kind == "interpreter" and p.dtype == torch.bfloat16:
         return INTERPRETED_BFLOAT16
-    if arch.kind == "interpreter" and _release(triton_version()) < (3, 7) and _release(numpy_version()) >= (2, 4):
+    if arch.kind == "interpreter" and _release("triton") < (3, 7) and _release("numpy") >= (2, 4):
         return INTERPRETED_NUMPY
-    if config.expand.pdl and arch.kind == "cuda" and _release(triton_version()) < (3, 5):
-        return f"expand.pdl is compiled by Triton from 3.5 on and not by {triton_version()} (its own functions fail)"
+    if config.expand.pdl and arch.kind == "cuda" and _release("triton") < (3, 5):
+        return f"expand.pdl is compiled by Triton from 3.5 on and not by {version('triton')} (its own functions fail)"
     return why_not(config, p, arch)
 
 

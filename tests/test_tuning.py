@@ -217,7 +217,7 @@ def test_a_row_that_a_call_cannot_take_yields_to_the_heuristic(monkeypatch):
     early = Config(expand=Expand(pdl=True))
     monkeypatch.setattr(tables, "ROWS", (replace(row, config=early),))
     for version, config in (("3.5.0", early), ("3.4.0", heuristic(PROBLEM, sm_90))):
-        monkeypatch.setattr(dispatch, "triton_version", lambda version=version: version)
+        monkeypatch.setattr(dispatch, "version", {"triton": version}.__getitem__)
         calls.forget()
         assert dispatch.choose(PROBLEM, device, "triton").config == config
     calls.forget()
@@ -231,8 +231,7 @@ def test_an_interpreter_that_numpy_has_left_behind(monkeypatch):
         ("3.7.1", "2.5.0", False),
         ("3.10.0", "2.5", False),
     ):
-        monkeypatch.setattr(dispatch, "triton_version", lambda version=triton: version)
-        monkeypatch.setattr(dispatch, "numpy_version", lambda version=numpy: version)
+        monkeypatch.setattr(dispatch, "version", {"triton": triton, "numpy": numpy}.__getitem__)
         assert (dispatch.why_not_here(heuristic(plain, interpreter), plain, interpreter) == dispatch.INTERPRETED_NUMPY) is refused
         assert dispatch.why_not_here(heuristic(PROBLEM, sm_90), PROBLEM, sm_90) is None
 
@@ -240,7 +239,7 @@ def test_an_interpreter_that_numpy_has_left_behind(monkeypatch):
 def test_dependent_launches_need_a_triton_that_compiles_them(monkeypatch):
     config, sm_90 = Config(expand=Expand(pdl=True)), Arch.parse("sm_90")
     for version, refused in (("3.4.0", True), ("3.5.0", False), ("3.10.1", False)):
-        monkeypatch.setattr(dispatch, "triton_version", lambda version=version: version)
+        monkeypatch.setattr(dispatch, "version", {"triton": version}.__getitem__)
         assert ("from 3.5 on and not by 3.4.0" in (dispatch.why_not_here(config, PROBLEM, sm_90) or "")) is refused
 
 
