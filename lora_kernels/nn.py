@@ -302,6 +302,10 @@ def check_dropout(lora_dropout: float) -> None:
 
 
 def scaling_of(lora_alpha: float, r: int, use_rslora: bool) -> float:
+    """``lora_alpha / r``, with rsLoRA ``/ sqrt(r)``. TypeError, ValueError: lora_alpha is no number, or not a finite one."""
+    if isinstance(lora_alpha, bool) or not isinstance(lora_alpha, (int, float)):
+        raise TypeError(f"lora_alpha: wanted a number, got {lora_alpha!r}")
+    check_finite("lora_alpha", lora_alpha)
     return lora_alpha / (math.sqrt(r) if use_rslora else r)
 
 

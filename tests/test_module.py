@@ -276,3 +276,12 @@ def test_a_parametrized_magnitude_is_not_reset():
     parametrize.register_parametrization(layer, "lora_magnitude", Twice())
     with pytest.raises(ValueError, match="lora_magnitude: wanted a parameter to write an adapter to, got one that is computed"):
         layer.reset_magnitude()
+
+
+@pytest.mark.parametrize("kind", [FusedLoRALinear, MultiLoRALinear])
+def test_lora_alpha_is_a_finite_number(kind):
+    """Any other is refused where the layer is built."""
+    slots = {"num_adapters": 2} if kind is MultiLoRALinear else {}
+    for alpha, error in ((math.nan, ValueError), (math.inf, ValueError), ("16", TypeError), (True, TypeError), (torch.ones(1), TypeError)):
+        with pytest.raises(error, match="lora_alpha: wanted a"):
+            kind(8, 8, r=2, lora_alpha=alpha, **slots)
