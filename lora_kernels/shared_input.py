@@ -115,7 +115,7 @@ class SharedInput:
 def _beside(own: Projection, layer: Any, x: torch.Tensor) -> Projection | None:
     """A layer's projection of x, if it fits beside ``own``."""
     one = layer.projection(x)
-    if one is None or seen(x, [one]) or one.lora_A.shape[-1] != own.lora_A.shape[-1] or callable(one.weight) != callable(own.weight):
+    if one is None or seen(x, [one]) or one.lora_A.shape[-1] != own.lora_A.shape[-1]:
         return None
     alike = all(getattr(one.weight, what) == getattr(own.weight, what) for what in ("device", "dtype"))
     return one if alike else None

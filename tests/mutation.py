@@ -47,7 +47,7 @@ SELECTIONS = {  # a mutant's tests: their files, and which of them run first
     ),
     "sum": (["test_expand_sum.py"], "further_steps or behind_the_loop and 12"),
     "launcher": (["test_launcher.py"], "test"),
-    "made": (["test_weight_made.py", "test_dequantize.py"], "not (compiled or refusals) or dequantize_refusals"),
+    "made": (["test_weight_made.py", "test_dequantize.py"], "not compiled"),
     "tuning": (["test_tuning.py"], "tiles_fill or float32_products"),
     "calls": (["test_calls.py"], "test"),
     "serving": (["test_serving.py", "test_pool.py", "test_pool_writes.py"], "test"),

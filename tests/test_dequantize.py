@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import weakref
+from types import SimpleNamespace
 
 import bitsandbytes as bnb
 import pytest
@@ -139,6 +140,10 @@ def test_mixed_batches(calls):
     stock.eval()
     with torch.no_grad():
         torch.testing.assert_close(y, stock(X, adapter_names=names), rtol=1e-4, atol=1e-4)
+    _, fused, _ = pair(dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16), mixed_adapters(fused, ["default", "__base__", "default"]):
+        y = fused.base_model.model.first(X)
+    assert y.dtype is torch.float32 and calls[-1]["base"] is None
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -233,14 +238,30 @@ def test_a_weight_written_between_two_calls(groups):
     assert groups[0] == 3
 
 
-def test_a_cast_bias_is_computed_alone(groups):
+@pytest.mark.parametrize("peft", [True, False])
+def test_a_cast_bias_is_computed_alone(peft, groups):
     """A bias of another dtype is cast anew at each call, so that no result of an earlier one is known for right."""
-    model = Three(torch.bfloat16)
+    model, names = Three(torch.bfloat16), ["q_proj", "k_proj", "v_proj"]
     model.q_proj.bias.data = model.q_proj.bias.data.float()
-    apply_lora(model, LoRAConfig(target_modules=["q_proj", "k_proj", "v_proj"], r=4, init_lora_weights=False))
+    if peft:
+        model = get_peft_model(model, config(target_modules=names))
+        fuse(model)
+    else:
+        apply_lora(model, LoRAConfig(target_modules=names, r=4, init_lora_weights=False))
     share_inputs(model)
     model(X.bfloat16().requires_grad_())
-    assert groups == [2] and model.q_proj.base_layer.bias.dtype is torch.float32
+    (bias,) = (each.bias for each in model.modules() if is_four_bit(each) and each.bias is not None)
+    assert groups == [2] and bias.dtype is torch.float32
+
+
+def test_over_a_layer_that_multiplies_in_another_dtype(groups):
+    """Under autocast, x in float32: `LoRAOver` gives what its layer gives, float32, which makes the product itself."""
+    model, x = Three(torch.bfloat16), X.clone().requires_grad_()
+    apply_lora(model, LoRAConfig(target_modules=["q_proj", "k_proj", "v_proj"], r=4))
+    share_inputs(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, base = model.k_proj(x), model.k_proj.base_layer(x)
+    assert y.dtype is torch.float32 and torch.equal(y, base) and not groups
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -276,10 +297,11 @@ def test_plain_layers_of_quantised_ones(kind, dtype):
     model[4].to(dtype)
     names = apply_lora(model, LoRAConfig(target_modules=["2"], r=4, init_lora_weights=False))
     x = torch.randn(5, 64).to(dtype)
-    wanted, bias = model(x), model[0].bias
+    wanted, bias, told = model(x), model[0].bias, []
+    model[1].hf_quantizer = SimpleNamespace(remove_quantization_config=told.append)  # as transformers' models have
     assert remove_lora(model, merge=True, dequantize=dtype) == names and model[0].bias is not bias
     assert all(type(model[i]) is nn.Linear and model[i].weight.dtype is dtype and not model[i].training for i in (0, 2, 4))
-    assert not any(p.requires_grad for p in (*model[0].parameters(), *model[2].parameters()))
+    assert not any(p.requires_grad for p in (*model[0].parameters(), *model[2].parameters())) and told == [model[1]]
     rough = 0.05 if kind == "int8" else 0.02 if dtype is torch.bfloat16 else 1e-4  # 8 bits: of x, too, in evaluation
     torch.testing.assert_close(model(x), wanted, rtol=rough, atol=rough)
 

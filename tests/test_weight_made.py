@@ -109,6 +109,16 @@ def test_autocast():
     assert results[0][0].dtype is torch.float16 and all(torch.equal(mine, wanted) for mine, wanted in zip(*results, strict=True))
 
 
+def test_autocast_of_several():
+    made, t = Maker(N, K), operands()
+    results = []
+    for weight in (made, made()):
+        with torch.autocast(DEVICE.type, torch.float16):
+            (y,) = lora_linears(t["x"], [Projection(weight, t["lora_A"], t["lora_B"], t["bias"])], impl="torch")
+        results.append((y.detach(), *torch.autograd.grad(y, [t["x"], t["lora_B"]], torch.ones_like(y))))
+    assert results[0][0].dtype is torch.float16 and all(torch.equal(mine, wanted) for mine, wanted in zip(*results, strict=True))
+
+
 def test_compiled_without_a_break():
     packed, t = Maker(N, K).packed, operands()
 
