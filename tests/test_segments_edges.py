@@ -74,6 +74,36 @@ def test_what_lies_beyond_a_rank_is_not_used_where_the_rank_fills_its_tiles(R, e
         torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("way", [{}, {"masked": True}, {"each": True}, {"u": "awaited"}], ids=str)
+def test_what_lies_around_the_stacks_is_not_used(way):
+    """A token without an adapter has no place in a stack: not the one before its first either."""
+    t, config = parity.inputs(MANY, DEVICE), replace(TILES, expand=replace(TILES.expand, **way))
+    around = {name: torch.full((8, *t[name].shape[1:]), NAN, device=DEVICE)[1:-1].copy_(t[name]) for name in ("lora_A", "lora_B")}
+    results, s = [], plan(parity_cases.adapter_ids(MANY), 6)
+    for stacks in ({}, around):
+        x = t["x"].clone().requires_grad_()
+        A, B = ((t | stacks)[name] for name in ("lora_A", "lora_B"))
+        y = lora_linear(x, t["weight"], A, B, segments=s, impl="triton", config=config)
+        results.append([y, *torch.autograd.grad(y, x, t["dY"])])
+    assert s.starts[-1] - s.starts[-2] > 2 and all(torch.equal(ours, wanted) for ours, wanted in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("way", [{}, {"masked": True}, {"each": True}, {"u": "awaited"}], ids=str)
+def test_an_adapter_too_large_for_16_bits_reaches_nobody_else(way):
+    """Finite in float32, and infinite once it is rounded to x's dtype."""
+    case = replace(MANY, dtype=torch.float16, adapter_dtype=torch.float32)
+    t, ids, config = (
+        parity.inputs(case, DEVICE),
+        parity_cases.adapter_ids(case).to(DEVICE),
+        replace(TILES, expand=replace(TILES.expand, **way)),
+    )
+    large, results = t["lora_B"].clone(), []
+    large[1] = 1e5
+    for B in (t["lora_B"], large):
+        results.append(lora_linear(t["x"], t["weight"], t["lora_A"], B, segments=plan(ids, 6), impl="triton", config=config))
+    assert not results[1][ids == 1].isfinite().any() and torch.equal(results[0][ids != 1], results[1][ids != 1])
+
+
 def test_an_adapter_with_all_the_tokens_among_many():
     """Its tokens are summed by one program where partial sums of a large stack would cost more memory than they save time."""
     sums = []
@@ -188,35 +218,33 @@ def test_parts_of_a_tile_are_float32():
 
 
 @pytest.mark.interpreted
-@pytest.mark.parametrize("where", ["rows", "columns", "lora_A", "lora_B"])
-def test_offsets_past_32_bits(where):
-    """Gathered rows, columns of one tile, and adapters of a stack, 2^31 elements and more apart in untouched address space."""
-    code = f"""
+def test_offsets_past_32_bits():
+    """Gathered rows, columns of one tile and of the next, and adapters, 2^31 elements and more apart in untouched address space."""
+    code = """
 import os; os.environ["TRITON_INTERPRET"] = "1"
 import torch
 from lora_kernels import Segments, lora_linear
 from lora_kernels.tuning import Config, Expand, Shrink, Wgrad
-def far(values, strides):
+def far(values, *strides):
     span = 1 + sum((n - 1) * s for n, s in zip(values.shape, strides))
     return torch.empty(span, dtype=torch.float16).as_strided(values.shape, strides).copy_(values)
-x, A, B = torch.arange(33.).view(33, 1).expand(33, 9), torch.ones(3, 2, 9), torch.ones(3, 5, 2)
+x, A, B = torch.arange(33.).view(33, 1).expand(33, 17), torch.ones(3, 2, 17), torch.ones(3, 5, 2)
 A, B = A * torch.tensor([1., 2., 3.]).view(3, 1, 1) / 8, B * torch.tensor([1., 0.5, 2.]).view(3, 1, 1)
-x, A, B, w = x.half(), A.half(), B.half(), torch.ones(5, 9).half()
-ids = torch.arange(33) % 3
+near = dict(x=x.half(), lora_A=A.half(), lora_B=B.half())
+ids, w = torch.arange(33) % 3, torch.ones(5, 17).half()
 wanted = (x.sum(1, keepdim=True) + 2 * x.sum(1, keepdim=True) * (A[:, 0, 0] * B[:, 0, 0])[ids][:, None]).expand(33, 5)
-where = {where!r}
-if where == "rows": x = far(x, (1 << 26, 1))
-if where == "columns": x = far(x, (1, 1 << 28))
-if where == "lora_A": A = far(A, (1 << 30, 9, 1))
-if where == "lora_B": B = far(B, (1 << 30, 2, 1))
-for each in (False, True):
-    config = Config(Shrink(16, 16), Expand(16, 16, 16, each=each), Wgrad(16, 16))
-    y = lora_linear(x, w, A, B, impl="triton", segments=Segments.from_ids(ids, 3, row_block=16, gather_block=16), config=config)
-    torch.testing.assert_close(y, wanted, rtol=2e-3, atol=0)
-print("right")
+plan = Segments.from_ids(ids, 3, row_block=16, gather_block=16)
+for name, *strides in (
+    ("x", 1 << 26, 1), ("x", 1, 1 << 28), ("x", 1, 1 << 27), ("lora_A", 1 << 30, 17, 1), ("lora_B", 1 << 30, 2, 1)
+):
+    for each in (False, True):
+        config = Config(Shrink(16, 16), Expand(16, 16, 16, each=each), Wgrad(16, 16))
+        y = lora_linear(weight=w, **near | {name: far(near[name], *strides)}, impl="triton", segments=plan, config=config)
+        torch.testing.assert_close(y.float(), wanted, rtol=2e-3, atol=0)
+    print(name)
 """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
-    assert out.stdout == "right\n", (out.returncode, out.stderr[-2000:])
+    assert out.stdout.split() == ["x"] * 3 + ["lora_A", "lora_B"], (out.stdout, out.returncode, out.stderr[-2000:])
 
 
 @pytest.mark.usefixtures("as_on_a_users_cpu")
