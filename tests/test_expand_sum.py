@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lora_kernels import launch
+from lora_kernels import launch, lora_linear
 from lora_kernels.parity import Case, run_case
 from lora_kernels.tuning import Config, Expand, Shrink, Wgrad
 
@@ -67,6 +67,17 @@ def test_what_takes_which(change, expand, wanted, device):
     if case.adapters:
         case = replace(case, config=replace(case.config, shrink=replace(case.config.shrink, block_m=16)))
     assert places(case, device) == wanted
+
+
+@pytest.mark.parametrize("expand", [TILE, STEPS, replace(TILE, block_n=32)], ids=["last", "steps", "first"])
+@pytest.mark.parametrize("R", [8, 12])
+def test_a_token_that_is_not_finite_reaches_no_other(expand, R, device):
+    """Its row of u lies behind the ranks of the one before, which fill no block."""
+    x, weight, A, B = (torch.randn(size, device=device, dtype=DTYPE) for size in ((130, 72), (64, 72), (R, 72), (64, R)))
+    x[70] = float("nan")
+    y = lora_linear(x, weight, A, B, config=config(expand), impl="triton")
+    others = torch.arange(130, device=device) != 70
+    assert y[70].isnan().all() and y[others].isfinite().all()
 
 
 def test_layers_of_one_x_add_to_dX(device):

@@ -58,6 +58,13 @@ def test_experts_of_a_token(impl, top_k, popularity):
     assert result.ok and (result.launches > 0) == (impl == "triton"), result
 
 
+@pytest.mark.parametrize("N, K", [(16, 3072), (3072, 16)])
+def test_long_sums_stay_in_float32(N, K):
+    """Forward's over K, dX's over N: rounded to float16 from block to block they would pass the budget on a short axis."""
+    result = run_case(replace(CASE, M=16, N=N, K=K, R=4, dtype=torch.float16, adapters=2), DEVICE)
+    assert result.ok and result.launches > 0, result
+
+
 @pytest.mark.parametrize("blocks", [16, 32, 64, 128])
 def test_tiles_of_every_size(blocks):
     """As many rows a tile as the plan's gathered tiles, and fewer, and more, than an expert has."""
@@ -84,7 +91,7 @@ def test_routing_by_top_k(impl):
     """The plan that `from_top_k` makes: each token's k answers beside one another, in the order of its experts."""
     t = operands()
     index = torch.stack([torch.randperm(E)[:3] for _ in range(M)]).to(DEVICE)
-    y = lora_linear(*t.values(), segments=Segments.from_top_k(index, E), scale=0.5, impl=impl)
+    y = lora_linear(*t.values(), segments=Segments.from_top_k(index, E).to(DEVICE), scale=0.5, impl=impl)
     assert y.shape == (M, 3, N) and y.is_contiguous()
     for j in range(3):
         alone = lora_linear(*t.values(), segments=Segments.from_ids(index[:, j], E), scale=0.5, impl="reference")

@@ -279,6 +279,10 @@ def test_small_sums_are_scaled_before_they_are_rounded():
     for u in ("given", "loop", "awaited"):
         y = lora_linear(x, W, A, B, scale=1e6, impl="triton", config=with_u(u))
         torch.testing.assert_close(y.double(), wanted, rtol=2e-3, atol=0)
+    once = replace(TILES, wgrad=replace(TILES.wgrad, split=1))
+    dA = launch.run_wgrad(x, x / 10, scale=64.0, dropout=None, config=once, out_transposed=True, dtype=torch.float16)
+    wanted = 64.0 * (x.double() / 10).t() @ x.double()  # near 1e-6, where float16's numbers are 2^-24 apart; its sixtyfourth is zero
+    torch.testing.assert_close(dA.double(), wanted, rtol=2**-9, atol=2**-25)
 
 
 @pytest.mark.parametrize("u", ["given", "loop", "awaited"])

@@ -1,6 +1,7 @@
 """Merging: one pass over W rounded once, the base back bit for bit, and one merged adapter in another's place."""
 
 import copy
+import itertools
 import math
 import pickle
 
@@ -94,6 +95,15 @@ def test_in_place_is_the_same(impl, device):
     write_merged(apart, weight, A, B, -1.3, impl=impl)
     write_merged(own, own, A, B, -1.3, impl=impl)
     assert torch.equal(apart, own) and not torch.equal(own, weight)
+
+
+def test_whatever_was_merged_before(device):
+    """Weight, base, A and B may each lie by rows or by columns: what was worked out for one merge serves no other."""
+    weight, A, B = operands(7, 20, 3, torch.float16, torch.float32, device)
+    for of_out, of_base, of_A, of_B in itertools.product((lambda t: t, lambda t: t.t().contiguous().t()), repeat=4):
+        out = of_out(torch.full_like(weight, float("nan")))
+        write_merged(out, of_base(weight), of_A(A), of_B(B), 0.7, impl="triton")
+        assert_rounded_once(out, weight, A, B, 0.7)
 
 
 def test_large_weights_go_by_blocks_of_rows():

@@ -105,6 +105,9 @@ def test_from_lengths():
     assert Segments.from_lengths([], num_adapters=2).tokens == 0
     assert Segments.from_lengths([1, 1]).num_adapters == 2
     assert Segments.from_lengths(iter([1, 2])).ids.tolist() == [0, 1, 1]
+    assert Segments.from_lengths([2, 1], [-1, -1]).num_adapters == 1
+    assert Segments.from_lengths([1, 1], [3, 2], num_adapters=3, validate=False).ids.tolist() == [-1, 2]
+    assert Segments.from_lengths([1, 2], device="meta").device.type == "meta"
 
 
 def test_a_plan_asks_nothing_of_the_device():
@@ -264,7 +267,7 @@ def test_a_diverged_adapter_reaches_nobody_else(impl, config, value):
 def test_a_diverged_token_reaches_nobody_else(impl, config):
     t, ids = case_tensors(MANY), parity_cases.adapter_ids(MANY).to(DEVICE)
     clean = call(t, ids, 6, config, impl)
-    bad = int((ids == 1).nonzero()[0])
+    bad = int(((ids == 1) & (ids.roll(1) >= 0)).nonzero()[-1])
     t["x"] = t["x"].clone()
     t["x"][bad, 3] = float("nan")
     y, dX, dA, dB = call(t, ids, 6, config, impl)

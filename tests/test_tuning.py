@@ -85,6 +85,23 @@ def test_tiles_fill_the_chip_and_fetch_little(M, K, N, adapters, tile):
     assert (e.block_m, e.block_n, e.split, e.u) == tile
 
 
+@pytest.mark.parametrize("change", [{"x_row_major": False}, {"w_major": ""}, {"aligned": False}, {"wide": True}], ids=str)
+def test_what_has_no_descriptor_is_read_by_pointers(change):
+    for adapters, dropout, back in itertools.product((0, 64), ("", "x"), (False, True)):
+        plan = dict(adapters=adapters, row_block=128, gather_block=32) if adapters else {}
+        for changes in ({}, change):
+            problem = replace(PROBLEM, dropout=dropout, **plan, **changes)
+            problem = problem.backward() if back else problem
+            config = heuristic(problem, Arch.parse("sm_90"))
+            assert config.expand.tma == (not changes) and why_not(config, problem, Arch.parse("sm_90")) is None
+
+
+def test_v_is_gathered_for_each_token_in_the_forward_pass_alone():
+    """In dX's it lies the other way: a token's sum would go across threads."""
+    few = replace(PROBLEM, M=16, adapters=64, row_block=16, gather_block=16)
+    assert [heuristic(problem, Arch.parse("sm_90")).expand.each for problem in (few, few.backward())] == [True, False]
+
+
 def test_a_row_for_one_adapter_is_not_one_for_many(monkeypatch):
     config = Config(Shrink(16, 64), Expand(64, 64, 64), Wgrad(32, 32))
     row = tables.Row((9, 0), (1, 10000), 4096, 4096, (1, 33), False, 2, "triton", config, "bench/results/x.jsonl")
