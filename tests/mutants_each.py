@@ -1,16 +1,22 @@
-"""The slips of `mutation.py` where each token has v of its own, ranks their neighbours, and parts are added; all slips up to these."""
+"""The slips of `mutation.py` where each token has v of its own, ranks their neighbours, and parts are added; those at the edges of memory,
+in 64-bit offsets, and beside what is not finite; all slips up to these."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 import mutants_shared
-from mutants import EXPAND, LAUNCH, LAYOUT, LOAD, LOW_RANK, SELECTED, SHRINK, SPEED, Mutant
+from mutants import EXPAND, EXPERTS, LAUNCH, LAYOUT, LOAD, LOW_RANK, PLAN, PLANNER, SELECTED, SHRINK, SPEED, WGRAD, X_DOT_W, Mutant
 
 PARTS, HEURISTIC = "kernels/parts.py", "tuning/heuristic.py"
 ITS_RANKS, ITS_V = "within_rank(r0 + j, rank, period, 8)", "v[2]) + adapter.to(tl.int64) * stride_ve"
 TOKENS = "tokens = (m0 + tl.arange(0, BLOCK_M))[:, None, None]"
 ITS_U = "LOAD_U(u, m0, first + r0, M, first + R, BLOCK_M, BLOCK_R, False, EVEN_R, WIDE).to(TYPE)\n            uv += each"
+AS_ROUNDED = """WIDE).to(TYPE)
+    finite = tl.abs(v_tile.to(tl.float32)) < float("inf")
+    poison = tl.sum(tl.where(finite, 0.0, float("nan")), 0)
+    uv = tl.dot(u_tile, tl.where(finite, v_tile, 0.0)"""
+BEHIND = "if WAIT is None:\n            u_tile = LOAD_U(u, m0, first, M, first + R, BLOCK_M, BLOCK_R, False, EVEN_R"
 AHEAD = "if WAIT is None:\n            u_tile"
 
 ADDED = [
@@ -55,11 +61,70 @@ TILES = [
     Mutant("tiles: float32 by Triton", HEURISTIC, "problem.itemsize == 4 and max(problem.M, problem.row_block) > 32", "False"),
     Mutant("tiles: float32 plans by Triton", HEURISTIC, "max(problem.M, problem.row_block) > 32", "problem.M > 32"),
     Mutant("tiles: memory as fast as the L2 cache", HEURISTIC, "OVER_MEMORY = 2.5", "OVER_MEMORY = 1.0"),
+    Mutant("tiles: descriptors of columns", HEURISTIC, "problem.aligned and problem.x_row_major and", "problem.aligned and"),
+    Mutant("tiles: descriptors past 32 bits", HEURISTIC, " and not problem.wide\n", "\n"),
+    Mutant("tiles: v for each token of dX", HEURISTIC, 'tile if problem.w_major == "n" else', "tile if False else"),
 ]
+REACHED, MERGED = (
+    "w_strides, base_strides, v_strides, y_strides)",
+    "among(_merges, matrix(weight), matrix(base), matrix(lora_A), matrix(u))",
+)
+OFFSETS = [
+    Mutant("offsets: experts in 32 bits", EXPERTS, "tl.where(live, slot, 0).to(tl.int64)", "tl.where(live, slot, 0)"),
+    Mutant("offsets: gradients of adapters in 32 bits", WGRAD, "tl.cast(adapter, tl.int64) * stride_oe", "adapter * stride_oe"),
+    Mutant("offsets: splits of the tokens in 32 bits", WGRAD, "tl.cast(split, tl.int64) * stride_split", "split * stride_split"),
+    Mutant("offsets: splits of K in 32 bits", SHRINK, "tl.cast(tl.program_id(2), tl.int64) * stride", "tl.program_id(2) * stride"),
+    Mutant("offsets: parts of a tile in 32 bits", EXPAND, "tl.cast(part, tl.int64) * parts[1]", "part * parts[1]"),
+    Mutant("offsets: parts of a tile read in 32 bits", EXPAND, "tl.cast(i, tl.int64) * parts[1]", "i * parts[1]"),
+    Mutant("offsets: parts in 32 bits", LOAD, "tl.cast(part, tl.int64) * t[3]", "part * t[3]"),
+    Mutant("wide: x of experts forgotten", LAYOUT, "WIDE=wide((x_strides, c.block_k), (w[1]", "WIDE=wide((w[1]"),
+    Mutant("wide: w of experts forgotten", LAYOUT, "(w[1], max(c.block_n, c.block_k)), ", ""),
+    Mutant("wide: v of experts forgotten", LAYOUT, "(v[1], max(c.block_n, block_r)), ", ""),
+    Mutant("wide: A forgotten", LAYOUT, ", (a_strides, c.block_k)), FAN", "), FAN"),
+    Mutant("wide: wgrad's x forgotten", LAYOUT, "(x_strides, max(c.block_m, c.block_j)), (strides, ", "(strides, "),
+    Mutant("wide: w forgotten", LAYOUT, REACHED, REACHED.replace("w_strides, ", "")),
+    Mutant("wide: the base forgotten", LAYOUT, REACHED, REACHED.replace("base_strides, ", "")),
+    Mutant("wide: v forgotten", LAYOUT, REACHED, REACHED.replace("v_strides, ", "")),
+    Mutant("wide: y forgotten", LAYOUT, REACHED, REACHED.replace(", y_strides", "")),
+]
+EDGES = [
+    Mutant("base: columns in 32 bits", LOAD, "tl.cast(j0, tl.int64) * stride_j", "j0 * stride_j", tests="segments"),
+    Mutant("rows: first column in 32 bits", LOAD, "(t[0] + tl.cast(j0, tl.int64) * t[2])", "(t[0] + j0 * t[2])", tests="segments"),
+    Mutant("each: v before the first adapter's", LOW_RANK, "mask = adapter >= 0\n", "mask = tokens < M\n", tests="segments"),
+    Mutant("masked: infinities ahead of the rounding", LOW_RANK, AS_ROUNDED,
+           AS_ROUNDED.replace(".to(TYPE)\n", "\n").replace("v_tile, 0.0)", "v_tile, 0.0).to(TYPE)"), tests="segments"),
+    Mutant("expand: u behind the loop past its ranks", EXPAND, BEHIND, BEHIND.replace("EVEN_R", "True"), tests="sum"),
+    Mutant("wgrad: g past its ranks", WGRAD, "column + R, BLOCK_M, BLOCK_R, False, EVEN_R", "column + R, BLOCK_M, BLOCK_R, False, True",
+           tests="machine"),
+    Mutant("shrink: unused tiles read A", SHRINK, "(slot >= 0) & (slot < adapters)", "(slot < adapters)", tests="machine"),
+    Mutant("shared: what y holds is read past its end", EXPAND, "mask=tile_mask(m0, n0, M, N, BLOCK_M, BLOCK_N), other=0.0)", "mask=None)",
+           tests="machine"),
+    Mutant("shared: what y holds is read past its end at last", EXPAND, "tl.load(y_ptrs, mask=y_mask, other=0.0)", "tl.load(y_ptrs)",
+           tests="machine"),
+    Mutant("plan kernel: ids past the last written", PLANNER, "-1, slot), mask=tokens < M)", "-1, slot))", tests="plan"),
+    Mutant("plan kernel: order past the last written", PLANNER, "order_ptr + place, tokens, mask=tokens < M)", "order_ptr + place, tokens)",
+           tests="plan"),
+    Mutant("plan kernel: tiles past the last written", PLANNER, "adapter, mask=tile < tiles)", "adapter)", tests="plan"),
+    Mutant("plan kernel: firsts past the last written", PLANNER, "first, mask=tile < tiles)", "first)", tests="plan"),
+    Mutant("plan: counts past the last slot written", PLANNER, "tl.sum(count, 1), mask=slot <= E)", "tl.sum(count, 1))", tests="plan"),
+    Mutant("plan: moved without its rows a token", PLAN, "self.tensors()], self.geometry())", "self.tensors()], self.geometry()[:3])",
+           tests="experts"),
+    Mutant("lengths: of no adapter", PLAN, "max(int(chosen.max()), 0) + 1", "int(chosen.max()) + 1", tests="segments"),
+    Mutant("lengths: validated in any case", PLAN, "num_adapters, validate=validate)", "num_adapters)", tests="segments"),
+    Mutant("lengths: where they are themselves", PLAN, "ids.to(device, non_blocking=True)", "ids", tests="segments"),
+    Mutant("experts: 16-bit sums", EXPERTS, X_DOT_W, f"{X_DOT_W}.to(x_tile.dtype).to(tl.float32)", tests="experts"),
+    Mutant("wgrad: rounded before the scale", WGRAD, "(acc * scale)", "(acc.to(out[0].dtype.element_ty) * scale)"),
+    Mutant("merge: any weight's layout", LAUNCH, MERGED, MERGED.replace("matrix(weight), ", ""), tests="merge"),
+    Mutant("merge: any base's layout", LAUNCH, MERGED, MERGED.replace("matrix(base), ", ""), tests="merge"),
+    Mutant("merge: any A's layout", LAUNCH, MERGED, MERGED.replace("matrix(lora_A), ", ""), tests="merge"),
+    Mutant("merge: any B's layout", LAUNCH, MERGED, MERGED.replace(", matrix(u)", ""), tests="merge"),
+]  # fmt: skip
 
 EVERY = [
     *mutants_shared.EVERY,
     *ADDED,
     *(replace(m, tests="tuning") for m in TILES),
+    *(replace(m, tests="offsets") for m in OFFSETS),
+    *EDGES,
     *(replace(m, tests="segments") if m.tests == "kernels" else m for m in EACH),
 ]

@@ -31,24 +31,26 @@ SELECTIONS = {  # a mutant's tests: their files, and which of them run first
         " or past_32_bits or adapters_in_float32 or lane_equal or long_sums or partial_sums or small_sums or one_even_axis",
     ),
     "machine": (
-        ["test_kernels.py", "test_segments.py", "test_merging.py"],
+        ["test_kernels.py", "test_segments.py", "test_merging.py", "test_projections.py"],
         "every_tile[3] or one_even_axis or awaited and (sizes or invariance) or splits_of_one_tile or test_mixes and mixed"
-        " or test_one_rounding and dtype0 or tf32 or test_parity and (experts or packed and not mixed)",
+        " or test_one_rounding and dtype0 or tf32 or test_parity and (experts or packed and not mixed)"
+        " or test_sizes and size1 and triton",
     ),
     "base": (["test_base_given.py", "test_memory.py"], "test_base_given.py and not (compiles or 200 or 512 or blocks)"),
     "experts": (["test_experts.py"], "not (compiles or opcheck or 512 or of_every_size or twice)"),
     "shared": (
         ["test_projections.py", "test_shared_input.py"],
-        "not (test_ranks or test_sizes or looks_on or named_arm or refusals) or triton and test_sizes and 65-129",
+        "not (test_ranks or test_sizes or looks_on or named_arm or refusals) or triton and test_sizes and size3",
     ),
     "packed": (
         ["test_packed.py", "test_packed_layer.py", "test_packed_files.py"],
         "not (opcheck or compiled or test_refusals or 170 or repeats or flops)",
     ),
-    "sum": (["test_expand_sum.py"], "further_steps or behind_the_loop and 12"),
+    "sum": (["test_expand_sum.py"], "further_steps or behind_the_loop and 12 or no_other"),
+    "offsets": (["test_offsets.py"], "test"),
     "launcher": (["test_launcher.py"], "test"),
     "made": (["test_weight_made.py", "test_dequantize.py"], "not compiled"),
-    "tuning": (["test_tuning.py"], "tiles_fill or float32_products"),
+    "tuning": (["test_tuning.py"], "tiles_fill or float32_products or descriptor or for_each_token"),
     "calls": (["test_calls.py"], "test"),
     "serving": (["test_serving.py", "test_pool.py", "test_pool_writes.py"], "test"),
     "slots": (["test_multi.py", "test_multi_training.py", "test_pool.py", "test_pool_writes.py"], "adapter or slot or pool or wr"),
