@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -68,7 +69,7 @@ SELECTIONS = {  # a mutant's tests: their files, and which of them run first
     ),
 }
 MACHINE = {"PTX_MACHINE": "sm_90", "PTX_MACHINE_SEED": "1", "TRITON_INTERPRET": "0"}
-LIMIT, LIMIT_WHOLE = 120, 400  # seconds
+LIMIT, LIMIT_WHOLE = 120, 400  # seconds; or, on a busy machine, three times what the tests take without a mutation
 RUN = """
 import os, sys, pytest, lora_kernels
 assert lora_kernels.__file__.startswith(os.getcwd() + os.sep), lora_kernels.__file__
@@ -109,7 +110,7 @@ def run_tests(folder: Path, tests: str, files: list[str], select: str, limit: fl
     return f"{last}: {said[1][:90] if said else f'exit status {status}'}"
 
 
-def verdict(pristine: Path, mutant: Mutant | None, whole: bool = False, tests: str = "") -> str:
+def verdict(pristine: Path, mutant: Mutant | None, whole: bool = False, tests: str = "", limit: float = LIMIT) -> str:
     """'' for a survivor, else what killed it; None as mutant: the selection ``tests`` without a mutation."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name).resolve() / "copy"
@@ -119,7 +120,7 @@ def verdict(pristine: Path, mutant: Mutant | None, whole: bool = False, tests: s
         tests = mutant.tests if mutant else tests
         files, select = SELECTIONS[tests]
         files = [f"tests/{name}" for name in files]
-        killed = run_tests(folder, tests, files, select, LIMIT)
+        killed = run_tests(folder, tests, files, select, limit)
         if killed or not whole or mutant is None or mutant.note:
             return killed
         return run_tests(folder, tests, files, f"not ({select})", LIMIT_WHOLE)
@@ -147,13 +148,17 @@ def main() -> int:
         for part in ("lora_kernels", "tests"):
             shutil.copytree(ROOT / part, pristine / part, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "setup.cfg", pristine)
+        limits = {}
         for tests in dict.fromkeys(m.tests for m in mutants):
-            if failed := verdict(pristine, None, tests=tests):
+            begun = time.monotonic()
+            failed = verdict(pristine, None, tests=tests, limit=LIMIT_WHOLE)
+            limits[tests] = max(LIMIT, 3 * (time.monotonic() - begun))
+            if failed:
                 print(f"the tests fail without a mutation: {failed}", file=sys.stderr)
                 return 1
         with ThreadPoolExecutor(args.jobs) as pool:
             survivors = []
-            verdicts = pool.map(lambda m: verdict(pristine, m, args.whole), mutants)
+            verdicts = pool.map(lambda m: verdict(pristine, m, args.whole, limit=limits[m.tests]), mutants)
             for done, (mutant, killed) in enumerate(zip(mutants, verdicts, strict=True), 1):
                 print(f"[{done}/{len(mutants)}] {mutant.name}: {'killed by ' + killed if killed else 'SURVIVED'}", flush=True)
                 survivors += [] if killed else [mutant]
