@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.compiler import is_compiling
 
 from . import philox
 from .operands import as_matrix, like_tokens
@@ -29,6 +30,7 @@ from .packed import layers_of
 from .problem import is_stack, sharded
 from .segments import CPU, Adapters, Segments
 
+_WIDENED = 1 << 19  # elements of 16 bits that are widened at a time: they stay in the cache, where whole ones would be of fresh pages
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -86,7 +88,21 @@ def grad_mm(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tenso
     if a.is_cuda and a.dtype.itemsize == 2 and not sharded(a):  # all that torch has a float32 result of
         return torch.mm(a, b, out_dtype=dtype)
     wide = torch.promote_types(a.dtype, dtype)
-    return torch.mm(a.to(wide), b.to(wide)).to(dtype)
+    step = rows_at_a_time(a, a.shape[1], max(a.shape[0], b.shape[1]))
+    if step >= a.shape[1]:
+        return torch.mm(a.to(wide), b.to(wide)).to(dtype)
+    product = a.new_zeros(a.shape[0], b.shape[1], dtype=wide)
+    for begin in range(0, a.shape[1], step):
+        part = slice(begin, begin + step)
+        product.addmm_(a[:, part].to(wide), b[part].to(wide))
+    return product.to(dtype)
+
+
+def rows_at_a_time(t: torch.Tensor, rows: int, columns: int) -> int:
+    """How many of so many rows of a tensor's dtype to widen to float32 at a time: all of them, but of 16 bits on a CPU."""
+    if t.device != CPU or t.dtype.itemsize != 2 or sharded(t) or is_compiling():
+        return max(rows, 1)
+    return max(_WIDENED // max(columns, 1), 1)
 
 
 def kept_bits(seed: torch.Tensor, tokens: int, features: int, p: float, dtype: torch.dtype) -> torch.Tensor:

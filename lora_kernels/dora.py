@@ -9,13 +9,16 @@ The norm is a constant of the backward pass (Liu et al. 2024, arXiv:2402.09353, 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 
 from .autograd import autocast, check, lora_linear, refused_twice
-from .chain import grad_mm
+from .chain import grad_mm, rows_at_a_time
 from .checks import check_vector
 from .dispatch import without_autocast
+from .operands import as_matrix
 
 
 @torch.no_grad()
@@ -30,8 +33,11 @@ def weight_norm(weight, lora_A, lora_B, scale: float) -> torch.Tensor:
     wide = torch.promote_types(weight.dtype, torch.float32)
     A, B = lora_A.to(weight.dtype), lora_B.to(weight.dtype)
     with without_autocast(weight.device):
-        own = torch.linalg.vector_norm(weight, dim=1, dtype=wide).square()
-        cross = grad_mm(weight, A.t(), wide)
+        step, parts = rows_at_a_time(weight, *weight.shape), []
+        for rows in weight.split(step) if step < weight.shape[0] else (weight,):
+            rows = rows.to(wide) if rows is not weight else rows
+            parts.append((torch.linalg.vector_norm(rows, dim=1, dtype=wide).square(), grad_mm(rows, A.t().to(rows.dtype), wide)))
+        own, cross = (torch.cat(each) for each in zip(*parts, strict=True)) if len(parts) > 1 else parts[0]
         A, B = A.to(wide), B.to(wide)
         update = torch.mm(B, torch.mm(A, A.t()))
         return (own + (B * (2 * scale * cross + scale**2 * update)).sum(1)).clamp_min(0).sqrt()
@@ -47,8 +53,10 @@ class ScaleColumns(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, t, g, bias):
-        y = torch.empty_like(t)  # into which torch rounds as it computes, so that no float32 tensor of its size is made
-        torch.mul(t, g, out=y) if bias is None else torch.addcmul(bias, t, g, out=y)
+        y = torch.empty_like(t, memory_format=torch.contiguous_format)
+        for part, its_y in _parts(t, y):
+            # Into y itself, to whose dtype torch rounds as it computes: no float32 tensor of its size is made.
+            torch.mul(part, g, out=its_y) if bias is None else torch.addcmul(bias, part, g, out=its_y)
         ctx.save_for_backward(t if ctx.needs_input_grad[1] else None, g)
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y
@@ -58,10 +66,22 @@ class ScaleColumns(torch.autograd.Function):
     def backward(ctx, dy):
         t, g = ctx.saved_tensors
         need_t, need_g, need_bias = ctx.needs_input_grad
-        dt = torch.mul(dy, g, out=torch.empty_like(dy)) if need_t else None
-        dg = (dy.to(g.dtype) * t).reshape(-1, dy.shape[-1]).sum(0) if need_g else None
+        dt = torch.empty_like(dy, memory_format=torch.contiguous_format) if need_t else None
+        dg = torch.zeros_like(g) if need_g else None
+        for its_dy, its_t, its_dt in _parts(dy, t if need_g else dy, dt if need_t else dy):
+            if need_t:
+                torch.mul(its_dy, g, out=its_dt)
+            if need_g:
+                dg += (its_dy.to(g.dtype) * its_t).sum(0)
         dbias = dy.reshape(-1, dy.shape[-1]).sum(0, dtype=g.dtype).to(ctx.bias_dtype) if need_bias else None
         return dt, dg, dbias
+
+
+def _parts(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """The same rows of each, `rows_at_a_time`."""
+    matrices = [as_matrix(t) for t in tensors]
+    step = rows_at_a_time(matrices[0], *matrices[0].shape)
+    return zip(*(m.split(step) for m in matrices), strict=True)
 
 
 def dora_linear(

@@ -3,13 +3,15 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_kernels import FusedLoRALinear, Segments, UnsupportedError, dora_linear, launch, lora_linear, reference
+from lora_kernels import FusedLoRALinear, Segments, UnsupportedError, chain, dora_linear, launch, lora_linear, reference
 from lora_kernels.dora import ScaleColumns, weight_norm
 from lora_kernels.parity import budget_used
 
 M, N, K, R, SCALE = 9, 21, 34, 5, 1.7
 TENSORS = ("x", "A", "B", "m", "bias")
+PARTS = [1, 5 * K, 1 << 19]  # elements that are widened at a time: a row, some rows and a rest, all
 
 
 def operands(dtype, device="cpu", adapter_dtype=None):
@@ -62,7 +64,9 @@ def test_gradients_by_finite_differences():
     assert torch.autograd.gradcheck(fixed, [t[name][:1] if name == "x" else t[name].requires_grad_() for name in TENSORS])
 
 
-def test_float32_adapters_on_a_16_bit_base():
+@pytest.mark.parametrize("widened", PARTS)
+def test_float32_adapters_on_a_16_bit_base(widened, monkeypatch):
+    monkeypatch.setattr(chain, "_WIDENED", widened)
     t, dy = operands(torch.float16, adapter_dtype=torch.float32)
     truth = run(textbook, t, dy, torch.float64)
     same = run(textbook, {name: v.half() for name, v in t.items()}, dy)
@@ -83,8 +87,10 @@ def test_dropout_as_peft_has_it(monkeypatch):
         torch.testing.assert_close(o, exact, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("widened", PARTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
-def test_the_norm_without_the_product(dtype):
+def test_the_norm_without_the_product(dtype, widened, monkeypatch):
+    monkeypatch.setattr(chain, "_WIDENED", widened)
     t, _ = operands(dtype)
     W, A, B = (t[name].double() for name in "WAB")
     wanted = torch.linalg.norm(W + SCALE * (B @ A), dim=1)
@@ -94,6 +100,36 @@ def test_the_norm_without_the_product(dtype):
     squares = W.square().sum(1) + (SCALE * (B @ A)).square().sum(1)
     allowed = (K + R * R) * torch.finfo(got.dtype).eps * squares / wanted
     assert ((got.double() - wanted).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("widened", PARTS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_float32_product_of_16_bits_in_parts(dtype, widened, monkeypatch):
+    """As those of dA, dB and the norm, of transposed operands too: float32 sums, of whose terms none is rounded to 16 bits."""
+    monkeypatch.setattr(chain, "_WIDENED", widened)
+    for a, b in ((torch.randn(M, R), torch.randn(M, K)), (torch.randn(K, M).t(), torch.randn(R, M).t())):
+        a, b = a.to(dtype).t(), b.to(dtype)
+        product, exact = chain.grad_mm(a, b, torch.float32), a.double() @ b.double()
+        allowed = a.shape[1] * torch.finfo(torch.float32).eps * (a.double().abs() @ b.double().abs())
+        assert product.dtype is torch.float32 and ((product.double() - exact).abs() <= allowed).all()
+
+
+def test_no_float32_tensor_of_y_s_size_is_made(monkeypatch):
+    """On a CPU, of 16 bits: rows at a time, forward and backward."""
+    monkeypatch.setattr(chain, "_WIDENED", 5 * K)
+    t, dy = operands(torch.bfloat16)
+    seen = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            seen.extend(each.numel() for each in [out] if isinstance(each, torch.Tensor) and each.dtype is torch.float32)
+            return out
+
+    leaves = [t["x"].flatten(0, 1)[:, :N].clone().requires_grad_(), torch.rand(N).requires_grad_(), t["bias"].requires_grad_()]
+    with Sizes():
+        torch.autograd.grad(ScaleColumns.apply(*leaves), leaves, dy.flatten(0, 1))
+    assert seen and max(seen) < 2 * M * N / 2
 
 
 def test_the_norm_is_not_autocast():
