@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -37,7 +38,7 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 def base_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """``x @ weight.T + bias`` by the fastest library at hand.
 
-    torch's float32 matmul on a CPU is MKL, which leaves AVX-512 unused on other makers' processors; oneDNN, which torch
+    torch's float32 matmul on a CPU is MKL, which leaves AVX-512 unused on processors that are not Intel's; oneDNN, which torch
     also carries, does not (docs/measured.md). Torch's own linear serves everything else, and everything inside
     ``torch.backends.mkldnn.flags(enabled=False)``: oneDNN's float32 sums round more than MKL's (docs/numerics.md).
     """
@@ -62,7 +63,9 @@ def _by_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
 @functools.cache
 def _onednn() -> bool:
     has_op = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return has_op and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    about = Path("/proc/cpuinfo")
+    intels = about.exists() and "GenuineIntel" in about.read_text()
+    return has_op and torch.backends.cpu.get_cpu_capability().startswith("AVX512") and not intels
 
 
 def base_gradient(dy: torch.Tensor, weight: torch.Tensor, onto: torch.Tensor | None) -> torch.Tensor:
