@@ -107,6 +107,16 @@ def checkpoint_first(model, reentrant: bool) -> None:
     inner.forward = lambda x: second(torch.tanh(checkpoint(first, x, use_reentrant=reentrant)))
 
 
+def checkpointed_alike(model, x, reentrant: bool) -> None:
+    """y and all gradients bit for bit the same where the first layer is computed again, its dropout mask too."""
+    torch.manual_seed(5)
+    plain = results(model, x)
+    checkpoint_first(model, reentrant)
+    torch.manual_seed(5)
+    for name, value in results(model, x).items():
+        assert torch.equal(plain[name], value), name
+
+
 def agree(stock, fused, x=X, within=contextlib.nullcontext, precise=None, **kwargs) -> None:
     """y and all gradients within the budget of docs/numerics.md: truth is the stock model in float64, torch's error the stock model's.
 

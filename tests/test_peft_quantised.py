@@ -12,7 +12,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.aqlm import AqlmLoraLinear
 from peft.tuners.lora.awq import AwqLoraLinear
 from peft.tuners.lora.gptq import GPTQLoraLinear
-from peft_models import X, agree, checkpoint_first, config, counted, results, train_all
+from peft_models import X, agree, checkpointed_alike, config, counted, train_all
 from test_memory import Kept
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
@@ -297,13 +297,7 @@ def test_hooks_below_and_above_stay(calls):
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing(reentrant):
-    _, fused, _ = pair("nf4", lora_dropout=0.5)
-    torch.manual_seed(5)
-    plain = results(fused, X)
-    checkpoint_first(fused, reentrant)
-    torch.manual_seed(5)
-    for name, value in results(fused, X).items():
-        assert torch.equal(plain[name], value), name
+    checkpointed_alike(pair("nf4", lora_dropout=0.5)[1], X, reentrant)
 
 
 def test_variants_are_left_to_peft(calls):
