@@ -121,7 +121,8 @@ def _forward(x, tensors, layers: Sequence[_Layer], impl: str, config: str, save:
     its = even(x)
     arms = []
     for (weight, A, B, *_), layer in zip(tensors, layers, strict=True):
-        like = weight if layer.make is None else torch.empty(len(B), x.shape[-1], dtype=x.dtype, device="meta")  # made when its turn comes
+        # What is made is made when its turn comes.
+        like = weight if layer.make is None else torch.empty(B.shape[0], x.shape[-1], dtype=x.dtype, device="meta")
         arms.append(dispatch.forward_arm(its, like, A, B, layer.adapters, layer.p, impl, config))
     columns = _columns([A for _, A, *_ in tensors], layers)
     us: list = [None] * len(layers)
