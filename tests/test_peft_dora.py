@@ -2,9 +2,9 @@
 
 import copy
 
+import peft.helpers
 import pytest
 import torch
-from peft.helpers import DoraCaching
 from peft_models import Net, X, adapters_to, agree, both, checkpointed_alike, config, layers, pair, results
 from test_memory import Kept
 from torch import nn
@@ -138,8 +138,9 @@ def test_what_peft_computes(calls):
         assert not left(words)
         both(stock, fused, lambda model: (model.base_model.set_adapter("default"), model.delete_adapter("b")))
     both(stock, fused, lambda model: model.eval())
-    with DoraCaching():
-        assert not left("whose norms PEFT keeps")
+    if hasattr(peft.helpers, "DoraCaching"):  # from PEFT 0.19 on
+        with peft.helpers.DoraCaching():
+            assert not left("whose norms PEFT keeps")
     both(stock, fused, lambda model: layers(model)[0].scaling.update(default=torch.tensor(2.0)))
     left("a scale that is a tensor")
     both(stock, fused, lambda model: layers(model)[0].scaling.update(default=2.0))

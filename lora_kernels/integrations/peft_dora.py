@@ -48,6 +48,6 @@ def dora_of(layer: lora.LoraLayer, names: list[str], base: Base | Beside) -> Dor
         return f"adapter {names[0]!r} has a magnitude that is a {type(part).__name__} with hooks, or a {type(magnitude).__name__} elsewhere"
     if isinstance(adapter.scale, torch.Tensor):
         return f"adapter {names[0]!r} is a {VARIANT} with a scale that is a tensor"
-    if dora.ENABLE_DORA_CACHING and not layer.training:
+    if getattr(dora, "ENABLE_DORA_CACHING", False) and not layer.training:  # which PEFT before 0.19 has not
         return f"adapter {names[0]!r} is a {VARIANT} whose norms PEFT keeps (DoraCaching)"
     return Dora(adapter, magnitude)
