@@ -111,7 +111,8 @@ def summary(rows: list[dict]) -> str:
         name = f"{row['dtype']} adapters {row['adapter_dtype']} p={row['p']:g} {row['layer']} {row['M']} tokens"
         kept = [f"{arms[arm]['saved_bytes'] / 2**20:.2f}" for arm in ("peft", "fused")]
         lines.append([name, *(arms[arm]["ms"]["p50"] for arm in names), f"{row['speedup_over_peft']:.2f}", *kept, row["rounds"]])
-    return text_table(["forward + backward, ms", *names, "peft/fused", "peft, MiB", "fused, MiB", "rounds"], lines)
+    titles = ["PEFT" if name == "peft" else name for name in names]
+    return text_table(["forward + backward, ms", *titles, "PEFT/fused", "PEFT, MiB", "fused, MiB", "rounds"], lines)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -74,18 +74,23 @@ class Masked(nn.Module):
         return torch.where(self.keep, x * philox.inv_keep(self.p), 0.0)
 
 
-@pytest.fixture
-def counted(monkeypatch):
-    """The calls of lora_linear that fused layers made: their keyword arguments."""
-    made, real = [], ours.lora_linear
+def count_calls(monkeypatch, name: str, *modules) -> list[dict]:
+    """The calls of this function that the modules make from here on: their keyword arguments."""
+    made, real = [], getattr(modules[0], name)
 
     def count(*args, **kwargs):
         made.append(kwargs)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(ours, "lora_linear", count)
-    monkeypatch.setattr(ours_mixed, "lora_linear", count)
+    for module in modules:
+        monkeypatch.setattr(module, name, count)
     return made
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """The calls of lora_linear that fused layers made."""
+    return count_calls(monkeypatch, "lora_linear", ours, ours_mixed)
 
 
 def results(model, x, within=contextlib.nullcontext, **kwargs) -> dict[str, torch.Tensor]:

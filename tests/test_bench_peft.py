@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("as_on_a_users_cpu")  # interpreted kernels
 
 def test_modules_times_and_weighs_both(tmp_path, capsys):
     assert modules.main(["--quick", "--seconds", "0.05", "--out", str(tmp_path / "modules.jsonl")]) == 0
-    assert "peft/fused" in capsys.readouterr().out
+    assert "PEFT/fused" in capsys.readouterr().out
     rows = conditions.read_rows(tmp_path / "modules.jsonl")
     assert len(rows) == 6 * 3 * 3
     for row in rows:

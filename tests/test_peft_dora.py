@@ -5,7 +5,7 @@ import copy
 import peft.helpers
 import pytest
 import torch
-from peft_models import Net, X, adapters_to, agree, both, checkpointed_alike, config, layers, pair, results
+from peft_models import Net, X, adapters_to, agree, both, checkpointed_alike, config, count_calls, layers, pair, results
 from test_memory import Kept
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -17,15 +17,8 @@ from lora_kernels.shared_input import share_inputs
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The calls of dora_linear that fused layers made: their keyword arguments."""
-    made, real = [], ours.dora_linear
-
-    def count(*args, **kwargs):
-        made.append(kwargs)
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(ours, "dora_linear", count)
-    return made
+    """The calls of dora_linear that fused layers made."""
+    return count_calls(monkeypatch, "dora_linear", ours)
 
 
 class Transposed(Net):
