@@ -19,7 +19,7 @@ from .dequantize import plain_linear
 from .experts_layer import LoRAExperts, plain_name, why_not_adapted
 from .lora_config import LoRAConfig, all_linear, names_mean, pattern_means
 from .multi import MultiLoRALinear
-from .nn import AdaptedLinear, FusedLoRALinear, has_hooks, sharding
+from .nn import AdaptedLinear, FusedLoRALinear, has_hooks, linear_of, sharding
 from .over import LoRAOver, MultiLoRAOver, Over, quantised
 from .problem import FLOATS, UnsupportedError, sharded
 
@@ -306,11 +306,10 @@ def _linear(layer) -> nn.Module:
         return layer.experts
     if isinstance(layer, Over):
         return layer.base_layer
-    linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-    linear.weight, linear.bias = layer.weight, layer.bias
+    bias = layer.bias
     if layer.merged and layer.lora_bias is not None:
-        linear.bias = nn.Parameter(layer.whole_bias().detach(), requires_grad=False)
-    return linear.train(layer.training)
+        bias = nn.Parameter(layer.whole_bias().detach(), requires_grad=False)
+    return linear_of(layer.weight, bias, layer.training)
 
 
 def _merge(model: nn.Module, layers: dict[str, Any], dequantize: torch.dtype | None) -> dict[nn.Module, tuple[list[str], nn.Linear]]:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from . import ops
 from .merging import write_merged
-from .nn import hooked
+from .nn import hooked, linear_of
 from .operands import tokens
 from .problem import UnsupportedError, autocasts
 
@@ -119,8 +119,5 @@ def plain_linear(layer: Any, in_features: int, dtype: torch.dtype, *adapter) -> 
     weight, bias = whole(layer, in_features, dtype), getattr(layer, "bias", None)
     if adapter:
         write_merged(weight, weight, *adapter)
-    linear = nn.Linear(in_features, weight.shape[0], bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    if bias is not None:
-        linear.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
-    return linear.train(layer.training)
+    own_bias = None if bias is None else nn.Parameter(bias.detach().to(dtype), requires_grad=False)
+    return linear_of(nn.Parameter(weight, requires_grad=False), own_bias, layer.training)

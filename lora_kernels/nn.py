@@ -289,6 +289,13 @@ def check_linear(linear) -> None:
         raise TypeError("linear: wanted an nn.Linear with a weight of its own, got one that computes it (pruned, or normalised)")
 
 
+def linear_of(weight: nn.Parameter, bias: nn.Parameter | None, training: bool) -> nn.Linear:
+    """An nn.Linear with these parameters, which are not copied."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    linear.weight, linear.bias = weight, bias  # type: ignore[assignment]
+    return linear.train(training)
+
+
 def check_rank(name: str, r) -> None:
     if isinstance(r, bool) or not isinstance(r, int):
         raise TypeError(f"{name}: wanted an int, got {type(r).__name__}")

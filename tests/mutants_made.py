@@ -48,7 +48,7 @@ SLIPS = [
     Mutant("whole: one block", DEQUANTIZE, "ones[:, begin : begin + count].fill_diagonal_(1.0)", "ones.fill_diagonal_(1.0)"),
     Mutant("whole: without the update", DEQUANTIZE, "    if adapter:\n", "    if not adapter:\n"),
     Mutant("whole: trained from here on", DEQUANTIZE,
-           "linear.weight = nn.Parameter(weight, requires_grad=False)", "linear.weight = nn.Parameter(weight)"),
+           "nn.Parameter(weight, requires_grad=False)", "nn.Parameter(weight)"),
     Mutant("whole: layers without an adapter stay", APPLY, "elif quantised(layer) and layer not in below:", "elif False:"),
     Mutant("whole: past the hooks of the base", APPLY, "            _check_hooks(layer.base_layer, names[0])\n", ""),
     Mutant("whole: past the hooks of others", APPLY, "            _check_hooks(layer, names[0])\n            linear", "            linear"),
