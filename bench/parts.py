@@ -27,14 +27,14 @@ def parts(M: int, K: int, dtype: torch.dtype) -> dict[str, Step]:
     x = torch.randn(M, K, generator=generator).to(dtype)
     weight = torch.randn(K, K, generator=generator).to(dtype)
     seed = torch.tensor(1)
-    keep = philox.keep_mask(seed, M, K, P)
-    gone, bits = ~keep, chain.kept_bits(seed, M, K, P, dtype)
+    packed = philox.packed_mask(seed, M, K, P)
+    gone, bits = ~philox.keep_mask(seed, M, K, P), chain.kept_bits(packed, M, K, P, dtype)
     calls = {
         "x W^T, torch's linear": lambda: F.linear(x, weight),
         "x W^T, the chain's": lambda: chain.base_linear(x, weight, None),
         "torch's dropout": lambda: F.dropout(x, P),
-        "the Philox mask": lambda: philox.keep_mask(seed, M, K, P),
-        "the mask widened to bits": lambda: chain.kept_bits(seed, M, K, P, dtype),
+        "the Philox mask, a bit an element": lambda: philox.packed_mask(seed, M, K, P),
+        "its bits widened to the dtype's": lambda: chain.kept_bits(packed, M, K, P, dtype),
         "a mask applied by bitwise and": lambda: chain.drop(x, bits),
         "a mask applied by masked_fill": lambda: x.masked_fill(gone, 0.0),
     }

@@ -224,6 +224,7 @@ def lora_linear(
     trained = x.requires_grad or lora_A.requires_grad or lora_B.requires_grad or (added is not None and added.requires_grad)
     if recorded(trained):
         scales, _, plan, geometry = adapters.flat()
+        drawn = ops.mask(drawn, x, adapters, p, impl, key)
         return LoRALinearFunction.apply(
             x, weight, lora_A, lora_B, bias, base, drawn, float(factor), p, impl, key, arm, make, geometry, scales, ranks, *plan
         )

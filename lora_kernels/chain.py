@@ -7,7 +7,7 @@ Layers of one x (`projections`) add their dX to one tensor, GEMM's beta = 1, and
 one base product and one dX.
 
 The scale rides on the skinny products as GEMM's alpha, in float32; nothing makes an extra pass over y, and dY B is
-computed once for dA and dX. The dropout mask is regenerated from Philox, never stored.
+computed once for dA and dX. The dropout mask is regenerated from Philox, or on a CPU, where that costs as much as a product, kept as bits.
 
 Many adapters, and experts, which have weights of their own: the same for each adapter's own tokens, which are views where they are
 neighbours and gathered where not. How many tokens an adapter has is asked of the device, so on a GPU this arm waits for it, and cannot be
@@ -108,9 +108,10 @@ def rows_at_a_time(t: torch.Tensor, rows: int, columns: int) -> int:
     return max(_WIDENED // max(columns, 1), 1)
 
 
-def kept_bits(seed: torch.Tensor, tokens: int, features: int, p: float, dtype: torch.dtype) -> torch.Tensor:
-    """The dropout mask as integers of ``dtype``'s width, all ones where an element is kept: see `drop`."""
-    return philox.keep_lanes(seed, tokens, features, p).to(_INTEGERS[dtype.itemsize]).neg_()
+def kept_bits(mask: torch.Tensor, tokens: int, features: int, p: float, dtype: torch.dtype) -> torch.Tensor:
+    """The dropout mask as integers of ``dtype``'s width, all ones where an element is kept: see `drop`. mask: its seed, or its bits."""
+    bits = philox.packed_mask(mask, tokens, features, p) if mask.dtype == torch.int64 else mask
+    return philox.unpacked(bits, features, _INTEGERS[dtype.itemsize])
 
 
 def drop(t: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:

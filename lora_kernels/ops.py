@@ -14,8 +14,8 @@ import torch
 from torch.compiler import is_compiling
 from torch.utils.flop_counter import register_flop_formula
 
-from . import chain, dispatch
-from .operands import as_matrix, even, lead, like_tokens
+from . import chain, dispatch, philox
+from .operands import as_matrix, even, lead, like_tokens, tokens
 from .problem import PLAIN, autocasts, forward_flops
 from .segments import CPU, Adapters, by_library
 
@@ -89,6 +89,13 @@ def plain(x: torch.Tensor, *others: torch.Tensor | None) -> bool:
         if t is not None and (type(t) not in PLAIN or t.is_neg()):
             return False
     return True
+
+
+def mask(seed, x, adapters: Adapters, dropout_p, impl, config):
+    """What two passes know their dropout mask by: its seed; where the chain runs on a CPU, its bits, for it is slow to make there."""
+    if seed is None or watched() or not (x.device == CPU and dispatch.plainly_chain(x.device, impl, config) and plain(x) and x.numel()):
+        return seed
+    return philox.packed_mask(seed, tokens(x) * adapters.top_k, x.shape[-1], dropout_p)
 
 
 def forward_by_arm(x, weight, lora_A, lora_B, bias, seed, adapters, scale, dropout_p, save_u, impl, config, base, arm=None):

@@ -10,6 +10,8 @@ numbers: as easy as 1, 2, 3", table 2).
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from .segments import readable
@@ -21,6 +23,7 @@ _WORD = 0xFFFFFFFF
 _MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
 _WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
 _SIGNS = -0x7FFF7FFF7FFF8000  # 0x8000 in each of an int64's four lanes
+_GATHER = 1 << 51 | 1 << 34 | 1 << 17 | 1  # times four lanes of 0 or 1: the first in bit 51, the last in bit 48, and nothing above
 _CPU_CALLS = 1 << 18  # Philox calls at a time: the temporaries stay in the shared cache, and every thread has work
 _GPU_CALLS = 1 << 22  # and here within 200 MiB
 
@@ -83,17 +86,17 @@ def keep_mask(seed: torch.Tensor, tokens: int, features: int, p: float) -> torch
     Returns:
         bool ``[tokens, features]`` on the seed's device.
     """
-    return keep_lanes(seed, tokens, features, p).to(torch.bool)
+    return unpacked(packed_mask(seed, tokens, features, p), features, torch.bool)
 
 
-def keep_lanes(seed: torch.Tensor, tokens: int, features: int, p: float) -> torch.Tensor:
-    """`keep_mask` as int16 ones and zeros, rows padded to a multiple of eight: what the comparison in place gives."""
+def packed_mask(seed: torch.Tensor, tokens: int, features: int, p: float) -> torch.Tensor:
+    """`keep_mask` as bits: uint8 ``[tokens, ceil(features / 8)]``, the first feature in the highest bit, as numpy.packbits has it."""
     device = seed.device
     groups = -(-features // LANES)
-    padded = torch.empty(tokens, groups * LANES, dtype=torch.int16, device=device)
+    packed = torch.empty(tokens, groups, dtype=torch.uint8, device=device)
     number = int(seed) if readable(seed) else seed.reshape(())  # Python's own arithmetic on the key costs nothing
     key = (number & _WORD, (number >> 32) & _WORD)
-    threshold = threshold_of(p)
+    threshold = threshold_of(p) - (1 << 15)
     zero = torch.zeros((), dtype=torch.int64, device=device)
     column = torch.arange(groups, device=device)
     rows = max(1, (_CPU_CALLS if device.type == "cpu" else _GPU_CALLS) // max(groups, 1))
@@ -101,13 +104,28 @@ def keep_lanes(seed: torch.Tensor, tokens: int, features: int, p: float) -> torc
         stop = min(start + rows, tokens)
         token = torch.arange(start, stop, device=device)[:, None]
         w0, w1, w2, w3 = philox_4x32((token, zero, column, zero), key)
-        four_lanes = padded[start:stop].view(torch.int64)
-        for half, (low, high) in enumerate(((w0, w1), (w2, w3))):
+        halves = []
+        for low, high in ((w0, w1), (w2, w3)):
             # Two words as four signed lanes in memory; the flipped sign bits make the comparison unsigned.
             words = high.bitwise_left_shift_(32).bitwise_or_(low).bitwise_xor_(_SIGNS)
-            words.view(torch.int16).ge_(threshold - (1 << 15))  # in place: a tenth of the time of one that makes a bool on a CPU
-            four_lanes[:, half::2] = words
-    return padded[:, :features]
+            words.view(torch.int16).ge_(threshold)  # in place: a tenth of the time of one that makes a bool on a CPU
+            halves.append(words.mul_(_GATHER))
+        packed[start:stop] = halves[0].bitwise_right_shift_(44).bitwise_or_(halves[1].bitwise_right_shift_(48))
+    return packed
+
+
+def unpacked(packed: torch.Tensor, features: int, dtype: torch.dtype) -> torch.Tensor:
+    """The bits of `packed_mask` as bool, or integers of ``dtype``, ``[tokens, features]``: all ones (-1) where an element is kept."""
+    table = _cpu_bytes(dtype) if packed.device.type == "cpu" else _bytes(dtype, packed.device)
+    return torch.embedding(table, packed.to(torch.int32)).flatten(1)[:, :features]
+
+
+def _bytes(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """``[256, 8]``: the bits of each byte."""
+    return (torch.arange(256, device=device)[:, None] >> torch.arange(LANES - 1, -1, -1, device=device) & 1).neg_().to(dtype)
+
+
+_cpu_bytes = functools.cache(functools.partial(_bytes, device=torch.device("cpu")))
 
 
 def draw_seed(device: torch.device) -> torch.Tensor:

@@ -213,6 +213,8 @@ def lora_linears(x, projections: Sequence[Projection], *, training=False, config
         tensors.append((None if make else each.weight, *each[1:4], reference.as_seed(each.seed, x.device) if p else None))
     trained = x.requires_grad or any(t is not None and t.requires_grad for five in tensors for t in five)
     if recorded(trained):
+        masks = [ops.mask(five[4], x, layer.adapters, layer.p, impl, key) for five, layer in zip(tensors, layers, strict=True)]
+        tensors = [(*five[:4], mask) for five, mask in zip(tensors, masks, strict=True)]
         return LoRALinearsFunction.apply(x, tuple(layers), impl, key, *(t for five in tensors for t in five))
     return tuple(_forward(x, tensors, layers, impl, key, [False] * len(layers))[0])
 

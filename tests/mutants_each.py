@@ -6,9 +6,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import mutants_shared
-from mutants import EXPAND, EXPERTS, LAUNCH, LAYOUT, LOAD, LOW_RANK, PLAN, PLANNER, SELECTED, SHRINK, SPEED, WGRAD, X_DOT_W, Mutant
+from mutants import EXPAND, EXPERTS, LAUNCH, LAYOUT, LOAD, LOW_RANK, OPS, PLAN, PLANNER, SELECTED, SHRINK, SPEED, WGRAD, X_DOT_W, Mutant
 
-PARTS, HEURISTIC = "kernels/parts.py", "tuning/heuristic.py"
+PARTS, HEURISTIC, PHILOX, PROJECTIONS = "kernels/parts.py", "tuning/heuristic.py", "philox.py", "projections.py"
 ITS_RANKS, ITS_V = "within_rank(r0 + j, rank, period, 8)", "v[2]) + adapter.to(tl.int64) * stride_ve"
 TOKENS = "tokens = (m0 + tl.arange(0, BLOCK_M))[:, None, None]"
 ITS_U = "LOAD_U(u, m0, first + r0, M, first + R, BLOCK_M, BLOCK_R, False, EVEN_R, WIDE).to(TYPE)\n            uv += each"
@@ -120,8 +120,24 @@ EDGES = [
     Mutant("merge: any B's layout", LAUNCH, MERGED, MERGED.replace(", matrix(u)", ""), tests="merge"),
 ]  # fmt: skip
 
+ON_A_CPU = "(x.device == CPU and dispatch.plainly_chain(x.device, impl, config)"
+MASK = [
+    Mutant("mask: kept where the kernels may run", OPS, ON_A_CPU, "(x.device == CPU"),
+    Mutant("mask: a row a token", OPS, "tokens(x) * adapters.top_k, x.shape[-1]", "tokens(x), x.shape[-1]"),
+    Mutant("mask: made again", OPS, "return philox.packed_mask(", "return seed if seed is not None else philox.packed_mask("),
+    Mutant("mask: of several, made again", PROJECTIONS, "[(*five[:4], mask)", "[(*five[:4], five[4])"),
+    Mutant("mask: the halves of a byte exchanged", PHILOX, "for low, high in ((w0, w1), (w2, w3)):",
+           "for low, high in ((w2, w3), (w0, w1)):"),
+    Mutant("mask: its first lane last", PHILOX, "1 << 51 | 1 << 34 | 1 << 17 | 1", "1 << 48 | 1 << 33 | 1 << 18 | 1 << 3"),
+    Mutant("mask: bytes read from the other end", PHILOX, "torch.arange(LANES - 1, -1, -1, device=device)",
+           "torch.arange(LANES, device=device)"),
+    Mutant("mask: of whole bytes", PHILOX, ".flatten(1)[:, :features]", ".flatten(1)"),
+    Mutant("mask: signed lanes", PHILOX, "bitwise_or_(low).bitwise_xor_(_SIGNS)", "bitwise_or_(low)"),
+]  # fmt: skip
+
 EVERY = [
     *mutants_shared.EVERY,
+    *(replace(m, tests="mask") for m in MASK),
     *ADDED,
     *(replace(m, tests="tuning") for m in TILES),
     *(replace(m, tests="offsets") for m in OFFSETS),

@@ -47,6 +47,7 @@ SELECTIONS = {  # a mutant's tests: their files, and which of them run first
         ["test_packed.py", "test_packed_layer.py", "test_packed_files.py"],
         "not (opcheck or compiled or test_refusals or 170 or repeats or flops)",
     ),
+    "mask": (["test_memory.py", "test_philox.py"], "test_philox.py or made_once or bytes_of_a_call"),
     "sum": (["test_expand_sum.py"], "further_steps or behind_the_loop and 12 or no_other"),
     "offsets": (["test_offsets.py"], "test"),
     "launcher": (["test_launcher.py"], "test"),

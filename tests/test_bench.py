@@ -78,7 +78,7 @@ def test_memory_counts_what_is_saved(tmp_path, parity):
     assert saved["linear", 0.0] == 0
     assert saved["peft", 0.0] == saved["torch", 0.0] == low_rank
     assert saved["peft", 0.1] >= low_rank + dropped
-    assert saved["torch", 0.1] == low_rank + 8  # and the seed
+    assert saved["torch", 0.1] == low_rank + point.M * point.K // 8  # and the mask's bits
 
 
 def test_red_parity_reports_nothing(tmp_path, parity, capsys):
@@ -274,7 +274,7 @@ def test_parts_bench_and_its_report(tmp_path):
     rows = conditions.read_rows(out)
     assert len(rows) == 14 and all(row["ms"]["p50"] > 0 for row in rows)
     text = report.rewritten("<!-- bench:parts -->\n<!-- /bench:parts -->\n", out.parent, False, "measured.md")
-    assert "| the Philox mask | " in text and "32 x 64, bfloat16" in text
+    assert "| the Philox mask, a bit an element | " in text and "32 x 64, bfloat16" in text
 
 
 def test_cpu_bench_and_its_report(tmp_path):

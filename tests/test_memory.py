@@ -1,12 +1,13 @@
-"""What a layer keeps for backward: x and u (and a seed with dropout), beside parameters that are there anyway; nothing else."""
+"""What a layer keeps for backward: x and u (and a seed with dropout, or its mask's bits), beside parameters that are there anyway."""
 
 import itertools
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from lora_kernels import FusedLoRALinear, MultiLoRALinear, Segments, lora_linear
+from lora_kernels import FusedLoRALinear, MultiLoRALinear, Projection, Segments, dispatch, lora_linear, lora_linears, philox
 
 M, N, K, R, E = 48, 96, 64, 8, 3
 ARMS = ("auto", "torch", "triton")  # on a CPU, and under the interpreter: an operator, its library calls themselves, an operator
@@ -37,6 +38,12 @@ class Kept:
         return sum(size for address, size in storages.items() if address not in known)
 
 
+def mask_bytes(p: float, tokens: int, features: int, impl: str = "auto") -> int:
+    """Of what a mask is known by: where the arm is the chain on a CPU, whatever the sizes, a bit an element, else a seed."""
+    chain = not torch.cuda.is_available() and (impl == "torch" or (impl == "auto" and not dispatch.interpreting()))
+    return (tokens * -(-features // 8) if chain else SEED) if p else 0
+
+
 def operands(device, adapter_dtype=None, dtype=torch.float32, stack=()):
     shapes = {"x": (M, K), "weight": (N, K), "lora_A": (*stack, R, K), "lora_B": (*stack, N, R), "bias": (N,)}
     wide = {"lora_A", "lora_B"} if adapter_dtype else set()
@@ -47,13 +54,13 @@ def operands(device, adapter_dtype=None, dtype=torch.float32, stack=()):
 @pytest.mark.parametrize("p", [0.0, 0.1])
 @pytest.mark.parametrize("x_trained, A_trained, B_trained", list(itertools.product([True, False], repeat=3)))
 def test_bytes_of_a_call(impl, p, x_trained, A_trained, B_trained, device):
-    """dA uses x, dB uses u, dX and dA use the mask's seed: what no wanted gradient uses is not kept."""
+    """dA uses x, dB uses u, dX and dA use the mask: what no wanted gradient uses is not kept."""
     t = operands(device)
     for name, trained in (("x", x_trained), ("lora_A", A_trained), ("lora_B", B_trained)):
         t[name].requires_grad_(trained)
     with Kept() as kept:
         y = lora_linear(**t, dropout_p=p, training=True, impl=impl)
-    wanted = 4 * M * K * A_trained + 4 * M * R * B_trained + SEED * bool(p and (x_trained or A_trained))
+    wanted = 4 * M * K * A_trained + 4 * M * R * B_trained + mask_bytes(p, M, K, impl) * (x_trained or A_trained)
     assert kept.bytes(besides=(t["weight"], t["lora_A"], t["lora_B"])) == wanted
     assert y.requires_grad == (x_trained or A_trained or B_trained)
 
@@ -67,7 +74,7 @@ def test_float32_adapters_on_16_bits_cost_no_copy(impl, p, device):
         t[name].requires_grad_()
     with Kept() as kept:
         lora_linear(**t, dropout_p=p, training=True, impl=impl)
-    assert kept.bytes(besides=(t["weight"], t["lora_A"], t["lora_B"])) == 2 * M * K + 2 * M * R + SEED * bool(p)
+    assert kept.bytes(besides=(t["weight"], t["lora_A"], t["lora_B"])) == 2 * M * K + 2 * M * R + mask_bytes(p, M, K, impl)
 
 
 @pytest.mark.parametrize("impl", ARMS)
@@ -83,9 +90,37 @@ def test_many_adapters_share_one_plan(impl, p, device):
     with Kept() as kept:
         ys = [lora_linear(**(t | {"x": x}), **many, dropout_p=p, training=True, impl=impl) for x in (t["x"], other)]
     parameters = (t["weight"], t["lora_A"], t["lora_B"], many["scale"], many["ranks"], *segments.tensors())
-    assert kept.bytes(besides=parameters) == len(ys) * (4 * M * K + 4 * M * R + SEED * bool(p))
+    assert kept.bytes(besides=parameters) == len(ys) * (4 * M * K + 4 * M * R + mask_bytes(p, M, K, impl))
     plan = sum(tensor.untyped_storage().nbytes() for tensor in (many["scale"], many["ranks"], *segments.tensors()))
     assert kept.bytes(besides=parameters[:3]) - kept.bytes(besides=parameters) == plan
+
+
+@pytest.mark.parametrize("how", ["alone", "segments", "experts", "together", "recomputed"])
+def test_a_mask_is_made_once_on_a_cpu(how, device, monkeypatch):
+    """For both passes, as its bits, of which a row's last byte may be part empty; a checkpoint makes it once more."""
+    if device.type != "cpu":
+        pytest.skip("the kernels make it in registers")
+    made, features, top_k = [], 61, 2 if how == "experts" else 1
+    monkeypatch.setattr(dispatch, "interpreting", lambda: False)
+    monkeypatch.setattr(philox, "packed_mask", lambda *args, real=philox.packed_mask: made.append(args[1:3]) or real(*args))
+    x, stack = torch.randn(M, features, requires_grad=True), (E,) if how in ("segments", "experts") else ()
+    A, B = torch.randn(*stack, R, features, requires_grad=True), torch.randn(*stack, N, R, requires_grad=True)
+    weight = torch.randn(*(stack if how == "experts" else ()), N, features)
+    more = dict(dropout_p=0.5, training=True, seed=3)
+    if how == "segments":
+        more["segments"] = Segments.from_ids(torch.arange(M) % E, E)
+    if how == "experts":
+        more["segments"] = Segments.from_top_k(torch.stack([torch.arange(M) % E, torch.arange(1, M + 1) % E], 1), E)
+    call = lambda: lora_linear(x, weight, A, B, **more)  # noqa: E731
+    if how == "together":
+        call = lambda: lora_linears(x, [Projection(weight, A, B, None, 1.0, 0.5, 3)], training=True)[0]  # noqa: E731
+    y = checkpoint(call, use_reentrant=False) if how == "recomputed" else call()
+    found = torch.autograd.grad(y.sin().sum(), (x, A, B))
+    assert made == [(M * top_k, features)] * (2 if how == "recomputed" else 1)
+    wanted = lora_linear(x, weight, A, B, **more | {"impl": "reference"})
+    torch.testing.assert_close(y, wanted)
+    for mine, theirs in zip(found, torch.autograd.grad(wanted.sin().sum(), (x, A, B)), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1])
@@ -96,7 +131,7 @@ def test_layers_that_read_the_same_x_keep_it_once(p, device):
     with Kept() as kept:
         ys = [layer(x) for layer in layers]
     parameters = [parameter for layer in layers for parameter in layer.parameters()]
-    assert kept.bytes(besides=parameters) == 4 * M * K + len(ys) * (4 * M * R + SEED * bool(p))
+    assert kept.bytes(besides=parameters) == 4 * M * K + len(ys) * (4 * M * R + mask_bytes(p, M, K))
 
 
 def test_nothing_is_kept_where_nothing_trains(device):

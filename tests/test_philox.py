@@ -1,5 +1,6 @@
 """The dropout mask: known answers of Philox, and the mask's own properties."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -53,6 +54,18 @@ def test_keep_rate_and_mean(p):
     for other in (keep.roll(1, 0), keep.roll(1, 1), keep.roll(8, 1), philox.keep_mask(torch.tensor(4), 1000, 1000, p)):
         both = (keep & other).double().mean().item()
         assert abs(both - wanted**2) < 5 * (wanted**2 / 1e6) ** 0.5 + 1e-4, "neighbours and seeds are independent"
+
+
+@pytest.mark.parametrize("features", [1, 8, 21])
+def test_packed_bits_are_numpys(features):
+    """As numpy.packbits has them, of whole groups: what is behind the last feature is the mask of further ones."""
+    seed, groups = torch.tensor(7), -(-features // 8)
+    packed = philox.packed_mask(seed, 9000, features, 0.3)
+    assert packed.dtype == torch.uint8 and packed.shape == (9000, groups)
+    assert (packed.numpy() == np.packbits(philox.keep_mask(seed, 9000, 8 * groups, 0.3).numpy(), axis=1)).all()
+    for dtype in (torch.int16, torch.int32, torch.int64):
+        bits = philox.unpacked(packed, features, dtype)
+        assert bits.dtype == dtype and torch.equal(bits, -philox.keep_mask(seed, 9000, features, 0.3).to(dtype))
 
 
 def test_edges():

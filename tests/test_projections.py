@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from test_kernels import TILES, with_u
-from test_memory import SEED, Kept
+from test_memory import Kept, mask_bytes
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -196,7 +196,7 @@ def test_layers_that_make_their_own_u(launched, u):
 @pytest.mark.parametrize("impl", ARMS)
 @pytest.mark.parametrize("p", [0.0, 0.1])
 def test_bytes_kept(impl, p):
-    """x once, whatever the number of layers, u and the seeds."""
+    """x once, whatever the number of layers, u and the masks."""
     x, own = tokens(), [each._replace(seed=None) for each in layers(p)]
     with Kept() as kept:
         lora_linears(x, own, training=True, impl=impl)
@@ -205,7 +205,7 @@ def test_bytes_kept(impl, p):
         lora_linears(x, [each._replace(lora_A=each.lora_A.detach()) for each in own], training=True, impl=impl)
     assert not any(t.numel() == x.numel() for t in without.tensors)
     besides = [t for each in own for t in each[:4]]
-    assert kept.bytes(besides) == 4 * M * K + 4 * M * sum(RS) + 3 * SEED * bool(p)
+    assert kept.bytes(besides) == 4 * M * K + 4 * M * sum(RS) + 3 * mask_bytes(p, M, K, impl)
 
 
 @pytest.mark.parametrize("impl", ARMS)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_memory import SEED, Kept
+from test_memory import Kept, mask_bytes
 from torch.utils.checkpoint import checkpoint
 
 from lora_kernels import Projection, Segments, UnsupportedError, explain, lora_linear, lora_linears, parity
@@ -63,11 +63,11 @@ def test_made_again_for_dX_alone(impl):
 @pytest.mark.parametrize("impl", ARMS)
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_bytes_kept(impl, p):
-    """x, u and a seed, as beside a matrix that is there anyway; not what was made."""
+    """x, u and the mask, as beside a matrix that is there anyway; not what was made."""
     t = operands()
     with Kept() as kept:
         call(t, Maker(N, K), impl=impl, dropout_p=p, training=True)
-    assert kept.bytes(besides=(t["lora_A"], t["lora_B"])) == 4 * M * K + 4 * M * R + SEED * bool(p)
+    assert kept.bytes(besides=(t["lora_A"], t["lora_B"])) == 4 * M * K + 4 * M * R + mask_bytes(p, M, K, impl)
 
 
 @pytest.mark.parametrize("impl", ["triton", "torch"])
