@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from peft.tuners import lora
+from test_memory import mask_bytes
 from torch import nn
 
 from bench.llama import blocks, fused, llama, stock
@@ -179,13 +180,13 @@ def test_export(put, strict):
 )
 @pytest.mark.parametrize("p", [0.0, 0.1])
 def test_bytes_kept_for_backward(base, adapters, p):
-    """Ours: x, u and a seed. PEFT's: u, and x as the adapter sees it, which is a copy with dropout (and its mask) or in another dtype."""
+    """Ours: x, u and the mask. PEFT's: u, and x as the adapter sees it, which is a copy with dropout (and its mask) or in another dtype."""
     M, K, N, r = 96, 64, 80, 8
     pair = peft_and_fused(K, N, r, p, base, adapters)
     x = torch.randn(M, K, dtype=base, requires_grad=True)
     theirs, ours = (saved_by(lambda layer=layer: layer(x), layer.parameters()) for layer in pair.values())
     wide, narrow = adapters.itemsize, base.itemsize
-    assert ours == narrow * M * (K + r) + 8 * bool(p)
+    assert ours == narrow * M * (K + r) + mask_bytes(p, M, K)
     assert theirs == wide * M * (K + r) + (wide * M * K if p else 0)
 
 
