@@ -118,6 +118,13 @@ def recorded(trained: bool) -> bool:
     return (trained and torch.is_grad_enabled()) or (forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled())
 
 
+def refuse_transforms(*operands: torch.Tensor | None) -> None:
+    """torch's own error names its inside; and where a compiler sees the operators, it takes a derivative of them for zeros."""
+    if torch._C._are_functorch_transforms_active():
+        if any(t is not None and torch._C._functorch.is_functorch_wrapped_tensor(t) for t in operands):
+            raise UnsupportedError("torch.func: wanted no transform (grad, jacrev, vmap, ...) of this call; impl='reference' takes them")
+
+
 def _forward_kernel(
     x, weight, lora_A, lora_B, bias, seed, scales, ranks, plan, geometry, scale, dropout_p, save_u, impl, config, base=None
 ):  # fmt: skip
@@ -216,6 +223,7 @@ def lora_linear(
             x, weight, lora_A, lora_B, bias,
             base=base, scale=scale, dropout_p=p, training=training, seed=seed, segments=segments, ranks=ranks, widths=widths,
         )  # fmt: skip
+    refuse_transforms(x, weight, lora_A, lora_B, bias, base)
     drawn = reference.as_seed(seed, x.device) if p else None
     adapters, factor = carried(segments, scale, ranks, widths)
     if arm is None:

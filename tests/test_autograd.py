@@ -161,11 +161,16 @@ def test_torch_func_differentiates_the_reference_alone(impl, device):
     x, *others = operands(device)
     derivative = torch.func.grad(lambda x: lora_linear(x, *others, impl="reference").sum())(x)
     torch.testing.assert_close(derivative, lora_linear(torch.ones(M, N, device=device), others[0].T, others[2].T, others[1].T))
-    for transform in (torch.func.grad, torch.func.jacfwd):
-        with pytest.raises(RuntimeError, match="functorch transforms"):
-            transform(lambda x: lora_linear(x, *others, impl=impl).sum())(x)
-    with pytest.raises(RuntimeError, match="Batching rule not implemented for lora_kernels::forward"):
-        torch.func.vmap(lambda x: lora_linear(x, *others, impl=impl))(x[None])
+    called = lambda x: lora_linear(x, *others, impl=impl).sum()  # noqa: E731
+    several = lambda x: lora_linears(x, [Projection(*others)] * 2, impl=impl)[1].sum()  # noqa: E731
+    for call in (called, several):
+        for transform in (torch.func.grad, torch.func.jacfwd, torch.func.vmap):
+            with pytest.raises(UnsupportedError, match="torch.func: wanted no transform"):
+                transform(call)(x)
+    with pytest.raises(UnsupportedError, match="torch.func: wanted no transform"):
+        torch.compile(torch.func.grad(called), backend="aot_eager")(x)
+    beside = torch.func.grad(lambda scale: (scale * called(x)).sum())  # of which the call is no part
+    torch.testing.assert_close(beside(torch.ones((), device=device)), called(x))
 
 
 @pytest.mark.parametrize("impl", ARMS)
