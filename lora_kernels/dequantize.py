@@ -83,9 +83,11 @@ def whole(layer: nn.Module, in_features: int, dtype: torch.dtype) -> torch.Tenso
     """The weight ``[N, K]`` by which a layer multiplies x of this dtype, whatever its format: what it makes of unit vectors, bias aside.
 
     Raises:
-        UnsupportedError: the layer does not multiply by a matrix.
+        UnsupportedError: the layer does not multiply by a matrix, or has no tensor at all.
     """
-    first = next(itertools.chain(layer.parameters(), layer.buffers()))
+    first = next(itertools.chain(layer.parameters(), layer.buffers()), None)
+    if first is None:
+        raise UnsupportedError(f"base_layer: wanted one with a weight to make whole, got a {type(layer).__name__} without any tensor")
     held: dict = layer._parameters if "bias" in layer._parameters else layer._buffers
     bias, training = held.get("bias"), layer.training
     try:

@@ -209,7 +209,7 @@ class MultiLoRALinear(AdaptedLinear):
         """
         self._check_slot(i)
         self._check_pair(A, B, self.out_features)
-        check_scale(scale)
+        check_slot_scale(scale)
         slots.put(i, [(self, [self._copied(A, B)], scale)])
 
     def merge(self, i: int, keep: str = "device") -> None:
@@ -335,7 +335,7 @@ class MultiLoRALinear(AdaptedLinear):
         return ", ".join(parts)
 
 
-def check_scale(scale: float | None) -> None:
+def check_slot_scale(scale: float | None) -> None:
     if scale is not None:
         if isinstance(scale, bool) or not isinstance(scale, (int, float)):
             raise TypeError(f"scale: wanted a float or None, got {type(scale).__name__}")

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from . import slots
-from .multi import MultiLoRALinear, check_scale
+from .multi import MultiLoRALinear, check_slot_scale
 from .nn import check_linear, init_adapter
 from .over import Over, sizes
 from .packed import check_widths
@@ -120,7 +120,7 @@ class PackedLoRALinear(MultiLoRALinear):
             raise ValueError("A: wanted one for at least one layer, got None for each")
         for n in given:
             self._check_pair(As[n], Bs[n], self.widths[n], f"[{n}]")
-        check_scale(scale)
+        check_slot_scale(scale)
         slots.put(i, [(self, [None if a is None else self._copied(a, b) for a, b in zip(As, Bs, strict=True)], scale)])
 
     def _init(self, i: int, init_lora_weights: bool) -> None:

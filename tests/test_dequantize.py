@@ -348,6 +348,8 @@ def test_dequantize_refusals():
     with pytest.raises(UnsupportedError, match="base_layer: wanted one that multiplies by a matrix, got a Curved that does something else"):
         remove_lora(model, merge=True, dequantize=torch.float32)
     assert list(model.modules()) == before and model[1].bias is not None
+    with pytest.raises(UnsupportedError, match="base_layer: wanted one with a weight to make whole, got a Identity without any tensor"):
+        whole(nn.Identity(), 64, torch.float32)
     hooked = nn.Sequential(four_bits(nn.Linear(64, 8), **FLOAT32), four_bits(nn.Linear(64, 8), **FLOAT32))
     apply_lora(hooked, LoRAConfig(target_modules=["0"], r=2))
     for each, name in ((hooked[0].base_layer, "0"), (hooked[1], "1")):
