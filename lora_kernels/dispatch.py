@@ -139,10 +139,10 @@ def unmeasured(p: Problem, arch: Arch) -> tuple[str, str]:
         return "torch", "faster than interpreting the kernels"
     if p.adapters:
         return "triton", "not measured on this device; the chain would wait for the device to tell each adapter's tokens"
+    if p.dropout:
+        return "triton", "not measured on this device; with dropout the chain would make a mask, in some 125 launches, and a second x"
     if p.itemsize == 2 and any(row % 16 for row in ((p.K,) if p.w_major == "k" else (p.K, p.N))):
         return "torch", "not measured on this device; rows that are no multiple of 16 numbers would be loaded by two bytes each"
-    if p.dropout:
-        return "triton", "not measured on this device; with dropout the chain would make a mask and a second x"
     if p.M <= FEW_TOKENS:
         return "triton", f"not measured on this device; up to {FEW_TOKENS} tokens launches dominate"
     return "torch", "not measured on this device; without dropout, at many tokens, the vendor's matmul is the safe choice"
