@@ -9,14 +9,15 @@ The norm is a constant of the backward pass (Liu et al. 2024, arXiv:2402.09353, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from .autograd import autocast, check, lora_linear, refused_twice
 from .chain import grad_mm, rows_at_a_time
-from .checks import check_vector
+from .checks import check_base, check_vector
 from .dispatch import without_autocast
 from .operands import as_matrix
 
@@ -85,29 +86,77 @@ def _parts(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
 
 
 def dora_linear(
-    x, weight, lora_A, lora_B, magnitude, bias=None, *, scale=1.0, dropout_p=0.0, training=False, config=None, impl="auto"
+    x, weight, lora_A, lora_B, magnitude, bias=None, *, base=None, scale=1.0, dropout_p=0.0, training=False, config=None, impl="auto"
 ):  # fmt: skip
     """Linear layer with a DoRA update: ``y = magnitude / norm * (x W^T + scale (x A^T) B^T) + bias``.
 
     Args:
+        weight: ``[N, K]``, frozen; or a function that makes it: called once for y, norm and product both, and for x's gradient once
+            more, with dropout twice, with the same result; none is kept.
         magnitude: ``[N]``, lora_A's dtype; `weight_norm` of a fresh adapter makes it the identity.
+        base: ``[..., N]``, x's dtype: ``x W^T + bias`` as another layer, a quantised one, say, makes it; not written to. Then weight and
+            bias are what that layer multiplies by and adds, for the norm and for what the magnitude does not scale. None: made here.
         dropout_p: On the adapter's input, with PEFT's meaning: ``x W^T + (g - 1) drop(x) W^T + g scale (drop(x) A^T) B^T``, which
             takes a second product with W while training. The mask is torch's own (F.dropout).
         The others: as in `lora_linear`; ``scale`` is a float.
     Returns:
-        ``[..., N]`` in x's dtype; the products are rounded to it once before the magnitude scales them in float32.
+        ``[..., N]`` in x's dtype; the products are rounded to it once before the magnitude scales them in float32. With base and
+        dropout the magnitude scales B, which is rounded to its dtype.
     Gradients:
-        For x, lora_A, lora_B, magnitude and bias; the norm is held constant.
+        For x, lora_A, lora_B, magnitude, bias and base; the norm is held constant.
     Raises:
-        The errors of `lora_linear`. ValueError, TypeError: magnitude's shape, dtype or device.
+        The errors of `lora_linear`. ValueError, TypeError: magnitude's or base's shape, dtype or device.
     Source: Liu et al. 2024, arXiv:2402.09353, eq. 5 and section 4.3; dropout as PEFT has it.
     """
-    x, weight, bias = autocast(x, weight, bias)
+    make = None
+    if callable(weight):
+        make, weight = weight, weight()
+    x, weight, bias = autocast(x, weight, bias, base)
+    if weight is None:
+        raise TypeError("weight: wanted a tensor [out_features, in_features] or a function that makes it, got NoneType")
     if not isinstance(scale, (int, float)) or isinstance(scale, bool):
         raise TypeError(f"scale: wanted a float, got {type(scale).__name__}")
     check(x, weight, lora_A, lora_B, bias, None, scale, dropout_p, None, None, None, config, impl, None)
     check_vector("magnitude", magnitude, weight, lora_A)
+    if base is not None:
+        check_base(x, None, None, base)
+        if base.shape[-1] != weight.shape[0]:
+            raise ValueError(f"base: wanted {weight.shape[0]} outputs to match weight {list(weight.shape)}, got {list(base.shape)}")
+    g = gain(magnitude, weight_norm(weight, lora_A, lora_B, scale))
+    how: dict[str, Any] = dict(scale=scale, config=config, impl=impl)
     dropped = F.dropout(x, dropout_p) if training and dropout_p else x
-    low = lora_linear(dropped, weight, lora_A, lora_B, scale=scale, config=config, impl=impl)
-    y = ScaleColumns.apply(low, gain(magnitude, weight_norm(weight, lora_A, lora_B, scale)), bias)
-    return y if dropped is x else y + F.linear(x - dropped, weight)
+    if base is None:
+        y = lora_linear(dropped, weight if make is None else _made_first(weight, make), lora_A, lora_B, **how)
+        y = ScaleColumns.apply(y, g, bias)
+        return y if dropped is x else y + _product(x - dropped, weight, make)
+    if dropped is x:  # base has the bias, of which the magnitude scales nothing
+        y = lora_linear(x, None, lora_A, lora_B, base=base, **how)
+        return ScaleColumns.apply(y, g, None if bias is None else (1 - g) * bias)
+    # The magnitude on B itself: where g is small, little is left of the sum of the update and of (g - 1) times it.
+    base = base + ScaleColumns.apply(_product(dropped, weight, make), g - 1, None)
+    return lora_linear(dropped, None, lora_A, (g[:, None] * lora_B).to(lora_B.dtype), base=base, **how)
+
+
+class Product(torch.autograd.Function):
+    """``x W^T`` by a weight that is made already, and for dX made again; it is not kept."""
+
+    @staticmethod
+    def forward(ctx, x, weight, make):
+        ctx.make, ctx.dtype = make, x.dtype
+        ctx.save_for_backward()
+        return F.linear(x, weight)
+
+    @staticmethod
+    @refused_twice
+    def backward(ctx, dy):
+        return torch.matmul(dy, ctx.make().to(dy.dtype)).to(ctx.dtype), None, None
+
+
+def _product(x: torch.Tensor, weight: torch.Tensor, make: Callable[[], torch.Tensor] | None) -> torch.Tensor:
+    return F.linear(x, weight) if make is None else Product.apply(x, weight, make)
+
+
+def _made_first(weight: torch.Tensor, make: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    """A function that makes the weight, but for its first call, which gets the one that is made already."""
+    made = [weight]
+    return lambda: made.pop() if made else make()

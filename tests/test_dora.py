@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from test_memory import Kept
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_kernels import FusedLoRALinear, Segments, UnsupportedError, chain, dora_linear, launch, lora_linear, reference
@@ -85,6 +86,75 @@ def test_dropout_as_peft_has_it(monkeypatch):
         torch.testing.assert_close(o, exact, rtol=1e-11, atol=1e-11)
     for o, exact in zip(run(ours, t, dy, dropout_p=0.3), run(textbook, t, dy), strict=True):
         torch.testing.assert_close(o, exact, rtol=1e-11, atol=1e-11)
+
+
+class Maker:
+    """Makes the same weight at each call, and counts them."""
+
+    def __init__(self, weight):
+        self.weight, self.calls = weight.detach(), 0
+
+    def __call__(self):
+        self.calls += 1
+        return self.weight.clone()
+
+
+def elsewhere(x, W, A, B, m, bias, made=False, **kwargs):
+    """DoRA beside a product that another layer makes."""
+    return ours(x, Maker(W) if made else W, A, B, m, bias, base=F.linear(x, W, bias), **kwargs)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_beside_a_product_that_is_given(p, dtype, impl, device, monkeypatch):
+    """y and every gradient, of the given product's x and bias, too, as of the textbook's formula with the same mask."""
+    t, dy = operands(dtype, device)
+    keep = (torch.rand(t["x"].shape) >= p).to(device) / (1 - p)
+    monkeypatch.setattr(F, "dropout", lambda x, p: x * keep.to(x.dtype))
+    masked = dict(keep=keep) if p else {}
+    truth = run(textbook, t, dy, torch.float64, **{name: mask.double() for name, mask in masked.items()})
+    same = run(textbook, t, dy, **{name: mask.to(dtype) for name, mask in masked.items()})
+    for made in (False, True):
+        before = launch.launches
+        got = run(elsewhere, t, dy, made=made, dropout_p=p, training=True, impl=impl)
+        assert (launch.launches > before) == (impl == "triton")
+        for name, o, s, exact in zip(("y", *TENSORS), got, same, truth, strict=True):
+            assert budget_used(o, s, exact) <= 1, name
+
+
+def test_a_weight_that_is_made():
+    """Once for the norm and the product, once for dX; bit for bit as a matrix, and kept by nobody."""
+    t, dy = operands(torch.float32)
+    found = []
+    for make in (False, True):
+        leaves = {name: v.clone().requires_grad_(name in TENSORS) for name, v in t.items()}
+        weight = Maker(t["W"]) if make else t["W"]
+        with Kept() as kept:
+            y = ours(**{**leaves, "W": weight})
+        assert not make or weight.calls == 1
+        found.append([y, *torch.autograd.grad(y, [leaves[name] for name in TENSORS], dy)])
+        assert not make or weight.calls == 2
+        # x, u, what the magnitude scales, and vectors of N: g, the norm, the magnitude
+        assert (kept.bytes(besides=(leaves["A"], leaves["B"])) <= 4 * (2 * M * (K + R + N) + 3 * N)) == make
+    assert all(torch.equal(mine, wanted) for mine, wanted in zip(*found, strict=True))
+    with torch.no_grad():
+        assert torch.equal(ours(**{**t, "W": weight}), found[0][0]) and weight.calls == 3
+    assert torch.equal(ours(**{**t, "W": weight}, dropout_p=0.3), found[0][0]), "not in training"
+
+
+def test_bytes_kept_beside_a_product():
+    """With dropout, too, nothing of the weight's size."""
+    t, _ = operands(torch.float32)
+    t = {name: v.requires_grad_(name in TENSORS) for name, v in t.items()}
+    base, kept = F.linear(t["x"], t["W"], t["bias"]), {}
+    for p in (0.0, 0.3):
+        with Kept() as each:
+            ours(**{**t, "W": Maker(t["W"])}, base=base, dropout_p=p, training=True)
+        kept[p] = each.bytes(besides=(t["A"], t["B"], t["bias"]))
+    assert kept[0.0] <= 4 * (2 * M * (K + R + N) + 4 * N)
+    # the dropped x and torch's mask of it, u, what the magnitude scales, and B as it scales it
+    assert kept[0.3] <= 4 * (2 * M * (2 * K + R + N) + N * R + 4 * N)
 
 
 @pytest.mark.parametrize("widened", PARTS)
@@ -221,6 +291,12 @@ def test_compiles_in_one_graph():
         (dora_linear, {"bias": torch.ones(3)}, ValueError, r"bias: wanted shape \[21\]"),
         (dora_linear, {"scale": torch.ones(1)}, TypeError, "scale: wanted a float, got Tensor"),
         (dora_linear, {"W": None}, TypeError, r"weight: wanted a tensor \[out_features, in_features\]"),
+        (dora_linear, {"W": None, "base": torch.ones(2, M, N)}, TypeError, r"wanted .* or a function that makes it, got NoneType"),
+        (dora_linear, {"W": lambda: torch.ones(N, K + 1)}, ValueError, rf"x: wanted shape \[..., {K + 1}\] to match weight"),
+        (dora_linear, {"base": torch.ones(2, M, N + 1)}, ValueError, r"base: wanted 21 outputs to match weight .*, got \[2, 9, 22\]"),
+        (dora_linear, {"base": torch.ones(M, N)}, ValueError, r"base: wanted shape \[2, 9, out_features\]"),
+        (dora_linear, {"base": torch.ones(2, M, N).half()}, TypeError, "base: wanted x's dtype torch.float32, got torch.float16"),
+        (dora_linear, {"base": 3}, TypeError, "base: wanted a tensor .* got int"),
         (dora_linear, {"A": "A"}, TypeError, r"lora_A: wanted a tensor \[r, in_features\], got str"),
         (dora_linear, {"dropout_p": 1.0, "training": True}, ValueError, r"dropout_p: wanted a probability in \[0, 1\), got 1.0"),
         (dora_linear, {"dropout_p": -0.1}, ValueError, r"dropout_p: wanted a probability in \[0, 1\), got -0.1"),
@@ -247,3 +323,45 @@ def test_refused_combinations():
     stack, plan = torch.randn(2, R, K), Segments.from_ids(torch.zeros(4, dtype=torch.int32), 2)
     with pytest.raises(UnsupportedError, match="lora_bias: wanted None with segments"):
         lora_linear(torch.randn(4, K), torch.randn(N, K), stack, torch.randn(2, N, R), segments=plan, lora_bias=torch.zeros(N))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("given", [True, False])
+def test_made_weights_are_not_differentiated_twice(given, p):
+    t, _ = operands(torch.float32)
+    x, base = t["x"].requires_grad_(), torch.randn(2, M, N) if given else None
+    t["A"].requires_grad_()
+    y = ours(**{**t, "W": Maker(t["W"])}, base=base, dropout_p=p, training=True)
+    (dx,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    with pytest.raises(UnsupportedError, match="create_graph"):
+        dx.sum().backward()
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("given", [True, False])
+def test_made_weights_under_autocast(given, p):
+    """As matrices are: y, and gradients in each one's dtype."""
+    t, _ = operands(torch.float32)
+    results = []
+    for make in (False, True):
+        leaves = {name: v.clone().requires_grad_(name in TENSORS) for name, v in t.items()}
+        base = F.linear(leaves["x"], t["W"], leaves["bias"]) if given else None
+        torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = ours(**{**leaves, "W": Maker(t["W"]) if make else t["W"]}, base=base, dropout_p=p, training=True)
+        assert y.dtype is (torch.float32 if given else torch.bfloat16)
+        results.append([y, *torch.autograd.grad(y.float().cos().sum(), [leaves[name] for name in TENSORS])])
+    assert all(torch.equal(mine, wanted) and mine.dtype is wanted.dtype for mine, wanted in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_made_weights_compile_in_one_graph(given):
+    t, _ = operands(torch.float32)
+    x, base = t["x"].requires_grad_(), torch.randn(2, M, N) if given else None
+
+    def call(x):
+        return ours(**{**t, "x": x, "W": lambda: t["W"] * 2}, base=base)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(*(torch.autograd.grad(f(x).square().sum(), x) for f in (compiled, call)))
