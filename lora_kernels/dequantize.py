@@ -55,21 +55,27 @@ class FourBit(NamedTuple):
     settled: bool
 
 
-def four_bit(layer: Any, x: torch.Tensor) -> FourBit | None:
+def four_bit(layer: Any, x: torch.Tensor, few: bool = False) -> FourBit | None:
     """What `lora_linear` takes in the place of a product of bitsandbytes' Linear4bit, or None where the layer is to make it itself.
 
-    That is in evaluation, for few tokens, under a compiler or a mode, and where it multiplies in another dtype than x's or autocast's.
+    That is in evaluation and for few tokens, unless the weight is made anyway (``few``), under a compiler or a mode, and where it
+    multiplies in another dtype than x's or autocast's.
     """
-    if not layer.training or not is_four_bit(layer) or tokens(x) <= MANY or hooked(layer) or ops.watched():
+    if not (few or (layer.training and tokens(x) > MANY)) or not is_four_bit(layer) or hooked(layer) or ops.watched():
         return None
     weight, state = layer.weight, getattr(layer.weight, "quant_state", None)
-    if state is None or tuple(state.shape) != (layer.out_features, layer.in_features) or getattr(state, "packing_format_for_cpu", False):
+    if state is None or tuple(state.shape) != (layer.out_features, layer.in_features) or repacked(state):
         return None
     dtype = layer.compute_dtype if layer.compute_type_is_set else None
     if dtype is not (torch.get_autocast_dtype(x.device.type) if autocasts(x.device) else x.dtype) or weight.device != x.device:
         return None
     bias = None if layer.bias is None else layer.bias.to(dtype)
     return FourBit(Made(weight, state, dtype), bias, dtype, bias is layer.bias)
+
+
+def repacked(state: Any) -> bool:
+    """Whether bitsandbytes has put the 4 bits of this state in an order of its CPU kernel's, which nothing but that kernel reads."""
+    return getattr(state, "packing_format_for_cpu", False)
 
 
 def is_four_bit(layer: nn.Module) -> bool:

@@ -8,16 +8,16 @@ from mutants import Mutant
 
 DEQUANTIZE, AUTOGRAD, PROJECTIONS, SHARED, APPLY = "dequantize.py", "autograd.py", "projections.py", "shared_input.py", "apply.py"
 STATE, PEFT, MIXED, OVER = "integrations/peft_state.py", "integrations/peft.py", "integrations/peft_mixed.py", "over.py"
-WHOLE = "not layer.training or not is_four_bit(layer) or tokens(x) <= MANY or hooked(layer) or ops.watched()"
-NOT_AS_IT_WAS = 'tuple(state.shape) != (layer.out_features, layer.in_features) or getattr(state, "packing_format_for_cpu", False)'
+WHOLE = "not (few or (layer.training and tokens(x) > MANY)) or not is_four_bit(layer) or hooked(layer) or ops.watched()"
+NOT_AS_IT_WAS = "tuple(state.shape) != (layer.out_features, layer.in_features) or repacked(state)"
 IN_AUTOCAST = "(torch.get_autocast_dtype(x.device.type) if autocasts(x.device) else x.dtype)"
 
 SLIPS = [
     Mutant("made: kept for backward", AUTOGRAD, "weight if need_weight and make is None else None", "weight if need_weight else None"),
     Mutant("made: for gradients that need none", AUTOGRAD, "ctx.make = make if need_weight else None", "ctx.make = make"),
     Mutant("made: in its own dtype", AUTOGRAD, "ctx.make().to(dy.dtype)", "ctx.make()"),
-    Mutant("made: in evaluation", DEQUANTIZE, WHOLE, WHOLE.replace("not layer.training or ", "")),
-    Mutant("made: of few tokens", DEQUANTIZE, WHOLE, WHOLE.replace("tokens(x) <= MANY or ", "")),
+    Mutant("made: in evaluation", DEQUANTIZE, WHOLE, WHOLE.replace("layer.training and ", "")),
+    Mutant("made: of few tokens", DEQUANTIZE, WHOLE, WHOLE.replace(" and tokens(x) > MANY", "")),
     Mutant("made: past hooks", DEQUANTIZE, WHOLE, WHOLE.replace("hooked(layer) or ", "")),
     Mutant("made: of a weight packed anew", DEQUANTIZE, NOT_AS_IT_WAS, NOT_AS_IT_WAS.split(" or ")[0]),
     Mutant("made: before its layer knows its dtype", DEQUANTIZE, "layer.compute_dtype if layer.compute_type_is_set else None", "x.dtype"),

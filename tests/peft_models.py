@@ -122,10 +122,11 @@ def checkpointed_alike(model, x, reentrant: bool) -> None:
         assert torch.equal(plain[name], value), name
 
 
-def agree(stock, fused, x=X, within=contextlib.nullcontext, precise=None, **kwargs) -> None:
+def agree(stock, fused, x=X, within=contextlib.nullcontext, precise=None, rounded=None, **kwargs) -> None:
     """y and all gradients within the budget of docs/numerics.md: truth is the stock model in float64, torch's error the stock model's.
 
     precise: The model in float64, where the stock one's base is no matrix that could be widened.
+    rounded: The dtype of the budget's roundings, x's, also where gradients are float32; None: each tensor's own, which is less.
 
     In 16 bits the stock model runs under autocast: float32 adapters enter the product rounded to x's dtype, there as here.
     """
@@ -136,5 +137,5 @@ def agree(stock, fused, x=X, within=contextlib.nullcontext, precise=None, **kwar
     assert got.keys() == same.keys() == truth.keys() and len(got) > 2
     for name, value in got.items():
         assert value.dtype == same[name].dtype and value.shape == same[name].shape, name
-        used = budget_used(value, same[name], truth[name])
+        used = budget_used(value, same[name], truth[name], rounded)
         assert used <= 1, f"{name} uses {used:.2f} of its budget"

@@ -8,6 +8,7 @@ import torch
 from peft_models import Net, X, adapters_to, agree, both, checkpointed_alike, config, count_calls, layers, pair, results
 from test_memory import Kept
 from torch import nn
+from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 import lora_kernels.integrations.peft_dora as ours
@@ -114,7 +115,7 @@ def test_less_is_kept():
 
 
 def test_what_peft_computes(calls):
-    """Several adapters, norms that PEFT keeps, a scale that is a tensor, hooks on the magnitude or the base; then it is fused again."""
+    """Several adapters, norms that PEFT keeps, a scale that is a tensor, hooks on the magnitude, a trained base; then it is fused again."""
     stock, fused = moved(*pair(use_dora=True)[:2])
     first = layers(fused)[0]
 
@@ -141,12 +142,39 @@ def test_what_peft_computes(calls):
     both(stock, fused, lambda model: layers(model)[0].lora_magnitude_vector["default"].register_forward_hook(lambda *a: seen.append(1)))
     left("has a magnitude that is a DoraLinearLayer with hooks")
     both(stock, fused, lambda model: layers(model)[0].lora_magnitude_vector["default"]._forward_hooks.clear())
-    both(stock, fused, lambda model: layers(model)[0].base_layer.register_forward_hook(lambda *args: seen.append(1)))
-    left("is a DoraLinearVariant, and its base layer has hooks")
-    both(stock, fused, lambda model: layers(model)[0].base_layer._forward_hooks.clear())
+    both(stock, fused, lambda model: layers(model)[0].base_layer.weight.requires_grad_(True))
+    left("is a DoraLinearVariant, and its base layer is a Linear, whose weight is trained")
+    both(stock, fused, lambda model: layers(model)[0].base_layer.weight.requires_grad_(False))
     calls.clear()
     agree(stock, fused)
     assert seen and len(calls) == 2 and why_not_fused(first) is None
+
+
+class Custom(nn.Linear):
+    """Not exactly an nn.Linear: its product is its own."""
+
+
+class Subclass(Net):
+    def __init__(self, dtype=torch.float32):
+        super().__init__(dtype)
+        self.first.__class__ = self.second.__class__ = Custom
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4])
+@pytest.mark.parametrize("net, changed", [(Net, {}), (Subclass, {}), (Transposed, {"fan_in_fan_out": True})])
+def test_beside_the_base_s_own_product(net, changed, p, calls, monkeypatch):
+    """Hooks on the base, and subclasses of nn.Linear, make the product; the norm is of the weight as it is stored."""
+    keep = {}
+    monkeypatch.setattr(F, "dropout", lambda x, p=0.5, training=True, inplace=False: (
+        x * keep.setdefault(x.shape, (torch.rand(x.shape) >= p) / (1 - p)) if training else x))  # fmt: skip
+    stock, fused = moved(*pair(net=net, use_dora=True, lora_dropout=p, **changed)[:2])
+    seen = []
+    if net is not Subclass:
+        both(stock, fused, lambda model: layers(model)[0].base_layer.register_forward_hook(lambda *args: seen.append(1)))
+    report = fuse(fused)
+    assert len(report.beside) == (2 if net is Subclass else 1) and not report.left
+    agree(stock, fused)
+    assert len(calls) == 2 and calls[0]["base"] is not None and len(seen) in (0, 3)
 
 
 def test_beside_plain_adapters_and_others_of_one_x(calls):

@@ -32,7 +32,7 @@ from ..shared_input import SharedInput
 from .peft_dora import Dora, dora_of
 from .peft_experts import routed, why_not_routed
 from .peft_mixed import mixed, why_not_mixed
-from .peft_state import Base, Beside, active, adapters_of, base_of, in_dtype, product_of, projection_of, why_not_together
+from .peft_state import Base, Beside, active, adapters_of, base_of, in_dtype, projection_of, settled, why_not_together
 
 __all__ = [
     "Fused",
@@ -118,13 +118,13 @@ def _single(layer: Any, x: torch.Tensor) -> torch.Tensor | None:
         return None
     adapters = adapters_of(layer, names, base, x)
     if isinstance(adapters, str):
-        special = dora_of(layer, names, base)
-        return special.of(x, base) if isinstance(special, Dora) else None  # type: ignore[arg-type]
+        special = dora_of(layer, names, base, x)
+        return special.of(layer, x) if isinstance(special, Dora) else None
     if len(adapters) > 1:
         if why_not_together(adapters) is not None:
             return None
         adapters = [together(adapters)]
-    return _by_one(*_settled(layer, x, base), adapters[0])
+    return _by_one(*settled(layer, x, base), adapters[0])
 
 
 def _by_one(x: torch.Tensor, base: Base, adapter: Factors) -> torch.Tensor:
@@ -133,11 +133,6 @@ def _by_one(x: torch.Tensor, base: Base, adapter: Factors) -> torch.Tensor:
         x, base.weight, one.A, one.B, base.bias, base=base.product, scale=one.scale, dropout_p=one.p, training=one.training
     )  # fmt: skip
     return y if base.result is None else y.to(base.result)
-
-
-def _settled(layer: Any, x: torch.Tensor, base: Base | Beside) -> tuple[torch.Tensor, Base]:
-    """x and the base of a call that is to be fused: from here on PEFT's forward is out of the question."""
-    return product_of(layer, x) if isinstance(base, Beside) else (x, base)
 
 
 def _mixed(layer: Any, x: torch.Tensor, names: list[str]) -> torch.Tensor | None:
@@ -151,7 +146,7 @@ def _mixed(layer: Any, x: torch.Tensor, names: list[str]) -> torch.Tensor | None
     adapters = adapters_of(layer, list(places), base, x)
     if isinstance(adapters, str) or why_not_mixed(adapters) is not None:
         return None
-    x, base = _settled(layer, x, base)
+    x, base = settled(layer, x, base)
     ids = tuple(places.get(name, -1) for name in names)
     if len(adapters) == 1 and -1 not in ids:  # nothing is mixed: no stack, no plan
         return _by_one(x, base, adapters[0])
@@ -239,7 +234,7 @@ def why_not_fused(layer: Any, x: torch.Tensor | None = None) -> str | None:
         return base
     adapters = adapters_of(layer, names, base, x)
     if isinstance(adapters, str):
-        special = dora_of(layer, names, base)
+        special = dora_of(layer, names, base, x)
         return None if isinstance(special, Dora) else special or adapters
     return why_not_together(adapters)
 

@@ -86,6 +86,11 @@ def base_of(layer: lora.LoraLayer, x: torch.Tensor | None) -> Base | Beside | st
     return Base(weight.t() if type(module) is Conv1D else weight, bias, dtype)
 
 
+def settled(layer: Any, x: torch.Tensor, base: Base | Beside) -> tuple[torch.Tensor, Base]:
+    """x and the base of a call that is to be fused: from here on PEFT's forward is out of the question."""
+    return product_of(layer, x) if isinstance(base, Beside) else (x, base)
+
+
 def product_of(layer: lora.LoraLayer, x: torch.Tensor) -> tuple[torch.Tensor, Base]:
     """x in the dtype of what the layer below makes of it, and that."""
     product = layer.base_layer(x)
