@@ -8,6 +8,7 @@ interface (transformers 5, ``use_experts_implementation``), whatever the model's
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ class Factors(NamedTuple):
     """One adapter: ``A [r, K]``, ``B [N, r]``, or of a stack of weights ``A [E, r, K]``, ``B [E, N, r]``; any strides. Its scale.
 
     p, training: The dropout on what the adapter takes in, each expert's rows with a mask of their own, and whether it acts.
+    bias: ``[N]``, A's dtype, on B, so that its scale multiplies it, too; or None. Not of a stack.
     """
 
     A: torch.Tensor
@@ -34,6 +36,7 @@ class Factors(NamedTuple):
     scale: float | torch.Tensor
     p: float = 0.0
     training: bool = False
+    bias: torch.Tensor | None = None
 
     @property
     def drops(self) -> bool:
@@ -113,7 +116,7 @@ def _projection(experts: Any, name: str, x: torch.Tensor, plan: Segments, adapte
         E, N, K = weight.shape
         one, ranks = weight.new_zeros(1), torch.zeros(E, dtype=torch.int32, device=weight.device)
         adapters = (Factors(one.expand(E, 1, K), one.expand(E, N, 1), 1.0),)
-    A, B, scale, p, training = adapters[0] if len(adapters) == 1 else together(adapters)
+    A, B, scale, p, training, _ = adapters[0] if len(adapters) == 1 else together(adapters)
     with without_autocast(x.device):  # as torch's grouped products, which know no autocast
         return lora_linear(
             x.to(weight.dtype), weight, A, B, bias, scale=scale, segments=plan, ranks=ranks, dropout_p=p, training=training
@@ -126,4 +129,6 @@ def together(adapters: Sequence[Factors]) -> Factors:
         raise UnsupportedError("adapters: wanted one for a stack with dropout, each having a mask of its own, got several")
     wide = torch.promote_types(adapters[0].A.dtype, torch.float32)
     A = torch.cat([each.A.to(wide) for each in adapters], -2)
-    return Factors(A, torch.cat([each.B.to(wide) * each.scale for each in adapters], -1), 1.0)
+    biases = [each.bias.to(wide) * each.scale for each in adapters if each.bias is not None]
+    bias = functools.reduce(torch.add, biases) if biases else None
+    return Factors(A, torch.cat([each.B.to(wide) * each.scale for each in adapters], -1), 1.0, bias=bias)

@@ -4,7 +4,7 @@
     print(fuse(model))                                                              or after, in place; `unfuse` undoes it
 
 `Fused` changes ``forward`` alone. Beside a quantised base, or one that has hooks or is trained, the layer below makes the base product
-and the fused call adds the adapter. What it does not compute at all (variants but DoRA, an adapter's bias, sharded parts) PEFT's own
+and the fused call adds the adapter. What it does not compute at all (variants but DoRA, sharded parts) PEFT's own
 forward computes, and `why_not_fused` names the reason. DoRA is `.peft_dora`; the wrappers around a mixture's experts are `.peft_experts`.
 """
 
@@ -128,9 +128,14 @@ def _single(layer: Any, x: torch.Tensor) -> torch.Tensor | None:
 
 
 def _by_one(x: torch.Tensor, base: Base, adapter: Factors) -> torch.Tensor:
-    one = in_dtype(adapter, base.dtype)
+    one, product = in_dtype(adapter, base.dtype), base.product
+    bias = one.bias
+    if bias is not None and product is not None:  # beside which `lora_linear` takes none
+        wide = bias.to(torch.promote_types(bias.dtype, torch.float32)) * one.scale
+        product, bias = product + wide.to(product.dtype), None
     y = lora_linear(
-        x, base.weight, one.A, one.B, base.bias, base=base.product, scale=one.scale, dropout_p=one.p, training=one.training
+        x, base.weight, one.A, one.B, base.bias,
+        base=product, scale=one.scale, dropout_p=one.p, training=one.training, lora_bias=bias,
     )  # fmt: skip
     return y if base.result is None else y.to(base.result)
 
@@ -144,11 +149,12 @@ def _mixed(layer: Any, x: torch.Tensor, names: list[str]) -> torch.Tensor | None
     if isinstance(base, str):
         return None
     adapters = adapters_of(layer, list(places), base, x)
-    if isinstance(adapters, str) or why_not_mixed(adapters) is not None:
+    ids = tuple(places.get(name, -1) for name in names)
+    alone = len(places) == 1 and -1 not in ids  # nothing is mixed: no stack, no plan
+    if isinstance(adapters, str) or (not alone and why_not_mixed(adapters) is not None):
         return None
     x, base = settled(layer, x, base)
-    ids = tuple(places.get(name, -1) for name in names)
-    if len(adapters) == 1 and -1 not in ids:  # nothing is mixed: no stack, no plan
+    if alone:
         return _by_one(x, base, adapters[0])
     return mixed(x, base, [in_dtype(each, base.dtype) for each in adapters], ids)
 

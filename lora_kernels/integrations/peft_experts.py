@@ -80,6 +80,8 @@ def factors_of(wrapper: Any, name: str) -> Factors | str:
     if isinstance(adapter, str):
         return adapter
     scale = adapter.scale
+    if adapter.bias is not None:
+        return f"adapter {name!r} has a bias on its lora_B"
     if isinstance(scale, torch.Tensor):
         return f"adapter {name!r} has a scale that is a tensor"
     adapter = in_dtype(adapter, param.dtype)

@@ -51,6 +51,8 @@ def why_not_mixed(adapters: list[Factors]) -> str | None:
     """Why adapters cannot share one call of a mixed batch."""
     if len({adapter.p if adapter.drops else 0.0 for adapter in adapters}) > 1:
         return "its adapters differ in dropout"
+    if any(adapter.bias is not None for adapter in adapters):
+        return "an adapter has a bias of its own"
     return None
 
 

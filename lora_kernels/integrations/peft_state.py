@@ -122,7 +122,7 @@ def projection_of(layer: Any, x: torch.Tensor) -> Projection | None:
     if not isinstance(base, Base) or base.weight is None or base.bias is not held(layer._modules["base_layer"], "bias")[0]:
         return None
     adapters = adapters_of(layer, names, base, x)
-    if isinstance(adapters, str) or in_dtype(adapters[0], base.dtype) is not adapters[0]:
+    if isinstance(adapters, str) or adapters[0].bias is not None or in_dtype(adapters[0], base.dtype) is not adapters[0]:
         return None
     one = adapters[0]
     return Projection(base.weight, one.A, one.B, base.bias, one.scale, one.p if one.training else 0.0)
@@ -141,10 +141,11 @@ def why_not_together(adapters: list[Factors]) -> str | None:
 
 
 def in_dtype(adapter: Factors, dtype: torch.dtype) -> Factors:
-    """A and B as they take part in a product of this dtype: in it, or in float32."""
-    if adapter.A.dtype is adapter.B.dtype and (adapter.A.dtype is dtype or adapter.A.dtype is torch.float32):
+    """A, B and the bias as they take part in a product of this dtype: in it, or in float32."""
+    A, B, bias = adapter.A, adapter.B, adapter.bias
+    if A.dtype is B.dtype and (bias is None or bias.dtype is A.dtype) and (A.dtype is dtype or A.dtype is torch.float32):
         return adapter
-    return adapter._replace(A=adapter.A.float(), B=adapter.B.float())
+    return adapter._replace(A=A.float(), B=B.float(), bias=None if bias is None else bias.float())
 
 
 def adapter_of(layer: lora.LoraLayer, name: str, device: torch.device | None, experts: int = 1, variant: str = "") -> Factors | str:
@@ -156,11 +157,11 @@ def adapter_of(layer: lora.LoraLayer, name: str, device: torch.device | None, ex
     scale = layer.scaling[name]
     if type(down) is not nn.Linear or type(up) is not nn.Linear:
         return f"its lora_A is a {type(down).__name__} and its lora_B a {type(up).__name__}, not exactly nn.Linear"
-    (A, own_bias), (B, other_bias) = held(down, "weight", "bias"), held(up, "weight", "bias")
-    if own_bias is not None or other_bias is not None:
-        return f"adapter {name!r} has a bias of its own"
-    if type(A) not in PLAIN or type(B) not in PLAIN:
-        return f"its lora_A's weight is a {type(A).__name__}, its lora_B's a {type(B).__name__}"
+    (A, inner), (B, bias) = held(down, "weight", "bias"), held(up, "weight", "bias")
+    if inner is not None or (bias is not None and variant):
+        return f"adapter {name!r} has a bias on its {'lora_B' if inner is None else 'lora_A'}"
+    if type(A) not in PLAIN or type(B) not in PLAIN or (bias is not None and type(bias) not in PLAIN):
+        return f"its lora_A's weight is a {type(A).__name__}, its lora_B's a {type(B).__name__}, or the bias no plain tensor"
     if hooked(down) or hooked(up) or hooked(dropout):
         return f"adapter {name!r} has hooks, which a fused call would pass by"
     if type(dropout) not in DROPOUTS:
@@ -178,4 +179,4 @@ def adapter_of(layer: lora.LoraLayer, name: str, device: torch.device | None, ex
         scale = scale.to(A.device, torch.float32)
     else:
         scale = float(scale)
-    return Factors(A, B, scale, p, dropout.training)
+    return Factors(A, B, scale, p, dropout.training, bias)
