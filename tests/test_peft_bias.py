@@ -72,11 +72,13 @@ def test_other_plain_bases(net, changed, calls):
     assert len(calls) == 2
 
 
-@pytest.mark.parametrize("adapters", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("adapters, bias", [(torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.bfloat16, torch.float32)], ids=str)
 @pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
-def test_autocast(base, adapters, calls):
+def test_autocast(base, adapters, bias, calls):
     stock, fused, _ = biased(base)
     both(stock, fused, lambda model: adapters_to(model, adapters))
+    for layer in (*layers(stock), *layers(fused)):
+        layer.lora_B["default"].bias.data = layer.lora_B["default"].bias.data.to(bias)
     within = lambda: torch.autocast("cpu", torch.bfloat16)  # noqa: E731
     mine, theirs = results(fused, X, within), results(stock, X, within)
     assert len(calls) == 2 and mine.keys() == theirs.keys()
