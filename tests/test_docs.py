@@ -16,7 +16,7 @@ PAGES = [  # the page, its blocks, and the package of an extra that it is about
     ("adapter_files.md", 7, "peft"),
     ("from_unsloth.md", 1, "peft"),
     ("peft.md", 3, "peft"),
-    ("quantised.md", 5, "bitsandbytes"),
+    ("quantised.md", 6, "bitsandbytes"),
     ("experts.md", 3, "peft"),
     ("shared_input.md", 2, "transformers"),
     ("packed.md", 4, "peft"),

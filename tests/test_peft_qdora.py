@@ -238,6 +238,20 @@ def test_use_fused_builds_what_fuse_makes(calls):
     assert use_fused(config(use_dora=True)).use_dora
 
 
+@pytest.mark.parametrize("kind, p", [("nf4, float32", 0.4), ("int8", 0.0)])
+def test_compiles(kind, p):
+    """With breaks, as PEFT's own: the compiler does not trace how bitsandbytes' weight is made whole."""
+    _, fused, _ = pair(kind, lora_dropout=p)
+    torch._dynamo.reset()
+    found = []
+    for layer in (layers(fused)[0], torch.compile(layers(fused)[0], backend="aot_eager")):
+        torch.manual_seed(3)
+        found.append(results(layer, X))
+    assert len(found[0]) == 5
+    for name, mine in zip(found[0], found[1].values(), strict=True):
+        torch.testing.assert_close(mine, found[0][name], msg=name)
+
+
 def left(stock, fused, calls, words, x=X):
     """The first layer is PEFT's, for this reason, and answers as PEFT's."""
     calls.clear()

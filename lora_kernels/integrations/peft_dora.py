@@ -94,15 +94,20 @@ def _repacks(module: Any) -> bool:
     return repacked(module.weight.quant_state) or (here and not module.training)
 
 
+@torch.compiler.disable  # it cannot trace bitsandbytes' parameters, in PEFT's own DoRA either, and here would run into itself
+def _dequantized(weight: Any, state: Any) -> torch.Tensor:
+    return dequantize_bnb_weight(weight, state=state)
+
+
 def _whole(module: Any, part: Any) -> Callable[[], torch.Tensor] | str:
     """What makes a base layer's weight whole, as PEFT takes it for its norm, or why that is left to PEFT."""
     weight: Any = getattr(module, "weight", None)
     kind = type(weight)
     what = f"its base layer is a {type(module).__name__}"
     if kind.__name__ == "Params4bit":
-        return lambda: dequantize_bnb_weight(weight)
+        return lambda: _dequantized(weight, None)
     if kind.__name__ == "Int8Params" and weight.dtype is torch.int8:
-        return lambda: dequantize_bnb_weight(weight, state=module.state)
+        return lambda: _dequantized(weight, module.state)
     if kind.__module__.startswith("torchao."):
         return weight.dequantize
     if kind not in PLAIN or weight.dtype not in FLOATS:
