@@ -1,7 +1,7 @@
 """PEFT's own LoRA layer on a CPU, as it is and fused, in one run: ``python -m bench.modules --out bench/results/modules.jsonl``.
 
-linear   the frozen nn.Linear alone: the floor; with --kind qlora bitsandbytes' Linear4bit (NF4)
-peft     peft.tuners.lora.Linear, or its Linear4bit; with --kind dora with a magnitude
+linear   the frozen nn.Linear alone: the floor; with --kind qlora and qdora bitsandbytes' Linear4bit (NF4)
+peft     peft.tuners.lora.Linear, or its Linear4bit; with --kind dora and qdora with a magnitude
 beside   with --kind qlora: fused, the base product the layer's own, as for few tokens
 fused    the same layer, after ``lora_kernels.integrations.peft.fuse``
 
@@ -30,12 +30,15 @@ from .timing import HostClock, Step, interleave
 from .workloads import Point
 
 
+KINDS = ("modules", "qlora", "dora", "qdora")
+
+
 def peft_and_fused(K: int, N: int, r: int, p: float, base: torch.dtype, adapters: torch.dtype, kind="modules") -> dict[str, nn.Module]:
     """PEFT's layer around an nn.Linear, or one of 4 bits, with the same values: stock and fused, and beside its base; B is not zero."""
     torch.manual_seed(0)
-    config = LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=p, target_modules=["0"], init_lora_weights=False, use_dora=kind == "dora")
+    config = LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=p, target_modules=["0"], init_lora_weights=False, use_dora="dora" in kind)
     model = nn.Sequential(nn.Linear(K, N, bias=False, dtype=base))
-    if kind == "qlora":
+    if kind in ("qlora", "qdora"):
         from bitsandbytes.nn import Linear4bit, Params4bit
 
         layer = Linear4bit(K, N, bias=False, compute_dtype=base, quant_type="nf4")
@@ -120,7 +123,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="file for the JSON lines")
     parser.add_argument("--seconds", type=float, default=9.0, help="time for the rounds of a point, at least 5 of them (default 9)")
     parser.add_argument("--quick", action="store_true", help="one small layer: to see that it runs")
-    parser.add_argument("--kind", choices=("modules", "qlora", "dora"), default="modules", help="plain layers, 4 bits (NF4), or DoRA")
+    parser.add_argument("--kind", choices=KINDS, default="modules", help="plain layers, 4 bits (NF4), DoRA, or both")
     args = parser.parse_args(argv)
     recorder = Recorder(args.out, args.kind, conditions(torch.device("cpu")))
     found = list(points(args.quick, args.kind))

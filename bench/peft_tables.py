@@ -10,6 +10,7 @@ COMMANDS = {
     "modules": "python -m bench.modules --out bench/results/modules.jsonl",
     "qlora": "python -m bench.modules --kind qlora --out bench/results/qlora.jsonl",
     "dora": "python -m bench.modules --kind dora --out bench/results/dora.jsonl",
+    "qdora": "python -m bench.modules --kind qdora --out bench/results/qdora.jsonl",
     "curves": "python -m bench.loss_curves --out bench/results/curves.jsonl",
     "model": "python -m bench.device model --out bench/results",
     "slots": "python -m bench.device slots --out bench/results",
@@ -44,6 +45,7 @@ def modules(rows: list[dict], brief: bool) -> str:
         "modules": "`peft.tuners.lora.Linear` as it is and after `fuse`",
         "qlora": "PEFT's layer over bitsandbytes' NF4 as it is and after `fuse`, beside its base's product and with the weight made whole",
         "dora": "PEFT's layer with DoRA as it is and after `fuse`",
+        "qdora": "PEFT's layer with DoRA over bitsandbytes' NF4 as it is and after `fuse`",
     }[rows[0]["section"]]
     text += ": forward + backward, medians of "
     text += f"{rounds[0]} to {rounds[-1]} interleaved rounds, r = {rows[0]['r']}; and MiB that autograd keeps for backward, x among them."
@@ -127,5 +129,5 @@ def plot(rows: list[dict]) -> str:
     return charts(panels, "step", "loss")
 
 
-RENDERERS = {"modules": modules, "qlora": modules, "dora": modules, "curves": curves, "model": model, "slots": slots}
+RENDERERS = {"modules": modules, "qlora": modules, "dora": modules, "qdora": modules, "curves": curves, "model": model, "slots": slots}
 PLOTS = {"curves": plot}

@@ -46,10 +46,13 @@ def test_four_bits_beside_their_base_and_whole(tmp_path, capsys):
     assert "| beside, ms | fused, ms |" in peft_tables.modules(rows, False)
 
 
-def test_dora_is_measured_fused(tmp_path):
-    assert modules.main(["--quick", "--kind", "dora", "--seconds", "0.05", "--out", str(tmp_path / "dora.jsonl")]) == 0
+@pytest.mark.parametrize("kind", ["dora", "qdora"])
+def test_dora_is_measured_fused(kind, tmp_path):
+    if kind == "qdora":
+        pytest.importorskip("bitsandbytes", reason="the base is bitsandbytes'")
+    assert modules.main(["--quick", "--kind", kind, "--seconds", "0.05", "--out", str(tmp_path / "dora.jsonl")]) == 0
     rows = conditions.read_rows(tmp_path / "dora.jsonl")
-    assert len(rows) == 2 * 3 * 3 and {row["section"] for row in rows} == {"dora"} and "with DoRA" in peft_tables.modules(rows, True)
+    assert len(rows) == 2 * 3 * 3 and {row["section"] for row in rows} == {kind} and "with DoRA" in peft_tables.modules(rows, True)
 
 
 def test_loss_curves_are_those_of_one_model(tmp_path, monkeypatch):
