@@ -29,7 +29,6 @@ from .table import rounded, text_table
 from .timing import HostClock, Step, interleave
 from .workloads import Point
 
-
 KINDS = ("modules", "qlora", "dora", "qdora")
 
 
