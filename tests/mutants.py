@@ -150,8 +150,7 @@ SPLIT = [
     Mutant("parts: first only", LOAD, "tl.range(0, t[4])", "tl.range(0, 1)"),
     Mutant("parts: a row apart", LOAD, "tl.cast(part, tl.int64) * t[3]", "tl.cast(part, tl.int64) * t[1]"),
     Mutant("split: range of the part before", EXPAND, "k_begin = (part - 1) *", "k_begin = part *"),
-    Mutant("split: range up to K", EXPAND, "tl.minimum(k_begin + blocks_per_part * BLOCK_K, K))", "K)"),
-    Mutant("split: part 0 takes K, too", EXPAND, "tl.where(part == 0, k_begin, tl", "tl.where(part < 0, k_begin, tl"),
+    Mutant("split: range up to K", EXPAND, "tl.minimum(k_begin + blocks_per_part * BLOCK_K, K)", "K"),
     Mutant("split: low rank in each part", EXPAND, "if part == 0:\n            if", "if part >= 0:\n            if"),
     Mutant("split: parts written over each other", EXPAND, PART_STORE, PART_STORE.replace("* parts[1]", "* 0")),
     Mutant("split: counter of a row of tiles", EXPAND, "parts[2] + counter", "parts[2] + pid_m"),
@@ -173,7 +172,6 @@ SPLIT = [
     Mutant("launch: no program for the last part", LAYOUT, "items = tiles * (splits + 1)", "items = tiles * splits"),
     Mutant("launch: 16-bit parts of a tile", LAUNCH, "splits + 1, M, N, dtype=torch.float32", "splits + 1, M, N, dtype=x.dtype"),
     Mutant("launch: one part of u", LAYOUT, "u[1][0], u[0][0])", "u[1][0], 1)"),
-    Mutant("load: rows of others in parts", LOAD, "EVEN_I, EVEN_J, WIDE, only)", "EVEN_I, EVEN_J, WIDE)"),
 ]  # fmt: skip
 
 MANY = [

@@ -89,7 +89,7 @@ def expand_tile(
     k_end = K
     if SPLIT:
         k_begin = (part - 1) * blocks_per_part * BLOCK_K
-        k_end = tl.where(part == 0, k_begin, tl.minimum(k_begin + blocks_per_part * BLOCK_K, K))
+        k_end = tl.minimum(k_begin + blocks_per_part * BLOCK_K, K)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if LOAD_X is not None and LOAD_W is None:  # on its way beside u and v, for which their product waits
         # x: [BLOCK_M, BLOCK_N]

@@ -159,58 +159,44 @@ def one_part(t, part):
 
 @triton.jit
 def load_parts(
-    t,
-    i0,
-    j0,
-    I,
-    J,
-    BLOCK_I: tl.constexpr,
-    BLOCK_J: tl.constexpr,
-    EVEN_I: tl.constexpr,
-    EVEN_J: tl.constexpr,
-    WIDE: tl.constexpr,
-    only=None,
-):
+    t, i0, j0, I, J, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, EVEN_I: tl.constexpr, EVEN_J: tl.constexpr, WIDE: tl.constexpr
+):  # fmt: skip
     """The float32 sum, in order, of partial matrices. t: (pointer, stride_i, stride_j, stride_part, parts)."""
     total = tl.zeros([BLOCK_I, BLOCK_J], tl.float32)
     for part in tl.range(0, t[4]):
-        total += load_dense(one_part(t, part), i0, j0, I, J, BLOCK_I, BLOCK_J, EVEN_I, EVEN_J, WIDE, only)
+        total += load_dense(one_part(t, part), i0, j0, I, J, BLOCK_I, BLOCK_J, EVEN_I, EVEN_J, WIDE)
     return total
 
 
 @triton.jit
 def few_parts(
-    t, i0, j0, I, J, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, EVEN_I: tl.constexpr, EVEN_J: tl.constexpr, WIDE: tl.constexpr, only,
+    t, i0, j0, I, J, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, EVEN_I: tl.constexpr, EVEN_J: tl.constexpr, WIDE: tl.constexpr,
     MOST: tl.constexpr,
 ):  # fmt: skip
     """The same sum of at most MOST parts, all of them on their way at once, where a loop waits for every fourth."""
     total = tl.zeros([BLOCK_I, BLOCK_J], tl.float32)
     for part in tl.static_range(MOST):
         here = tl.full([1, 1], part, tl.int32) < t[4]
-        here = here if only is None else here & only
         total += load_dense(one_part(t, part), i0, j0, I, J, BLOCK_I, BLOCK_J, EVEN_I, EVEN_J, WIDE, here)
     return total
 
 
 @triton.jit
 def load_8_parts(
-    t, i0, j0, I, J, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, EVEN_I: tl.constexpr, EVEN_J: tl.constexpr, WIDE: tl.constexpr,
-    only=None,
+    t, i0, j0, I, J, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, EVEN_I: tl.constexpr, EVEN_J: tl.constexpr, WIDE: tl.constexpr
 ):  # fmt: skip
-    return few_parts(t, i0, j0, I, J, BLOCK_I, BLOCK_J, EVEN_I, EVEN_J, WIDE, only, 8)
+    return few_parts(t, i0, j0, I, J, BLOCK_I, BLOCK_J, EVEN_I, EVEN_J, WIDE, 8)
 
 
 @triton.jit
 def load_16_parts(
-    t, i0, j0, I, J, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, EVEN_I: tl.constexpr, EVEN_J: tl.constexpr, WIDE: tl.constexpr,
-    only=None,
+    t, i0, j0, I, J, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, EVEN_I: tl.constexpr, EVEN_J: tl.constexpr, WIDE: tl.constexpr
 ):  # fmt: skip
-    return few_parts(t, i0, j0, I, J, BLOCK_I, BLOCK_J, EVEN_I, EVEN_J, WIDE, only, 16)
+    return few_parts(t, i0, j0, I, J, BLOCK_I, BLOCK_J, EVEN_I, EVEN_J, WIDE, 16)
 
 
 @triton.jit
 def load_32_parts(
-    t, i0, j0, I, J, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, EVEN_I: tl.constexpr, EVEN_J: tl.constexpr, WIDE: tl.constexpr,
-    only=None,
+    t, i0, j0, I, J, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, EVEN_I: tl.constexpr, EVEN_J: tl.constexpr, WIDE: tl.constexpr
 ):  # fmt: skip
-    return few_parts(t, i0, j0, I, J, BLOCK_I, BLOCK_J, EVEN_I, EVEN_J, WIDE, only, 32)
+    return few_parts(t, i0, j0, I, J, BLOCK_I, BLOCK_J, EVEN_I, EVEN_J, WIDE, 32)
