@@ -164,7 +164,7 @@ SPLIT = [
     Mutant("split: arrival releases nothing", EXPAND, 'sem="acq_rel"', 'sem="acquire"', tests="machine"),
     Mutant("split: arrival acquires nothing", EXPAND, 'sem="acq_rel"', 'sem="release"', tests="machine"),
     Mutant("split: no barrier before the arrival", EXPAND, "acc, mask=y_mask)\n        tl.debug_barrier()", "acc, mask=y_mask)",
-           tests="machine"),
+           note=OWN_BARRIER, tests="machine"),
     Mutant("split: no barrier behind the arrival", EXPAND, 'scope="gpu")\n        tl.debug_barrier()', 'scope="gpu")',
            note=OWN_BARRIER, tests="machine"),
     Mutant("split: tile and part mixed up", EXPAND, "tile = turn // parts[3]", "tile = turn % parts[3]"),
