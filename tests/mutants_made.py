@@ -1,4 +1,4 @@
-"""The slips of `mutation.py` in weights that a function makes: of 4 bits, for training and to merge into."""
+"""The slips of `mutation.py` in weights that a function makes: of 4 bits, for training and to merge into; in DoRA over them, and biases."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import replace
 from mutants import Mutant
 
 DEQUANTIZE, AUTOGRAD, PROJECTIONS, SHARED, APPLY = "dequantize.py", "autograd.py", "projections.py", "shared_input.py", "apply.py"
+DORA, PEFT_DORA = "dora.py", "integrations/peft_dora.py"
 STATE, PEFT, MIXED, OVER = "integrations/peft_state.py", "integrations/peft.py", "integrations/peft_mixed.py", "over.py"
 WHOLE = "not (few or (layer.training and tokens(x) > MANY)) or not is_four_bit(layer) or hooked(layer) or ops.watched()"
 NOT_AS_IT_WAS = "tuple(state.shape) != (layer.out_features, layer.in_features) or repacked(state)"
@@ -56,4 +57,18 @@ SLIPS = [
     Mutant("whole: unasked", APPLY, "if isinstance(layer, Over) and dequantize is None:", "if False:"),
 ]  # fmt: skip
 
-EVERY = [replace(m, tests="made") for m in SLIPS]
+MADE_ONCE, OF_THE_BIAS = "made.pop() if made else make()", "None if bias is None else (1 - g) * bias"
+OTHER_ORDER = "repacked(module.weight.quant_state) or (here and not module.training)"
+DORA_SLIPS = [
+    Mutant("dora: the weight made twice for y", DORA, MADE_ONCE, "make()"),
+    Mutant("dora: the bias scaled, too", DORA, OF_THE_BIAS, "None"),
+    Mutant("dora: all of the dropped product added", DORA, "weight, make), g - 1, None", "weight, make), g, None"),
+    Mutant("dora: B as it is", DORA, "(g[:, None] * lora_B).to(lora_B.dtype), base=base", "lora_B, base=base"),
+    Mutant("dora: a norm of bits in another order", PEFT_DORA, OTHER_ORDER, "False"),
+    Mutant("bias: lost beside a product", PEFT, "product, bias = product + wide.to(product.dtype), None", "bias = None"),
+    Mutant("bias: lost among several", STATE, "adapters[0].bias is not None or in_dtype(", "in_dtype("),
+    Mutant("bias: lost in a mixed batch", MIXED, "if any(adapter.bias is not None for adapter in adapters):", "if False:"),
+    Mutant("bias: without its scale in a sum", "experts.py", "each.bias.to(wide) * each.scale for", "each.bias.to(wide) for"),
+]  # fmt: skip
+
+EVERY = [*(replace(m, tests="made") for m in SLIPS), *(replace(m, tests="dora") for m in DORA_SLIPS)]
