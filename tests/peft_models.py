@@ -122,6 +122,36 @@ def checkpointed_alike(model, x, reentrant: bool) -> None:
         assert torch.equal(plain[name], value), name
 
 
+def autocast_alike(stock, fused, calls) -> None:
+    """In bfloat16's precision, and each result in PEFT's dtype; two fused calls."""
+    within = lambda: torch.autocast("cpu", torch.bfloat16)  # noqa: E731
+    mine, theirs = results(fused, X, within), results(stock, X, within)
+    assert len(calls) == 2 and mine.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert mine[name].dtype is value.dtype, name
+        torch.testing.assert_close(mine[name], value, rtol=0.05, atol=0.03 * value.abs().max().item(), msg=name)
+
+
+def trained_alike(stock, fused, calls) -> None:
+    """Five steps by AdamW give PEFT's losses; merged then, the fused model is PEFT's own."""
+    losses = []
+    for model in (stock, fused):
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
+        own = []
+        for _ in range(5):
+            loss = model(X).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            own.append(loss.item())
+        losses.append(own)
+    torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-4, atol=1e-6)
+    assert len(calls) == 10 and losses[0][-1] < losses[0][0]
+    both(stock, fused, lambda model: model.merge_adapter())
+    torch.testing.assert_close(fused(X), stock(X))
+    assert len(calls) == 10, "merged it is PEFT's forward"
+
+
 def agree(stock, fused, x=X, within=contextlib.nullcontext, precise=None, rounded=None, **kwargs) -> None:
     """y and all gradients within the budget of docs/numerics.md: truth is the stock model in float64, torch's error the stock model's.
 

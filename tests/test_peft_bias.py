@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from peft_models import X, adapters_to, agree, both, checkpointed_alike, counted, layers, pair, results, train_all
+from peft_models import X, adapters_to, agree, autocast_alike, both, checkpointed_alike, counted, layers, pair, results, train_all
 from peft_models import config as plain_config
 from test_peft_mixed import Named, named
 from test_peft_quantised import KINDS, adapted, four_bits, precise
@@ -79,12 +79,7 @@ def test_autocast(base, adapters, bias, calls):
     both(stock, fused, lambda model: adapters_to(model, adapters))
     for layer in (*layers(stock), *layers(fused)):
         layer.lora_B["default"].bias.data = layer.lora_B["default"].bias.data.to(bias)
-    within = lambda: torch.autocast("cpu", torch.bfloat16)  # noqa: E731
-    mine, theirs = results(fused, X, within), results(stock, X, within)
-    assert len(calls) == 2 and mine.keys() == theirs.keys()
-    for name, value in theirs.items():
-        assert mine[name].dtype is value.dtype, name
-        torch.testing.assert_close(mine[name], value, rtol=0.05, atol=0.03 * value.abs().max().item(), msg=name)
+    autocast_alike(stock, fused, calls)
 
 
 @pytest.mark.parametrize("scale", [0.25, torch.tensor(3.0)], ids=["a number", "a tensor"])

@@ -5,7 +5,21 @@ import copy
 import peft.helpers
 import pytest
 import torch
-from peft_models import Net, X, adapters_to, agree, both, checkpointed_alike, config, count_calls, layers, pair, results
+from peft_models import (
+    Net,
+    X,
+    adapters_to,
+    agree,
+    autocast_alike,
+    both,
+    checkpointed_alike,
+    config,
+    count_calls,
+    layers,
+    pair,
+    results,
+    trained_alike,
+)
 from test_memory import Kept
 from torch import nn
 from torch.nn import functional as F
@@ -70,12 +84,7 @@ def test_autocast(adapter_dtype, calls):
     """A float32 base in bfloat16; and adapters of whatever dtype."""
     stock, fused = moved(*pair(use_dora=True)[:2])
     both(stock, fused, lambda model: adapters_to(model, adapter_dtype))
-    within = lambda: torch.autocast("cpu", torch.bfloat16)  # noqa: E731
-    mine, theirs = results(fused, X, within), results(stock, X, within)
-    assert len(calls) == 2 and mine.keys() == theirs.keys()
-    for name, value in theirs.items():
-        assert mine[name].dtype is value.dtype, name
-        torch.testing.assert_close(mine[name], value, rtol=0.05, atol=0.03 * value.abs().max().item(), msg=name)
+    autocast_alike(stock, fused, calls)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -85,22 +94,7 @@ def test_gradient_checkpointing(reentrant):
 
 def test_it_trains_as_peft_s(calls):
     stock, fused, _ = pair(use_dora=True)
-    losses = []
-    for model in (stock, fused):
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
-        own = []
-        for _ in range(5):
-            loss = model(X).square().mean()
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            own.append(loss.item())
-        losses.append(own)
-    torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-4, atol=1e-6)
-    assert len(calls) == 10 and losses[0][-1] < losses[0][0]
-    both(stock, fused, lambda model: model.merge_adapter())
-    torch.testing.assert_close(fused(X), stock(X))
-    assert len(calls) == 10, "merged it is PEFT's forward"
+    trained_alike(stock, fused, calls)
 
 
 def test_less_is_kept():

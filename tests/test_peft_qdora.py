@@ -8,7 +8,7 @@ import peft.tuners.lora.dora as peft_dora
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
-from peft_models import agree, both, checkpointed_alike, config, count_calls, results
+from peft_models import agree, both, checkpointed_alike, config, count_calls, results, trained_alike
 from test_memory import Kept
 from test_peft_quantised import KINDS, adapted, adapters, four_bits, precise
 from torch import nn
@@ -194,22 +194,7 @@ def test_not_differentiated_twice(kind, p):
 @pytest.mark.parametrize("kind", ["nf4, float32", "fp4, double"])
 def test_it_trains_as_peft_s(kind, calls):
     stock, fused, _ = pair(kind)
-    losses = []
-    for model in (stock, fused):
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
-        own = []
-        for _ in range(5):
-            loss = model(X).square().mean()
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            own.append(loss.item())
-        losses.append(own)
-    torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-4, atol=1e-6)
-    assert len(calls) == 10 and losses[0][-1] < losses[0][0]
-    both(stock, fused, lambda model: model.merge_adapter())
-    torch.testing.assert_close(fused(X), stock(X))
-    assert len(calls) == 10, "merged it is PEFT's forward"
+    trained_alike(stock, fused, calls)
 
 
 def test_trained_bias(calls):
