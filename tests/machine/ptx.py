@@ -83,10 +83,10 @@ def names(operand: str) -> list[str]:
 def _closing(text: str, start: int) -> int:
     """Behind the brace that closes the one at ``start``."""
     depth = 0
-    for at in range(start, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[at], 0)
+    for brace in re.compile(r"[{}]").finditer(text, start):
+        depth += 1 if brace[0] == "{" else -1
         if depth == 0:
-            return at + 1
+            return brace.end()
     raise ValueError("text: wanted balanced braces")
 
 
@@ -110,6 +110,8 @@ def _instruction(statement: str, line: int) -> Statement:
 
 def _split(text: str) -> list[str]:
     """Operands: split at the commas outside of brackets."""
+    if not re.search(r"[{[(]", text):
+        return [part.strip() for part in text.split(",")]
     parts, depth, start = [], 0, 0
     for at, character in enumerate(text):
         depth += (character in "{[(") - (character in "}])")
@@ -123,10 +125,11 @@ def _statements(body: str):
     """(text, line) of each; a name declared in a scope inside, as inline assembly opens them, gets the scope's number."""
     body = re.sub(r"//[^\n]*", "", body)
     scopes: list[dict[str, str]] = []
-    count, position = 0, 0
+    count, position, line, counted = 0, 0, 1, 0
     while found := STATEMENT.match(body, position):
         brace, _, label, statement = found.groups()
-        line = body.count("\n", 0, found.start(found.lastindex)) + 1
+        begins = found.start(found.lastindex)
+        line, counted = line + body.count("\n", counted, begins), begins
         position = found.end()
         if brace == "{":
             count += 1
