@@ -32,7 +32,7 @@ EACH = [
     Mutant("ranks: neighbours rounded up", LOAD, "r // NEIGHBOURS * NEIGHBOURS", "r // NEIGHBOURS * (2 * NEIGHBOURS)"),
     Mutant("ranks: without neighbours", LOAD, "r if NEIGHBOURS == 1 else r // NEIGHBOURS * NEIGHBOURS", "r", note=SPEED),
     Mutant("units: eights, whatever the number", LAYOUT, "min(8, number & -number)", "8"),
-    Mutant("parts: without the last", LOAD, "tl.int32) < t[4]", "tl.int32) < t[4] - 1"),
+    Mutant("parts: without the last", LOAD, "tl.int32) < t[4]", "tl.int32) < t[4] - 1", tests="split"),
     Mutant("units: none told", LAYOUT, "min(8, number & -number)", "1", note=SPEED),
     Mutant(
         "shrink: a rank's whole neighbourhoods alone", SHRINK, "within_rank(r, rank, period, 8)", "within_rank(r, rank // 8 * 8, period)"
