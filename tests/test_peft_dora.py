@@ -15,6 +15,7 @@ from peft_models import (
     checkpointed_alike,
     config,
     count_calls,
+    dropped_alike,
     layers,
     pair,
     results,
@@ -65,15 +66,8 @@ def test_the_same_as_peft(dtype, net, changed, calls):
 
 
 def test_dropout_is_peft_s_own(calls):
-    """The same numbers of torch's generator, so that a seed gives PEFT's masks."""
     stock, fused = moved(*pair(use_dora=True, lora_dropout=0.4)[:2])
-    found = []
-    for model in (stock, fused):
-        torch.manual_seed(7)
-        found.append(results(model, X))
-    for name, value in found[0].items():
-        torch.testing.assert_close(found[1][name], value, rtol=1e-4, atol=1e-4 * value.abs().max().item(), msg=name)
-    assert [call["dropout_p"] for call in calls] == [0.4, 0.4] and all(call["training"] for call in calls)
+    dropped_alike(stock, fused, calls)
     both(stock, fused, lambda model: model.eval())
     torch.testing.assert_close(fused(X), stock(X))
     assert not calls[-1]["training"]

@@ -8,7 +8,7 @@ import peft.tuners.lora.dora as peft_dora
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
-from peft_models import agree, both, checkpointed_alike, config, count_calls, results, trained_alike
+from peft_models import agree, both, checkpointed_alike, config, count_calls, dropped_alike, results, trained_alike
 from test_memory import Kept
 from test_peft_quantised import KINDS, adapted, adapters, four_bits, precise
 from torch import nn
@@ -84,15 +84,8 @@ def test_the_same_as_peft(kind, dtype, p, train, calls, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["nf4, float32", "fp4, double", "int8"])
 def test_dropout_is_peft_s_own(kind, calls):
-    """The same numbers of torch's generator, so that a seed gives PEFT's masks."""
     stock, fused, _ = pair(kind, lora_dropout=0.4)
-    found = []
-    for model in (stock, fused):
-        torch.manual_seed(7)
-        found.append(results(model, X))
-    for name, value in found[0].items():
-        torch.testing.assert_close(found[1][name], value, rtol=1e-4, atol=1e-4 * value.abs().max().item(), msg=name)
-    assert [call["dropout_p"] for call in calls] == [0.4, 0.4] and all(call["training"] for call in calls)
+    dropped_alike(stock, fused, calls)
 
 
 @pytest.mark.parametrize("x", [X, MORE], ids=["few", "many"])
