@@ -242,8 +242,13 @@ def lora_linear(
 def with_lora_bias(bias, lora_bias, scale, weight, lora_A, segments):
     """``bias + scale lora_bias`` in weight's dtype, from a float32 sum: the adapter's bias costs what a bias costs."""
     check_lora_bias(lora_bias, weight, lora_A, segments)
-    wide = lora_bias.to(torch.promote_types(lora_bias.dtype, torch.float32)) * scale
+    wide = scaled_bias(lora_bias, scale)
     return (wide if bias is None else wide + bias).to(weight.dtype)
+
+
+def scaled_bias(lora_bias: torch.Tensor, scale) -> torch.Tensor:
+    """``scale lora_bias`` in float32 (float64 of float64)."""
+    return lora_bias.to(torch.promote_types(lora_bias.dtype, torch.float32)) * scale
 
 
 def check_lora_bias(lora_bias, weight, lora_A, segments) -> None:

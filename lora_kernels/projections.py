@@ -204,17 +204,17 @@ def lora_linears(x, projections: Sequence[Projection], *, training=False, config
     if impl == "reference" or seen(x, checked):
         return tuple(each.alone(x, training=training, config=config, impl=impl) for each in checked)
     layers = []
-    tensors: list[tuple] = []
+    tensors: list[list] = []
     for each in checked:
         p = float(each.dropout_p) if training else 0.0
         adapters, scale = carried(None, each.scale, None)
         make = each.weight if callable(each.weight) else None
         layers.append(_Layer(adapters, float(scale), p, make))
-        tensors.append((None if make else each.weight, *each[1:4], reference.as_seed(each.seed, x.device) if p else None))
+        tensors.append([None if make else each.weight, *each[1:4], reference.as_seed(each.seed, x.device) if p else None])
     trained = x.requires_grad or any(t is not None and t.requires_grad for five in tensors for t in five)
     if recorded(trained):
-        masks = [ops.mask(five[4], x, layer.adapters, layer.p, impl, key) for five, layer in zip(tensors, layers, strict=True)]
-        tensors = [(*five[:4], mask) for five, mask in zip(tensors, masks, strict=True)]
+        for five, layer in zip(tensors, layers, strict=True):
+            five[4] = ops.mask(five[4], x, layer.adapters, layer.p, impl, key)
         return LoRALinearsFunction.apply(x, tuple(layers), impl, key, *(t for five in tensors for t in five))
     return tuple(_forward(x, tensors, layers, impl, key, [False] * len(layers))[0])
 

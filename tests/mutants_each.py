@@ -125,7 +125,7 @@ MASK = [
     Mutant("mask: kept where the kernels may run", OPS, ON_A_CPU, "(x.device == CPU"),
     Mutant("mask: a row a token", OPS, "tokens(x) * adapters.top_k, x.shape[-1]", "tokens(x), x.shape[-1]"),
     Mutant("mask: made again", OPS, "return philox.packed_mask(", "return seed if seed is not None else philox.packed_mask("),
-    Mutant("mask: of several, made again", PROJECTIONS, "[(*five[:4], mask)", "[(*five[:4], five[4])"),
+    Mutant("mask: of several, made again", PROJECTIONS, "five[4] = ops.mask(", "ops.mask("),
     Mutant("mask: the halves of a byte exchanged", PHILOX, "for low, high in ((w0, w1), (w2, w3)):",
            "for low, high in ((w2, w3), (w0, w1)):"),
     Mutant("mask: its first lane last", PHILOX, "1 << 51 | 1 << 34 | 1 << 17 | 1", "1 << 48 | 1 << 33 | 1 << 18 | 1 << 3"),

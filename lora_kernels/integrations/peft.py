@@ -24,7 +24,7 @@ from peft.tuners.lora import LoraConfig
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..autograd import lora_linear
+from ..autograd import lora_linear, scaled_bias
 from ..experts import Factors, together
 from ..nn import sharding
 from ..projections import Projection
@@ -131,8 +131,7 @@ def _by_one(x: torch.Tensor, base: Base, adapter: Factors) -> torch.Tensor:
     one, product = in_dtype(adapter, base.dtype), base.product
     bias = one.bias
     if bias is not None and product is not None:  # beside which `lora_linear` takes none
-        wide = bias.to(torch.promote_types(bias.dtype, torch.float32)) * one.scale
-        product, bias = product + wide.to(product.dtype), None
+        product, bias = product + scaled_bias(bias, one.scale).to(product.dtype), None
     y = lora_linear(
         x, base.weight, one.A, one.B, base.bias,
         base=product, scale=one.scale, dropout_p=one.p, training=one.training, lora_bias=bias,
