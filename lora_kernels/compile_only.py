@@ -20,7 +20,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from . import launch, launch_experts, launch_plan
+from . import launch, launch_columns, launch_experts, launch_plan
 from .compile_problems import every_problem
 from .problem import Problem
 from .segments import ONE, Adapters, Segments
@@ -163,6 +163,8 @@ def heuristic_reports(arch: Arch, progress: Callable[[int, int, str], None]) -> 
         calls.append((f"merge r={R}", functools.partial(compile_merge, R, arch)))
     for sizes in ((512, 16, 16), (512, 128, 32), (65536, 128, 128)):
         calls.append((f"plan {sizes[0]}", functools.partial(compile_plan, *sizes, arch)))
+    for dtype in (torch.bfloat16, torch.float32):
+        calls.append(("DoRA's magnitude", functools.partial(compile_columns, dtype, arch)))
     reports: dict[tuple, Report] = {}
     for done, (label, call) in enumerate(calls):
         progress(done, len(calls), f"{arch.name} {label}")
@@ -184,6 +186,12 @@ def compile_plan(tokens: int, row_block: int, gather_block: int, arch: Arch) -> 
     return compile_calls(lambda: launch_plan.plan(ids, 64, row_block, gather_block), arch, f"plan {tokens} {row_block} {gather_block}")
 
 
+def compile_columns(dtype: torch.dtype, arch: Arch) -> list[Report]:
+    """Compile the backward pass of DoRA's magnitude."""
+    dy, g = torch.empty(512, 4096, dtype=dtype), torch.empty(4096)
+    return compile_calls(lambda: launch_columns.backward(dy, dy, g, True), arch, "DoRA's magnitude")
+
+
 def _first_tensor(args) -> torch.Tensor:
     for arg in args:
         for item in arg if isinstance(arg, tuple) else (arg,):
@@ -196,7 +204,7 @@ def _first_tensor(args) -> torch.Tensor:
 def _report(name, compiled, label: str, arch: Arch, options: dict, dtype: str) -> Report:
     text = compiled.asm.get("ptx") or compiled.asm.get("amdgcn") or ""
     matmul = next((short for pattern, short in _MATMUL if pattern in text), "")
-    if options.get("EACH") and options["LOAD_W"] is None:
+    if name == "scale_columns" or (options.get("EACH") and options["LOAD_W"] is None):
         matmul = "fma"
     registers, spills, *wgmma = _amd_resources(text) if arch.kind == "hip" else _nvidia_resources(compiled, text)
     tma = "cp.async.bulk.tensor" in text

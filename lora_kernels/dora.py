@@ -15,10 +15,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from . import ops
 from .autograd import autocast, check, lora_linear, refused_twice
 from .chain import grad_mm, rows_at_a_time
 from .checks import check_base, check_vector
-from .dispatch import without_autocast
+from .dispatch import triton_missing, without_autocast
 from .operands import as_matrix
 
 
@@ -50,23 +51,31 @@ def gain(magnitude: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
 
 
 class ScaleColumns(torch.autograd.Function):
-    """``t [..., N] * g [N] + bias [N]``, g in float32, rounded once; gradients of g and bias are summed in float32."""
+    """``t [..., N] * g [N] + bias [N]``, g in float32, rounded once; gradients of g and bias are summed in float32.
+
+    kernels: Whether the backward pass is a kernel's, where nobody looks on. The library's is four passes, with float32 tensors of t's size.
+    """
 
     @staticmethod
-    def forward(ctx, t, g, bias):
+    def forward(ctx, t, g, bias, kernels):
         y = torch.empty_like(t, memory_format=torch.contiguous_format)
         for part, its_y in _parts(t, y):
             # Into y itself, to whose dtype torch rounds as it computes: no float32 tensor of its size is made.
             torch.mul(part, g, out=its_y) if bias is None else torch.addcmul(bias, part, g, out=its_y)
         ctx.save_for_backward(t if ctx.needs_input_grad[1] else None, g)
-        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.bias_dtype, ctx.kernels = None if bias is None else bias.dtype, kernels
         return y
 
     @staticmethod
     @refused_twice
     def backward(ctx, dy):
         t, g = ctx.saved_tensors
-        need_t, need_g, need_bias = ctx.needs_input_grad
+        need_t, need_g, need_bias, _ = ctx.needs_input_grad
+        dbias = dy.reshape(-1, dy.shape[-1]).sum(0, dtype=g.dtype).to(ctx.bias_dtype) if need_bias else None
+        if ctx.kernels and _kernel_serves(dy, t, g) and (need_t or need_g):
+            from . import launch_columns
+
+            return *launch_columns.backward(dy, t, g, need_t), dbias, None
         dt = torch.empty_like(dy, memory_format=torch.contiguous_format) if need_t else None
         dg = torch.zeros_like(g) if need_g else None
         for its_dy, its_t, its_dt in _parts(dy, t if need_g else dy, dt if need_t else dy):
@@ -74,8 +83,11 @@ class ScaleColumns(torch.autograd.Function):
                 torch.mul(its_dy, g, out=its_dt)
             if need_g:
                 dg += (its_dy.to(g.dtype) * its_t).sum(0)
-        dbias = dy.reshape(-1, dy.shape[-1]).sum(0, dtype=g.dtype).to(ctx.bias_dtype) if need_bias else None
-        return dt, dg, dbias
+        return dt, dg, dbias, None
+
+
+def _kernel_serves(dy: torch.Tensor, t: torch.Tensor | None, g: torch.Tensor) -> bool:
+    return not ops.watched() and dy.numel() > 0 and dy.dtype != torch.float64 and triton_missing() is None and ops.plain(dy, t, g)
 
 
 def _parts(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
@@ -124,16 +136,17 @@ def dora_linear(
             raise ValueError(f"base: wanted {weight.shape[0]} outputs to match weight {list(weight.shape)}, got {list(base.shape)}")
     g = gain(magnitude, weight_norm(weight, lora_A, lora_B, scale))
     how: dict[str, Any] = dict(scale=scale, config=config, impl=impl)
+    kernels = impl == "triton" or (impl == "auto" and (config is not None or x.is_cuda))
     dropped = F.dropout(x, dropout_p) if training and dropout_p else x
     if base is None:
         y = lora_linear(dropped, weight if make is None else _made_first(weight, make), lora_A, lora_B, **how)
-        y = ScaleColumns.apply(y, g, bias)
+        y = ScaleColumns.apply(y, g, bias, kernels)
         return y if dropped is x else y + _product(x - dropped, weight, make)
     if dropped is x:  # base has the bias, of which the magnitude scales nothing
         y = lora_linear(x, None, lora_A, lora_B, base=base, **how)
-        return ScaleColumns.apply(y, g, None if bias is None else (1 - g) * bias)
+        return ScaleColumns.apply(y, g, None if bias is None else (1 - g) * bias, kernels)
     # The magnitude on B itself: where g is small, little is left of the sum of the update and of (g - 1) times it.
-    base = base + ScaleColumns.apply(_product(dropped, weight, make), g - 1, None)
+    base = base + ScaleColumns.apply(_product(dropped, weight, make), g - 1, None, kernels)
     return lora_linear(dropped, None, lora_A, (g[:, None] * lora_B).to(lora_B.dtype), base=base, **how)
 
 

@@ -122,13 +122,14 @@ def poisoned_empty() -> Iterator[None]:
 
 
 def run_all(device: torch.device, progress: Callable[[int, int, str], None] | None = None, quick: bool = False) -> list[Result]:
-    """Every case of `cases`, the reference's dropout mask against the kernels', and the plan of two launches against the library's."""
+    """Every case of `cases`, the reference's dropout mask against the kernels', the plan of two launches against the library's, and DoRA's
+    gradients of the magnitude."""
     found, results = cases(device, quick), []
     for done, case in enumerate(found):
         if progress:
             progress(done, len(found), case.name)
         results.append(run_case(case, device))
-    return [*results, mask_result(device), plan_result(device)]
+    return [*results, mask_result(device), plan_result(device), columns_result(device)]
 
 
 def plan_result(device: torch.device, M: int = 301, E: int = 40) -> Result:
@@ -143,6 +144,21 @@ def plan_result(device: torch.device, M: int = 301, E: int = 40) -> Result:
         wrong += sum(int((a != b).sum()) for a, b in zip(found, wanted, strict=True))
     launched = launched_so_far() - before
     return Result("plan, exact", wrong == 0 and launched == 4, float(wrong), f"{wrong} elements differ", launched)
+
+
+def columns_result(device: torch.device, M: int = 301, N: int = 300) -> Result:
+    """`launch_columns.backward`: dt, one rounded product, exactly; dg, a float32 sum of M products, against float64."""
+    from . import launch_columns
+
+    before = launched_so_far()
+    (dy, t), g = torch.randn(2, M, N, device=device).half(), torch.rand(N, device=device)
+    dt, dg = launch_columns.backward(dy, t, g, True)
+    assert dt is not None and dg is not None
+    terms = dy.double() * t.double()
+    used = budget_used(dg, (dy.float() * t.float()).sum(0), terms.sum(0), terms=M)
+    exact, launched = torch.equal(dt, (dy.float() * g).half()), launched_so_far() - before
+    detail = f"dg uses {used:.2f} of its budget" if exact else "dt is not dY g, rounded once"
+    return Result("DoRA's magnitude, backward", exact and used <= 1.0 and launched == 1, used, detail, launched)
 
 
 def mask_result(device: torch.device, M: int = 37, K: int = 75, p: float = 0.3) -> Result:

@@ -72,4 +72,25 @@ DORA_SLIPS = [
     Mutant("bias: without its scale in a sum", "experts.py", "each.bias.to(wide) * each.scale for", "each.bias.to(wide) for"),
 ]  # fmt: skip
 
-EVERY = [*(replace(m, tests="made") for m in SLIPS), *(replace(m, tests="dora") for m in DORA_SLIPS)]
+COLUMNS, LAUNCH_COLUMNS = "kernels/columns.py", "launch_columns.py"
+T_TILE = "load_dense(t, m0, n0, M, N, BLOCK_M, BLOCK_N, False, EVEN_N, WIDE)"
+COLUMN_SLIPS = [
+    Mutant("columns: tokens past the last", COLUMNS, T_TILE, T_TILE.replace("False", "True")),
+    Mutant("columns: past the last of t", COLUMNS, T_TILE, T_TILE.replace("EVEN_N", "True")),
+    Mutant("columns: splits that begin at their number", COLUMNS, "= split * blocks_per_split * BLOCK_M", "= split * BLOCK_M"),
+    Mutant("columns: one place for every split's sums", COLUMNS, "dg + split * N + n", "dg + n"),
+    Mutant("columns: sums of the last tokens alone", COLUMNS, "acc += dy_tile", "acc = dy_tile"),
+    Mutant("columns: sums past the last column", COLUMNS, "tl.sum(acc, 0), mask=n < N)", "tl.sum(acc, 0))"),
+    Mutant("columns: dt past its end", COLUMNS, ", mask=tile_mask(m0, n0, M, N, BLOCK_M, BLOCK_N))", ")"),
+    Mutant("columns: dt rounded before it is scaled", COLUMNS, "(dy_tile * g[None, :])", "(dy_tile * g.to(tl.float16)[None, :])"),
+    Mutant("columns: even always", LAUNCH_COLUMNS, "EVEN_N=N % BLOCK_N == 0", "EVEN_N=True"),
+    Mutant("columns: t's strides unseen", LAUNCH_COLUMNS, "(dy_strides, t and t[1], (N, 1))", "(dy_strides, (N, 1))"),
+    Mutant("columns: of float64, too", DORA, "dy.dtype != torch.float64 and ", ""),
+    Mutant("columns: beside a bias alone", DORA, " and (need_t or need_g):", ":"),
+]  # fmt: skip
+
+EVERY = [
+    *(replace(m, tests="columns") for m in COLUMN_SLIPS),
+    *(replace(m, tests="made") for m in SLIPS),
+    *(replace(m, tests="dora") for m in DORA_SLIPS),
+]

@@ -53,6 +53,7 @@ SELECTIONS = {  # a mutant's tests: their files, and which of them run first
     "launcher": (["test_launcher.py"], "test"),
     "made": (["test_weight_made.py", "test_dequantize.py"], "not compiled"),
     "dora": (["test_dora.py", "test_peft_bias.py", "test_peft_qdora.py"], "not compile"),
+    "columns": (["test_dora_columns.py"], "test"),
     "tuning": (["test_tuning.py"], "tiles_fill or float32_products or descriptor or for_each_token"),
     "calls": (["test_calls.py"], "test"),
     "serving": (["test_serving.py", "test_pool.py", "test_pool_writes.py"], "test"),

@@ -60,7 +60,7 @@ def test_gradients_by_finite_differences():
         norm = weight_norm(t["W"], t["A"], t["B"], SCALE)
 
     def fixed(x, A, B, m, bias):  # the norm held constant, as the backward pass holds it
-        return ScaleColumns.apply(lora_linear(x, t["W"], A, B, scale=SCALE), m / norm, bias)
+        return ScaleColumns.apply(lora_linear(x, t["W"], A, B, scale=SCALE), m / norm, bias, False)
 
     assert torch.autograd.gradcheck(fixed, [t[name][:1] if name == "x" else t[name].requires_grad_() for name in TENSORS])
 
@@ -198,7 +198,7 @@ def test_no_float32_tensor_of_y_s_size_is_made(monkeypatch):
 
     leaves = [t["x"].flatten(0, 1)[:, :N].clone().requires_grad_(), torch.rand(N).requires_grad_(), t["bias"].requires_grad_()]
     with Sizes():
-        torch.autograd.grad(ScaleColumns.apply(*leaves), leaves, dy.flatten(0, 1))
+        torch.autograd.grad(ScaleColumns.apply(*leaves, False), leaves, dy.flatten(0, 1))
     assert seen and max(seen) < 2 * M * N / 2
 
 

@@ -12,7 +12,8 @@ FLOORS = (
     ("reference", "philox", "problem", "checks", "segments", "packed", "operands"),
     ("kernels",),
     ("tuning",),
-    ("launch", "launcher", "layouts", "launch_experts", "launch_plan", "chain", "streams") + ("compile_only", "compile_problems"),
+    ("launch", "launcher", "layouts", "launch_experts", "launch_plan", "launch_columns", "chain", "streams")
+    + ("compile_only", "compile_problems"),
     ("ops", "autograd", "calls", "dispatch", "projections", "merging"),
     ("nn", "multi", "over", "experts", "experts_layer", "dora", "lora_config", "shared_input", "packed_layer", "slots")
     + ("parity", "parity_cases", "dequantize"),
