@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from . import check, compiles, experts, host, memory, merge, model, multi, roof, sanitize, shared, single, slots, tune
+from . import check, compiles, experts, host, memory, merge, model, modules, multi, roof, sanitize, shared, single, slots, tune
 from .conditions import ROOT
 from .session import Session, say
 
@@ -36,6 +36,7 @@ SECTIONS = {
     "mtrain": multi.train,
     "experts": experts.run,
     "model": model.run,
+    "dora": modules.run,
     "slots": slots.run,
     "tune": tune.run,
     "mtune": tune.many,

@@ -232,12 +232,12 @@ def wrong(point: ModelPoint, arms: Arms, device: torch.device) -> dict[str, str]
     """The arms that are further from a wider dtype's results than twice PEFT's distance, in the root mean square."""
     wide = torch.float64 if point.dtype is torch.float32 else torch.float32
     truth = results(point, build(point, device, wide)["peft"], device, wide)
-    theirs = _distances(results(point, arms["peft"], device, point.dtype), truth)
+    theirs = distances(results(point, arms["peft"], device, point.dtype), truth)
     allowed = [2 * far + torch.finfo(point.dtype).eps for far in theirs]
     found = {}
     for name in arms.keys() - {"linear", "peft"}:
         try:
-            far = _distances(results(point, arms[name], device, point.dtype), truth)
+            far = distances(results(point, arms[name], device, point.dtype), truth)
         except Exception as error:
             found[name] = message(error)
             continue
@@ -247,6 +247,6 @@ def wrong(point: ModelPoint, arms: Arms, device: torch.device) -> dict[str, str]
     return found
 
 
-def _distances(found: list[torch.Tensor], truth: list[torch.Tensor]) -> list[float]:
+def distances(found: list[torch.Tensor], truth: list[torch.Tensor]) -> list[float]:
     """Relative, in the root mean square."""
     return [float((own.to(true.dtype) - true).norm() / true.norm()) for own, true in zip(found, truth, strict=True)]

@@ -20,14 +20,17 @@ TITLES = {"peft": "PEFT", "fused": "fused", "shared": "fused, `share_inputs`", "
 
 def modules(rows: list[dict], brief: bool) -> str:
     """PEFT's layer against the same one fused: a step's time, and what it keeps; in brief PEFT's default dtypes at the most tokens."""
-    rows = [row for row in rows if row["what"] == "both"]
+    below = {"Failed": [row for row in rows if row["error"]], "Left out": [row for row in rows if row["what"] == "left out"]}
+    rows = [row for row in rows if row["what"] == "both" and row["ms"]]
+    if not rows:
+        return "\n\n".join(lists(below))
     most, beside = max(row["M"] for row in rows), ["beside"] if any(row["arm"] == "beside" for row in rows) else []
     lines = []
     for (dtype, adapters, p, layer, M), by_arm in points(rows, ("dtype", "adapter_dtype", "p", "layer", "M")):
         if brief and (M != most or adapters != "float32"):
             continue
         cells = [dtype, adapters, f"{p:g}", layer, M, *(ms(by_arm[arm], brief) for arm in ("linear", "peft", *beside, "fused"))]
-        kept = [significant(by_arm[arm]["saved_bytes"] / (1 << 20)) for arm in ("peft", "fused")]
+        kept = [_peak(by_arm[arm]) for arm in ("peft", "fused")]
         lines.append([*cells, ratio(by_arm["fused"]["speedup_over_peft"]), *kept])
     header = [
         "base",
@@ -48,8 +51,11 @@ def modules(rows: list[dict], brief: bool) -> str:
         "qdora": "PEFT's layer with DoRA over bitsandbytes' NF4 as it is and after `fuse`",
     }[rows[0]["section"]]
     text += ": forward + backward, medians of "
-    text += f"{rounds[0]} to {rounds[-1]} interleaved rounds, r = {rows[0]['r']}; and MiB that autograd keeps for backward, x among them."
-    return f"{text}\n\n" + markdown_table([*header, "PEFT keeps", "fused keeps"], lines, left=4)
+    text += f"{rounds[0]} to {rounds[-1]} interleaved rounds, r = {rows[0]['r']}; and MiB that "
+    on_gpu = rows[0]["peak_bytes"] is not None
+    text += "a step adds at its peak." if on_gpu else "autograd keeps for backward, x among them."
+    kept = "at its peak" if on_gpu else "keeps"
+    return "\n\n".join([text, markdown_table([*header, f"PEFT {kept}", f"fused {kept}"], lines, left=4), *lists(below)])
 
 
 def curves(rows: list[dict], brief: bool) -> str:

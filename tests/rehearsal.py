@@ -149,7 +149,7 @@ def without_storage() -> contextlib.ExitStack:
 
 def narrow() -> None:
     """Make every workload small."""
-    from bench import expert_workloads, model, multi_check, multi_workloads, plan_cost, timing, workloads
+    from bench import expert_workloads, model, modules, multi_check, multi_workloads, plan_cost, timing, workloads
 
     def smaller(point):
         sizes = dict(K=max(32, point.K // SMALLER // 8 * 8), N=max(32, point.N // SMALLER // 8 * 8))
@@ -160,12 +160,12 @@ def narrow() -> None:
             sizes["M"] = 2048
         return replace(point, **sizes)
 
-    modules = {multi_workloads: ("decode", "prefill", "train", "tune"), plan_cost: ("points",), expert_workloads: ("points",)}
-    for module, names in {**modules, workloads: ("tune",)}.items():
+    narrowed = {multi_workloads: ("decode", "prefill", "train", "tune"), plan_cost: ("points",), expert_workloads: ("points",)}
+    for module, names in {**narrowed, workloads: ("tune",), modules: ("many_tokens",)}.items():
         for name in names:
             own = getattr(module, name)
             setattr(module, name, lambda *args, own=own, **kwargs: [smaller(point) for point in own(*args, **kwargs)])
-    multi_check.Checker.wrong = lambda *args, **kwargs: None  # nothing is computed that could be right
+    multi_check.Checker.wrong = modules.check = lambda *args, **kwargs: None  # nothing is computed that could be right
     model.SHAPES.update({"8B": (128, 448, 4, 2, 32), "1B": (64, 256, 4, 2, 16)})  # of `slots`, too
     model.wrong = lambda *args: {}
     whole = model.grid

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import conditions, loss_curves, modules, peft_tables, report, svg
+from bench import conditions, loss_curves, modules, peft_tables, report, session, svg
 
 pytestmark = pytest.mark.usefixtures("as_on_a_users_cpu")  # interpreted kernels would be timed too
 
@@ -30,7 +30,9 @@ def test_modules_times_and_weighs_both(tmp_path, capsys):
 
 
 def test_the_measured_layer_is_fused_or_nothing_is_measured(monkeypatch):
-    monkeypatch.setattr(modules, "fuse", lambda model: type("Report", (), {"left": {"0": "why"}, "__str__": lambda self: "1 left"})())
+    monkeypatch.setattr(
+        "lora_kernels.integrations.peft.fuse", lambda model: type("Report", (), {"left": {"0": "why"}, "__str__": lambda self: "1 left"})()
+    )
     with pytest.raises(RuntimeError, match="layer: wanted it fused, got 1 left"):
         modules.peft_and_fused(8, 8, 2, 0.0, torch.float32, torch.float32)
 
@@ -53,6 +55,26 @@ def test_dora_is_measured_fused(kind, tmp_path):
     assert modules.main(["--quick", "--kind", kind, "--seconds", "0.05", "--out", str(tmp_path / "dora.jsonl")]) == 0
     rows = conditions.read_rows(tmp_path / "dora.jsonl")
     assert len(rows) == 2 * 3 * 3 and {row["section"] for row in rows} == {kind} and "with DoRA" in peft_tables.modules(rows, True)
+
+
+def test_dora_as_a_section_of_the_device_s(tmp_path, monkeypatch):
+    """The same rows; a point that fails, or is wrong, is one of its own, below the table."""
+    own = session.Session(torch.device("cpu"), tmp_path, 30.0, quick=True)
+    assert modules.run(own) == 0
+    rows = conditions.read_rows(tmp_path / "dora.jsonl")
+    assert len(rows) == 2 * 3 * 3 and {row["section"] for row in rows} == {"dora"}
+    wide = torch.randn(64, 64).bfloat16()
+    layers = modules.peft_and_fused(64, 64, 4, 0.1, torch.bfloat16, torch.float32, "dora")
+    modules.check(layers["peft"], layers["fused"], wide, wide)
+    layers["fused"].lora_B["default"].weight.data *= 1.1
+    with pytest.raises(ValueError, match="result 0: wanted at most .* from float32"):
+        modules.check(layers["peft"], layers["fused"], wide, wide)
+    assert layers["peft"].training and layers["fused"].training
+    monkeypatch.setattr(modules, "measure", lambda *args: 1 / 0)
+    assert modules.run(own) == 2
+    failed = conditions.read_rows(tmp_path / "dora.jsonl")
+    for timed in (rows, []):
+        assert "Failed:" in report.render("dora", [*timed, *failed], False)
 
 
 def test_loss_curves_are_those_of_one_model(tmp_path, monkeypatch):
