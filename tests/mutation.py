@@ -35,7 +35,7 @@ SELECTIONS = {  # a mutant's tests: their files, and which of them run first
         ["test_kernels.py", "test_segments.py", "test_merging.py", "test_projections.py"],
         "every_tile[3] or one_even_axis or awaited and (sizes or invariance) or splits_of_one_tile or test_mixes and mixed"
         " or test_one_rounding and dtype0 or tf32 or test_parity and (experts or packed and not mixed)"
-        " or test_sizes and size1 and triton",
+        " or test_sizes and size1 and triton or test_ranks and 1-False",
     ),
     "base": (["test_base_given.py", "test_memory.py"], "test_base_given.py and not (compiles or 200 or 512 or blocks)"),
     "experts": (["test_experts.py"], "not (compiles or opcheck or 512 or of_every_size or twice)"),
