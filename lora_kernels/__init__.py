@@ -10,6 +10,7 @@ from .dispatch import Choice
 from .dora import dora_linear
 from .experts_layer import LoRAExperts
 from .files import load_adapter, save_adapter
+from .gated import recompute_gates
 from .lora_config import LoRAConfig
 from .multi import MultiLoRALinear
 from .nn import FusedLoRALinear
@@ -43,6 +44,7 @@ __all__ = [
     "load_adapter",
     "lora_linear",
     "lora_linears",
+    "recompute_gates",
     "reference",
     "remove_lora",
     "save_adapter",

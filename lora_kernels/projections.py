@@ -44,7 +44,7 @@ class Projection(NamedTuple):
         return lora_linear(x, weight, A, B, bias, scale=scale, dropout_p=p, seed=seed, **how)
 
 
-class _Layer(NamedTuple):
+class Layer(NamedTuple):
     """A projection as its arm takes it: its tensors apart, which autograd saves; ``make``: what makes the weight, if it is no tensor."""
 
     adapters: Adapters
@@ -93,7 +93,7 @@ class LoRALinearsFunction(torch.autograd.Function):
                 need_A = i == live[-1]  # dS is whole then, and dX's last launch has company
                 shared |= dict(ds=all_ds[:, columns[i]], all_ds=all_ds)
             if need_x and layer.make is not None:
-                weight = _made(layer.make, dy.shape[-1], A.shape[-1], dy)
+                weight = made_of(layer.make, dy.shape[-1], A.shape[-1], dy)
             if need_x or need_A or need_B or all_ds is not None:
                 run, chosen = dispatch.backward_arm(dy, its_x, weight, A, B, u, layer.adapters, layer.p, impl, config)
                 need = (need_x, need_A, need_B)
@@ -116,7 +116,7 @@ def _fives(flat: Sequence) -> list[Sequence]:
     return [flat[i : i + 5] for i in range(0, len(flat), 5)]
 
 
-def _forward(x, tensors, layers: Sequence[_Layer], impl: str, config: str, save: Sequence[bool]):
+def _forward(x, tensors, layers: Sequence[Layer], impl: str, config: str, save: Sequence[bool]):
     """Each layer's ``y [..., N]`` and ``u [M, r]``, and which columns of the shared u are whose, None where each has its own."""
     its = even(x)
     arms = []
@@ -135,13 +135,13 @@ def _forward(x, tensors, layers: Sequence[_Layer], impl: str, config: str, save:
         us = [u[..., own] for own in columns]
     ys = []
     for i, ((run, chosen), (weight, A, B, bias, seed), layer) in enumerate(zip(arms, tensors, layers, strict=True)):
-        weight = weight if layer.make is None else _made(layer.make, B.shape[0], x.shape[-1], x)
+        weight = weight if layer.make is None else made_of(layer.make, B.shape[0], x.shape[-1], x)
         y, us[i] = run(its, weight, A, B, bias, seed, layer.adapters, layer.scale, layer.p, save[i], chosen, u=us[i])
         ys.append(y if its is x else like_tokens(y, x))
     return ys, us, columns
 
 
-def _made(make: Callable[[], torch.Tensor], N: int, K: int, like: torch.Tensor) -> torch.Tensor:
+def made_of(make: Callable[[], torch.Tensor], N: int, K: int, like: torch.Tensor) -> torch.Tensor:
     """The weight ``[N, K]`` that a function makes, in the dtype of ``like`` and, as its arm was chosen for, contiguous."""
     weight = make()
     if not isinstance(weight, torch.Tensor) or tuple(weight.shape) != (N, K) or weight.device != like.device or not weight.is_contiguous():
@@ -155,7 +155,7 @@ def _takes_u(config) -> bool:
     return config is None or config.expand.u == "given"
 
 
-def _columns(As: Sequence[torch.Tensor], layers: Sequence[_Layer]) -> list[slice] | None:
+def _columns(As: Sequence[torch.Tensor], layers: Sequence[Layer]) -> list[slice] | None:
     """The columns of one u that are each layer's, or None: with dropout, scales or dtypes that differ, or too large a rank in all."""
     one = layers[0]
     ends = [0]
@@ -190,33 +190,41 @@ def lora_linears(x, projections: Sequence[Projection], *, training=False, config
         raise ValueError("projections: wanted at least one, got none")
     checked, key = [], ""
     for i, each in enumerate(projections):
-        made = callable(each.weight)
-        weight = _unmade(x, each.lora_B) if made else each.weight
         try:
-            x, weight, bias, key = prepare(
-                x, weight, each.lora_A, each.lora_B, each.bias, None, each.scale, each.dropout_p, each.seed, None, None, config, impl
-            )  # fmt: skip
+            x, each, key = fitting(x, each, config, impl)
         except (TypeError, ValueError, UnsupportedError) as error:
             raise type(error)(f"projections[{i}]: {error}") from None
-        weight = each.weight if made else weight
-        cast = weight is not each.weight or bias is not each.bias
-        checked.append(each._replace(weight=weight, bias=bias) if cast else each)
+        checked.append(each)
     if impl == "reference" or seen(x, checked):
         return tuple(each.alone(x, training=training, config=config, impl=impl) for each in checked)
-    layers = []
-    tensors: list[list] = []
-    for each in checked:
-        p = float(each.dropout_p) if training else 0.0
-        adapters, scale = carried(None, each.scale, None)
-        make = each.weight if callable(each.weight) else None
-        layers.append(_Layer(adapters, float(scale), p, make))
-        tensors.append([None if make else each.weight, *each[1:4], reference.as_seed(each.seed, x.device) if p else None])
+    layers, tensors = zip(*(apart(x, each, training) for each in checked), strict=True)
     trained = x.requires_grad or any(t is not None and t.requires_grad for five in tensors for t in five)
     if recorded(trained):
         for five, layer in zip(tensors, layers, strict=True):
             five[4] = ops.mask(five[4], x, layer.adapters, layer.p, impl, key)
-        return LoRALinearsFunction.apply(x, tuple(layers), impl, key, *(t for five in tensors for t in five))
+        return LoRALinearsFunction.apply(x, layers, impl, key, *(t for five in tensors for t in five))
     return tuple(_forward(x, tensors, layers, impl, key, [False] * len(layers))[0])
+
+
+def fitting(x, one: Projection, config, impl) -> tuple[torch.Tensor, Projection, str]:
+    """x and a projection of it as autocast wants them, and the config's key, all checked."""
+    made = callable(one.weight)
+    weight = _unmade(x, one.lora_B) if made else one.weight
+    x, weight, bias, key = prepare(
+        x, weight, one.lora_A, one.lora_B, one.bias, None, one.scale, one.dropout_p, one.seed, None, None, config, impl
+    )  # fmt: skip
+    weight = one.weight if made else weight
+    cast = weight is not one.weight or bias is not one.bias
+    return x, one._replace(weight=weight, bias=bias) if cast else one, key
+
+
+def apart(x, one: Projection, training: bool) -> tuple[Layer, list]:
+    """What an autograd Function is given of a projection: its constants, and weight, lora_A, lora_B, bias and seed."""
+    p = float(one.dropout_p) if training else 0.0
+    adapters, scale = carried(None, one.scale, None)
+    make = one.weight if callable(one.weight) else None
+    seed = reference.as_seed(one.seed, x.device) if p else None
+    return Layer(adapters, float(scale), p, make), [None if make else one.weight, *one[1:4], seed]
 
 
 def _unmade(x, lora_B) -> torch.Tensor | None:

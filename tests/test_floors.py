@@ -12,10 +12,10 @@ FLOORS = (
     ("reference", "philox", "problem", "checks", "segments", "packed", "operands"),
     ("kernels",),
     ("tuning",),
-    ("launch", "launcher", "layouts", "launch_experts", "launch_plan", "launch_columns", "chain", "streams")
+    ("launch", "launcher", "layouts", "launch_experts", "launch_plan", "launch_columns", "launch_gate", "chain", "streams")
     + ("compile_only", "compile_problems"),
     ("ops", "autograd", "calls", "dispatch", "projections", "merging"),
-    ("nn", "multi", "over", "experts", "experts_layer", "dora", "lora_config", "shared_input", "packed_layer", "slots")
+    ("nn", "multi", "over", "experts", "experts_layer", "dora", "lora_config", "shared_input", "gated", "packed_layer", "slots")
     + ("parity", "parity_cases", "dequantize"),
     ("cli", "__main__", "demo", "demo_data", "demo_peft", "integrations", "apply", "files", "adapter_store", "analysis", "inspect_adapter")
     + ("adapter_layers", "serving", "pool"),

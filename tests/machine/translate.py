@@ -21,7 +21,7 @@ IGNORED = (
     "bar.warp.sync", "fence.", "wgmma.fence", "membar", "prefetch", "mbarrier.inval", "setmaxnreg", "nanosleep",
 )  # fmt: skip
 COMPARED = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "lo": "<", "ls": "<=", "hi": ">", "hs": ">="}
-UNARY = {"neg": "-", "not": "~", "abs": "abs"}
+UNARY = {"neg": "-", "not": "~", "abs": "abs", "ex2": "np.exp2"}
 BITWISE = {"and": "&", "or": "|", "xor": "^"}
 BARE = {"bf16x2": "b32", "f16x2": "b32", "bf16": "b16", "tf32": "b32"}  # what NumPy has no type for is bits
 END = -1

@@ -1,0 +1,353 @@
+"""`recompute_gates`: the same bits as without, half of what a gated MLP keeps, and where it does not apply."""
+
+import copy
+import io
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_memory import Kept, mask_bytes
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lora_kernels import LoRAConfig, UnsupportedError, apply_lora, gated, launch, recompute_gates, remove_lora, share_inputs, use_adapters
+from lora_kernels.nn import FusedLoRALinear
+
+M, K, WIDTH, R = 10, 12, 40, 3
+ALL = ["gate_proj", "up_proj", "down_proj"]
+
+
+class MLP(nn.Module):
+    def __init__(self, act=nn.SiLU):
+        super().__init__()
+        self.gate_proj, self.up_proj = nn.Linear(K, WIDTH, bias=False), nn.Linear(K, WIDTH, bias=False)
+        self.down_proj, self.act_fn = nn.Linear(WIDTH, K), act()
+
+    def forward(self, x):
+        """What Llama's does."""
+        down_proj = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        return down_proj
+
+
+class AtOnce(MLP):
+    def forward(self, hidden_states):
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class Named(MLP):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate = self.act_fn(self.gate_proj(x))
+        h = gate * self.up_proj(x)
+        return self.down_proj(h)
+
+
+class Dropped(MLP):
+    def forward(self, x):
+        return self.down_proj(F.dropout(self.act_fn(self.gate_proj(x)) * self.up_proj(x), 0.0))
+
+
+class Added(MLP):
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x)) + self.up_proj(x))
+
+
+class OfAnother(MLP):
+    def forward(self, x):
+        y = 2 * x
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(y))
+
+
+class Written(MLP):
+    def forward(self, x):
+        x = 2 * x
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Asked(MLP):
+    def forward(self, x, scale=1.0):
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Twice(MLP):
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.gate_proj(x))
+
+
+class Decorated(MLP):
+    @torch.no_grad()
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Random(nn.RReLU):
+    pass
+
+
+def adapted(mlp=MLP, act=nn.SiLU, p=0.0, targets=ALL, dtype=torch.float64, **config) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"mlp": mlp(act)}).to(dtype)
+    apply_lora(model, LoRAConfig(target_modules=targets, r=R, lora_dropout=p, **config))
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_B"):
+            nn.init.normal_(parameter)
+    return model.train()
+
+
+def x_of(*lead, dtype=torch.float64) -> torch.Tensor:
+    return torch.randn(*lead, K, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype).requires_grad_()
+
+
+def step(model, x=None, call=None) -> dict:
+    x = x_of(M, dtype=next(model.parameters()).dtype) if x is None else x
+    torch.manual_seed(3)
+    y = (model["mlp"] if call is None else call)(x)
+    found = {"x": x, **{name: p for name, p in model.named_parameters() if p.requires_grad}}
+    for each in found.values():
+        each.grad = None
+    (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)).sum().backward()
+    return {"y": y.detach(), **{name: each.grad for name, each in found.items()}}
+
+
+def same(ours: dict, theirs: dict) -> None:
+    assert ours.keys() == theirs.keys() and len(ours) > 2
+    assert all(torch.equal(ours[name], wanted) for name, wanted in theirs.items())
+
+
+@pytest.fixture
+def nodes(monkeypatch) -> list:
+    """A mark for each call that was one node."""
+    made, apply = [], gated.GatedFunction.apply
+    monkeypatch.setattr(gated.GatedFunction, "apply", lambda *args: made.append(1) or apply(*args))
+    return made
+
+
+def taken(model) -> None:
+    assert recompute_gates(model) == ["mlp"]
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("act", [nn.SiLU, nn.GELU, lambda: nn.GELU(approximate="tanh"), nn.ReLU])
+def test_the_same_bits(act, dtype, p, nodes):
+    model = adapted(act=act, dtype=dtype, p=p)
+    plain = step(model)
+    taken(model)
+    same(step(model), plain)
+    assert nodes == [1]
+    assert recompute_gates(model, False) == [] and type(model["mlp"]) is MLP
+    same(step(model), plain)
+    assert nodes == [1]
+
+
+@pytest.mark.parametrize("mlp", [MLP, AtOnce, Named])
+@pytest.mark.parametrize("lead", [(M,), (2, 5), (1,)])
+def test_whatever_the_forward_calls_its_parts(mlp, lead, nodes):
+    model = adapted(mlp)
+    x = x_of(*lead)
+    plain = step(model, x)
+    taken(model)
+    same(step(model, x), plain)
+    assert nodes == [1] and isinstance(model["mlp"], mlp)
+
+
+@pytest.mark.parametrize("mlp", [Dropped, Added, OfAnother, Written, Asked, Twice, Decorated])
+def test_another_forward_is_left_alone(mlp):
+    model = adapted(mlp)
+    assert recompute_gates(model) == [] and type(model["mlp"]) is mlp
+
+
+@pytest.mark.parametrize("act", [nn.RReLU, Random, nn.PReLU, lambda: nn.SiLU(inplace=True), lambda: nn.Sequential(nn.SiLU())])
+def test_another_activation_is_left_alone(act):
+    assert recompute_gates(adapted(act=act)) == []
+
+
+def test_of_which_layers():
+    assert recompute_gates(adapted(targets=["gate_proj", "up_proj"])) == [], "no adapter whose A wants the product"
+    model = adapted(targets=["down_proj"])
+    plain = step(model)
+    taken(model)
+    same(step(model), plain)
+    model = adapted()
+    model["mlp"].forward = model["mlp"].forward  # as accelerate puts it there
+    assert recompute_gates(model) == []
+    assert recompute_gates(nn.Linear(3, 3)) == []
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_bytes_kept(p):
+    """Two tensors of the width where there were four; the rest as before."""
+    kept, model = [], adapted(p=p)
+    x = x_of(M)
+    for _ in range(2):
+        with Kept() as each:
+            model["mlp"](x)
+        kept.append(each.bytes(besides=model.parameters()))
+        recompute_gates(model)
+    assert kept[0] - kept[1] == 2 * 8 * M * WIDTH
+    assert kept[1] == 8 * (M * K + 2 * M * WIDTH + 3 * M * R) + 2 * mask_bytes(p, M, K) + mask_bytes(p, M, WIDTH)
+
+
+def test_layers_of_one_x_before_it(nodes):
+    model = adapted(p=0.2)
+    plain = step(model)
+    assert share_inputs(model) == [("mlp.gate_proj", "mlp.up_proj")]
+    taken(model)
+    for name, wanted in step(model).items():
+        torch.testing.assert_close(wanted, plain[name])
+    assert nodes == [1]
+
+
+@pytest.mark.parametrize("frozen", ["x", "gate", "down's A", "down", "all but down's A"])
+def test_each_gradient_alone(frozen, nodes):
+    model = adapted(p=0.3)
+    x = x_of(M)
+    off = {"x": (), "gate": ("gate_proj",), "down's A": ("down_proj.lora_A",), "down": ("down_proj",)}.get(
+        frozen, ("gate", "up", "down_proj.lora_B")
+    )
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and not any(part in name for part in off))
+    x = x.detach() if frozen in ("x", "all but down's A") else x
+
+    def grads():
+        torch.manual_seed(3)
+        wanted = [p for p in (x, *model.parameters()) if p.requires_grad]
+        return torch.autograd.grad(model["mlp"](x).cos().sum(), wanted)
+
+    plain = grads()
+    taken(model)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(grads(), plain, strict=True)) and len(plain) > 0
+    assert nodes == [1]
+
+
+def test_where_each_part_is_computed_as_before(nodes):
+    """Hooks, a merged layer, no graph, a compiler, DoRA, a bias of the adapter: the model's own expression."""
+    model = adapted()
+    taken(model)
+    mlp = model["mlp"]
+    plain = step(model)
+    seen = []
+    nodes.clear()
+    for hooked in (mlp.down_proj, mlp.act_fn):
+        handle = hooked.register_forward_hook(lambda *args: seen.append(args[1][0].shape))
+        same(step(model), plain)
+        handle.remove()
+    assert seen == [(M, WIDTH)] * 2
+    with torch.no_grad():
+        assert torch.equal(mlp(x_of(M)), plain["y"])
+    mlp.down_proj.enabled = False
+    step(model)
+    mlp.down_proj.enabled = True
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        compiled = torch.compile(mlp, fullgraph=True, backend="aot_eager")
+        same(step(model, call=compiled), plain)
+    mlp.down_proj.merge()
+    torch.testing.assert_close(step(model)["y"], plain["y"])
+    assert not nodes
+    for special in (dict(use_dora=True), dict(lora_bias=True)):
+        model = nn.ModuleDict({"mlp": MLP()})
+        for name in ALL:
+            setattr(model["mlp"], name, FusedLoRALinear.from_linear(getattr(model["mlp"], name), r=R, **special))
+        plain = step(model)
+        taken(model)
+        same(step(model), plain)
+    assert not nodes
+
+
+def test_layers_with_slots_compute_as_before(nodes):
+    model = nn.ModuleDict({"mlp": MLP()})
+    apply_lora(model, LoRAConfig(target_modules=ALL, r=R), num_adapters=2)
+    recompute_gates(model)
+    x = x_of(2, 3, dtype=torch.float32)
+    with use_adapters(model, [0, 1]):
+        model["mlp"](x).sum().backward()
+    assert not nodes and x.grad is not None
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_under_checkpointing(reentrant, nodes):
+    model = adapted(p=0.3)
+    plain = step(model)
+    taken(model)
+    same(step(model, call=lambda x: checkpoint(model["mlp"], x, use_reentrant=reentrant)), plain)
+    assert len(nodes) == (1 if reentrant else 2)
+
+
+def test_copies_and_files(nodes):
+    model = adapted()
+    names = list(model.state_dict())
+    plain = step(model)
+    taken(model)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    for again in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
+        assert list(again.state_dict()) == names and again["mlp"].down_proj is not model["mlp"].down_proj
+        same(step(again), plain)
+    assert len(nodes) == 2
+    remove_lora(model)
+    assert type(model["mlp"].down_proj) is nn.Linear and model["mlp"](x_of(M)).requires_grad
+    assert len(nodes) == 2
+
+
+def test_autocast(nodes):
+    model = adapted(dtype=torch.float32, p=0.2)
+    x = x_of(M, dtype=torch.float32)
+
+    def call(x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return model["mlp"](x)
+
+    plain = step(model, x, call)
+    taken(model)
+    same(step(model, x, call), plain)
+    assert nodes == [1] and plain["y"].dtype is torch.bfloat16
+
+
+def test_twice_and_written():
+    model = adapted()
+    taken(model)
+    x = x_of(M)
+    (dx,) = torch.autograd.grad(model["mlp"](x).cos().sum(), x, create_graph=True)
+    with pytest.raises(UnsupportedError, match="create_graph"):
+        dx.sum().backward()
+    kept = []
+    model["mlp"].up_proj.register_forward_hook(lambda module, args, out: kept.append(out))
+    y = model["mlp"](x)
+    with torch.no_grad():
+        kept[0].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+    y = model["mlp"](x)
+    y.sum().backward(retain_graph=True)
+    first = x.grad.clone()
+    x.grad = None
+    y.sum().backward()
+    assert torch.equal(x.grad, first), "nothing that was kept is written to"
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("kernel", ["silu", "gelu_tanh"])
+def test_by_the_kernels(kernel, p, monkeypatch, launched, nodes):
+    """As on a GPU, by the interpreter: one launch forward, two backward, of which the first only where A wants a gradient."""
+    act = nn.SiLU if kernel == "silu" else lambda: nn.GELU(approximate="tanh")
+    model = adapted(act=act, dtype=torch.float32, p=p)
+    plain = step(model)
+    taken(model)
+    monkeypatch.setattr(gated, "_kernel", lambda act, gate: kernel)
+    found = []
+    names = launched(lambda: found.append(step(model)))
+    assert [name for name in names if name.startswith("gate")] == ["gate_product", "gate_product", "gate_gradients"]
+    for name, wanted in plain.items():  # sums of a few hundred terms at most, in another order
+        torch.testing.assert_close(found[0][name], wanted, rtol=1e-5, atol=1e-5 * wanted.abs().max().item())
+    model["mlp"].down_proj.lora_A.requires_grad_(False)
+    names = launched(lambda: step(model))
+    assert [name for name in names if name.startswith("gate")] == ["gate_product", "gate_gradients"]
+    assert launch.launches > 0 and len(nodes) == 2
+
+
+def test_which_activations_have_kernels():
+    gate = torch.empty(3, device="meta")
+    assert gated._kernel(nn.SiLU(), gate) is None, "not on a GPU"
+    assert gated.KERNELS["SiLU"] == "silu" and set(gated.KERNELS.values()) <= {"silu", "gelu_tanh"} and "GELU" not in gated.KERNELS
