@@ -4,6 +4,7 @@ linear   the frozen model: the floor; training, its step has a gradient for the 
 peft     PEFT's model, its adapters in the base's dtype; generation: a batch by ``adapter_names``
 fused    the same after `lora_kernels.integrations.peft.fuse`
 shared   training: and after `share_inputs`
+gates    training: and after `recompute_gates`
 slots    generation: `MultiLoRALinear` layers inside `use_adapters`
 
 Random weights, no embedding and no head; a step of generation has one token a sequence and nothing before it, so that what is timed is
@@ -20,7 +21,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from lora_kernels import LoRAConfig, Segments, apply_lora, share_inputs, use_adapters, use_segments
+from lora_kernels import LoRAConfig, Segments, apply_lora, recompute_gates, share_inputs, use_adapters, use_segments
 
 from .conditions import Recorder
 from .memory import peak_of, saved_by
@@ -36,7 +37,7 @@ SHAPES = {
 }  # hidden, MLP, heads, of k and v, layers
 LENGTH = 2048  # tokens a sequence in training, at most
 NEEDS = ("peft", "transformers")
-ARMS = ("linear", "peft", "fused", "shared", "slots")
+ARMS = ("linear", "peft", "fused", "shared", "gates", "slots")
 Arms = dict[str, Callable[[torch.Tensor], torch.Tensor]]
 
 
@@ -165,9 +166,12 @@ def build(point: ModelPoint, device: torch.device, dtype: torch.dtype) -> Arms:
                 parameter.data = parameter.data.to(point.dtype).to(dtype)
     alone = fused(peft, shared=peft.parameters())
     if not point.forward_alone:
-        together = fused(peft, shared=peft.parameters())
-        share_inputs(together)
-        return {name: partial(_hidden, model.train()) for name, model in dict(linear=base, peft=peft, fused=alone, shared=together).items()}
+        together, gates = (fused(peft, shared=peft.parameters()) for _ in range(2))
+        for model in (together, gates):
+            share_inputs(model)
+        recompute_gates(gates)
+        models = dict(linear=base, peft=peft, fused=alone, shared=together, gates=gates)
+        return {name: partial(_hidden, model.train()) for name, model in models.items()}
     slots = again()
     apply_lora(slots, LoRAConfig(target_modules="all-linear", r=point.r), num_adapters=point.adapters, adapter_dtype=dtype)
     for name, layer in peft.base_model.model.named_modules():

@@ -15,7 +15,7 @@ COMMANDS = {
     "model": "python -m bench.device model --out bench/results",
     "slots": "python -m bench.device slots --out bench/results",
 }
-TITLES = {"peft": "PEFT", "fused": "fused", "shared": "fused, `share_inputs`", "slots": "slots"}
+TITLES = {"peft": "PEFT", "fused": "fused", "shared": "fused, `share_inputs`", "gates": "and `recompute_gates`", "slots": "slots"}
 
 
 def modules(rows: list[dict], brief: bool) -> str:
@@ -76,7 +76,7 @@ def model(rows: list[dict], brief: bool) -> str:
     rows = [row for row in rows if row["ms"]]
     tables = []
     for grid, arms, text in (
-        ("train", ("peft", "fused", "shared"), "A training step: forward and backward, one adapter, dropout as shown."),
+        ("train", ("peft", "fused", "shared", "gates"), "A training step: forward and backward, one adapter, dropout as shown."),
         ("decode", ("peft", "fused", "slots"), "A step of generation: one token a sequence, adapters in turn."),
     ):
         lines = []

@@ -20,7 +20,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from . import launch, launch_columns, launch_experts, launch_plan
+from . import launch, launch_columns, launch_experts, launch_gate, launch_plan
 from .compile_problems import every_problem
 from .problem import Problem
 from .segments import ONE, Adapters, Segments
@@ -28,6 +28,7 @@ from .tuning import Arch, Config, heuristic
 
 _MATMUL = (("tcgen05.mma", "tcgen05"), ("wgmma.mma_async", "wgmma"), ("mma.sync", "mma"), ("v_mfma", "mfma"), ("v_wmma", "wmma"))
 
+ELEMENTWISE = ("scale_columns", "gate_product", "gate_gradients")  # kernels without a product
 _ACTIVE = "_active" if hasattr(driver, "_active") else "active"  # where .active is a property, it looks for a GPU
 
 
@@ -165,6 +166,7 @@ def heuristic_reports(arch: Arch, progress: Callable[[int, int, str], None]) -> 
         calls.append((f"plan {sizes[0]}", functools.partial(compile_plan, *sizes, arch)))
     for dtype in (torch.bfloat16, torch.float32):
         calls.append(("DoRA's magnitude", functools.partial(compile_columns, dtype, arch)))
+        calls += [(f"gate {act}", functools.partial(compile_gate, act, dtype, arch)) for act in launch_gate.ACTIVATIONS]
     reports: dict[tuple, Report] = {}
     for done, (label, call) in enumerate(calls):
         progress(done, len(calls), f"{arch.name} {label}")
@@ -192,6 +194,12 @@ def compile_columns(dtype: torch.dtype, arch: Arch) -> list[Report]:
     return compile_calls(lambda: launch_columns.backward(dy, dy, g, True), arch, "DoRA's magnitude")
 
 
+def compile_gate(act: str, dtype: torch.dtype, arch: Arch) -> list[Report]:
+    """Compile what stands before a gated MLP's down projection, both passes."""
+    t = torch.empty(512, 4096, dtype=dtype)
+    return compile_calls(lambda: (launch_gate.product(act, t, t), launch_gate.gradients(act, t, t, t)), arch, f"gate {act}")
+
+
 def _first_tensor(args) -> torch.Tensor:
     for arg in args:
         for item in arg if isinstance(arg, tuple) else (arg,):
@@ -204,7 +212,7 @@ def _first_tensor(args) -> torch.Tensor:
 def _report(name, compiled, label: str, arch: Arch, options: dict, dtype: str) -> Report:
     text = compiled.asm.get("ptx") or compiled.asm.get("amdgcn") or ""
     matmul = next((short for pattern, short in _MATMUL if pattern in text), "")
-    if name == "scale_columns" or (options.get("EACH") and options["LOAD_W"] is None):
+    if name in ELEMENTWISE or (options.get("EACH") and options["LOAD_W"] is None):
         matmul = "fma"
     registers, spills, *wgmma = _amd_resources(text) if arch.kind == "hip" else _nvidia_resources(compiled, text)
     tma = "cp.async.bulk.tensor" in text

@@ -21,7 +21,8 @@ from torch import nn
 
 from . import dispatch, ops
 from .autograd import recorded, refused_twice
-from .nn import hooked
+from .nn import hooked, sharding
+from .problem import UnsupportedError
 from .projections import Layer, apart, fitting, made_of, seen
 
 KERNELS = {"SiLU": "silu", "SiLUActivation": "silu", "GELUTanh": "gelu_tanh", "PytorchGELUTanh": "gelu_tanh"}
@@ -191,7 +192,7 @@ def recompute_gates(model: nn.Module, enable: bool = True) -> list[str]:
     """Have gated MLPs keep two tensors of their width for the backward pass where torch keeps four.
 
     Args:
-        model: Changed in place. Call it after apply_lora or fuse.
+        model: Changed in place. Call it after apply_lora or fuse, and before MLPs are sharded themselves.
         enable: False gives every MLP its own forward pass again.
     Returns:
         The names of the MLPs: those whose forward pass is, by its source, ``down(act(gate(x)) * up(x))``, as in Llama, Mistral, Qwen and
@@ -200,21 +201,26 @@ def recompute_gates(model: nn.Module, enable: bool = True) -> list[str]:
     On a CPU y and every gradient are the same bits as before. On a GPU the product is made in float32 and rounded once where torch rounds
     act(gate) first. An MLP computes as before, keeping four, under torch.compile, without gradients, and where its down projection is
     merged, has hooks, several adapters, segments, DoRA or a bias of its adapter.
+
+    Raises:
+        UnsupportedError: an MLP was sharded by itself (fully_shard) since.
     """
-    for module in model.modules():
-        if isinstance(module, Gated):
-            module.__class__ = module._kind
+    gated_ones = [module for module in model.modules() if isinstance(module, Gated)]
+    for module in gated_ones:
+        if sharding(module):
+            raise UnsupportedError(f"model: wanted MLPs that are not sharded themselves, got a {type(module).__name__}")
+    for module in gated_ones:
+        module.__class__ = module._kind
     names = [name for name, module in model.named_modules() if enable and _fits(module)]
     for name in names:
-        module = model.get_submodule(name)
-        kind: Any = type(module)
-        module.__class__ = gated_class(kind)
+        mlp: Any = model.get_submodule(name)
+        mlp.__class__ = gated_class(type(mlp))
     return names
 
 
 def _fits(module: nn.Module) -> bool:
     kind: Any = type(module)
-    found = None if "forward" in module.__dict__ else gate_of(kind)
+    found = None if "forward" in module.__dict__ or sharding(module) else gate_of(kind)
     if found is None or not all(name in module._modules for name in found):
         return False
     act, down = module._modules[found.act], module._modules[found.down]

@@ -19,7 +19,7 @@ def product(act: str, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """``h = act(gate) up``, in float32 and rounded once. gate, up: contiguous, of one shape and dtype, of 16 or 32 bits, not empty."""
     h = torch.empty_like(gate)
     with on_device(gate):
-        run_kernel(gate_product, (cdiv(h.numel(), BLOCK),), (gate, up, h, h.numel()), _options(act, h.numel()))
+        run_kernel(gate_product, (cdiv(h.numel(), BLOCK),), (gate, up, h, h.numel()), _options(gate_product, act, h.numel(), h.dtype))
     return h
 
 
@@ -28,11 +28,11 @@ def gradients(act: str, gate: torch.Tensor, up: torch.Tensor, dh: torch.Tensor) 
     dgate = torch.empty_like(gate)
     args = (gate, up, dh, dgate, dh, dh.numel())
     with on_device(gate):
-        run_kernel(gate_gradients, (cdiv(dh.numel(), BLOCK),), args, _options(act, dh.numel(), True))
+        run_kernel(gate_gradients, (cdiv(dh.numel(), BLOCK),), args, _options(gate_gradients, act, dh.numel(), dh.dtype))
     return dgate, dh
 
 
 @functools.lru_cache(maxsize=1024)
-def _options(act: str, number: int, gradients: bool = False) -> Options:
-    """One object for one kernel and one number, as `launcher` wants it."""
+def _options(kernel, act: str, number: int, dtype: torch.dtype) -> Options:
+    """One object for launches that are alike, as `launcher` wants it."""
     return Options(ACT=ACTIVATIONS[act], BLOCK=BLOCK, num_warps=4)

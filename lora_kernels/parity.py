@@ -122,14 +122,14 @@ def poisoned_empty() -> Iterator[None]:
 
 
 def run_all(device: torch.device, progress: Callable[[int, int, str], None] | None = None, quick: bool = False) -> list[Result]:
-    """Every case of `cases`, the reference's dropout mask against the kernels', the plan of two launches against the library's, and DoRA's
-    gradients of the magnitude."""
+    """Every case of `cases`, the reference's dropout mask against the kernels', the plan of two launches against the library's, and what
+    stands beside the products: DoRA's magnitude, and an MLP's gate."""
     found, results = cases(device, quick), []
     for done, case in enumerate(found):
         if progress:
             progress(done, len(found), case.name)
         results.append(run_case(case, device))
-    return [*results, mask_result(device), plan_result(device), columns_result(device)]
+    return [*results, mask_result(device), plan_result(device), columns_result(device), gate_result(device)]
 
 
 def plan_result(device: torch.device, M: int = 301, E: int = 40) -> Result:
@@ -159,6 +159,25 @@ def columns_result(device: torch.device, M: int = 301, N: int = 300) -> Result:
     exact, launched = torch.equal(dt, (dy.float() * g).half()), launched_so_far() - before
     detail = f"dg uses {used:.2f} of its budget" if exact else "dt is not dY g, rounded once"
     return Result("DoRA's magnitude, backward", exact and used <= 1.0 and launched == 1, used, detail, launched)
+
+
+def gate_result(device: torch.device, number: int = 5003) -> Result:
+    """`launch_gate`'s three results for SiLU against float64, within the budget."""
+    from . import launch_gate
+
+    before = launched_so_far()
+    found = []
+    operands = torch.randn(3, number, device=device)
+    for dtype in (torch.float16, torch.float64):
+        gate, up, dh = operands.half().to(dtype)
+        leaves = gate.clone().requires_grad_(), up.clone().requires_grad_()
+        h = torch.nn.functional.silu(leaves[0]) * leaves[1]
+        found.append([h.detach(), *torch.autograd.grad(h, leaves, dh)])
+    gate, up, dh = operands.half()
+    ours = [launch_gate.product("silu", gate, up), *launch_gate.gradients("silu", gate, up, dh)]
+    used = max(budget_used(*each) for each in zip(ours, *found, strict=True))
+    launched = launched_so_far() - before
+    return Result("an MLP's gate", used <= 1.0 and launched == 2, used, f"uses {used:.2f} of its budget", launched)
 
 
 def mask_result(device: torch.device, M: int = 37, K: int = 75, p: float = 0.3) -> Result:

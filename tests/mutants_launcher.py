@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import mutants_gated
 import mutants_made
 import mutants_serving
 from mutants import SPEED, Mutant
@@ -100,6 +101,7 @@ REMEMBERED = [
 EVERY = [
     *mutants_serving.EVERY,
     *mutants_made.EVERY,
+    *mutants_gated.EVERY,
     *(replace(m, tests="launcher") for m in LAUNCHED),
     *(replace(m, tests="calls") for m in REMEMBERED),
 ]

@@ -53,6 +53,8 @@ SELECTIONS = {  # a mutant's tests: their files, and which of them run first
     "launcher": (["test_launcher.py"], "test"),
     "made": (["test_weight_made.py", "test_dequantize.py"], "not compiled"),
     "dora": (["test_dora.py", "test_peft_bias.py", "test_peft_qdora.py"], "not compile"),
+    "gated": (["test_gated.py", "test_gate_kernels.py", "test_peft_gated.py"], "four_bits or not test_peft_gated.py and not same_bits"),
+    "elementwise": (["test_dora_columns.py", "test_gate_kernels.py"], "test_values or each_gradient"),
     "columns": (["test_dora_columns.py"], "test"),
     "tuning": (["test_tuning.py"], "tiles_fill or float32_products or descriptor or for_each_token"),
     "calls": (["test_calls.py"], "test"),
@@ -92,7 +94,7 @@ def mutated(source: Path, mutant: Mutant) -> str:
 def run_tests(folder: Path, tests: str, files: list[str], select: str, limit: float) -> str:
     """'' if all pass; else the test at which they stopped, with what it said."""
     env = dict(os.environ, PYTHONPATH=str(folder), CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", COLUMNS="300")
-    env |= MACHINE if tests in ("machine", "launcher") else {"TRITON_INTERPRET": "1"}
+    env |= MACHINE if tests in ("machine", "launcher", "elementwise") else {"TRITON_INTERPRET": "1"}
     command = [sys.executable, "-c", RUN, "-x", "-v", "--tb=line", "-pno:cacheprovider", "-Wignore", "-k", select, *files]
     with open(folder / "log", "w+") as log:
         child = subprocess.Popen(command, cwd=folder, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)

@@ -24,7 +24,7 @@ def test_rows_and_tables(tmp_path, capsys):
     assert model.run(Session(CPU, tmp_path, quick=True)) == 0
     rows = rows_of(tmp_path)
     assert {(row["grid"], row["arm"]) for row in rows} == {
-        *(("train", arm) for arm in ("linear", "peft", "fused", "shared")),
+        *(("train", arm) for arm in ("linear", "peft", "fused", "shared", "gates")),
         *(("decode", arm) for arm in ("linear", "peft", "fused", "slots")),
     }
     for row in rows:
@@ -32,7 +32,7 @@ def test_rows_and_tables(tmp_path, capsys):
         assert (row["saved_bytes"] is not None) == (row["what"] == "both")
     assert {row["adapters"] for row in rows if row["grid"] == "decode"} == {1, 3}
     kept = {row["arm"]: row["saved_bytes"] for row in rows if row["what"] == "both" and row["p"]}
-    assert kept["linear"] < kept["fused"] == kept["shared"] < kept["peft"]
+    assert kept["linear"] < kept["fused"] == kept["shared"] < kept["peft"] and kept["gates"] < kept["fused"]
     whole, brief = (report.render("model", rows, short) for short in (False, True))
     assert "| tiny, 1 of 2 layers | 16 | 0.1 | forward + backward |" in whole and "| tiny, 1 of 2 layers | 3 | 3 | host |" in whole
     assert "forward" not in brief.split("A step")[0].split("\n\n")[-1] and "| tiny, 1 of 2 layers | 16 | 0.1 |" in brief

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from lora_kernels import cli
-from lora_kernels.compile_only import Report, in_loops
+from lora_kernels.compile_only import ELEMENTWISE, Report, in_loops
 from lora_kernels.tuning import Arch, Config, Expand, Shrink, Wgrad, tables
 
 WANTED = {"sm_80": "mma", "sm_86": "mma", "sm_89": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "sm_120": "mma", "gfx942": "mfma"}
@@ -34,7 +34,7 @@ def test_every_heuristic_config(arch, compilations, capsys):
     out = compilations[arch].result()
     assert out.returncode == 0, out.stdout[-2000:] + out.stderr[-2000:]
     reports = [json.loads(line) for line in out.stdout.splitlines()]
-    bodies = set("shrink expand experts wgrad add_parts scale_columns plan_counts plan_tokens plan_tiles".split())
+    bodies = set("shrink expand experts wgrad add_parts plan_counts plan_tokens plan_tiles".split()) | set(ELEMENTWISE)
     assert {r["kernel"].split()[0] for r in reports} == bodies
     assert {r["kernel"] for r in reports} >= {"expand given", "expand loop"}
     for r in reports:
@@ -42,7 +42,7 @@ def test_every_heuristic_config(arch, compilations, capsys):
         assert r["shared"] <= Arch.parse(arch).shared_memory, r
         assert r["registers"] > 16 or r["matmul"] or r["kernel"] == "add_parts", f"an empty kernel: {r}"
         if r["dtype"] == "bfloat16":  # v gathered for each token takes none, where the base product is given
-            assert r["matmul"] and (r["matmul"] != "fma" or "base given" in r["label"] or r["kernel"] == "scale_columns"), r
+            assert r["matmul"] and (r["matmul"] != "fma" or "base given" in r["label"] or r["kernel"] in ELEMENTWISE), r
     segments = [r for r in reports if "segments" in r["kernel"]]
     names = {"shrink segments", "expand given segments", "expand given segments split", "wgrad segments"}
     assert {r["kernel"] for r in segments} == names and len(segments) > 20

@@ -19,6 +19,7 @@ PAGES = [  # the page, its blocks, and the package of an extra that it is about
     ("quantised.md", 6, "bitsandbytes"),
     ("experts.md", 3, "peft"),
     ("shared_input.md", 2, "transformers"),
+    ("gated.md", 1, "transformers"),
     ("packed.md", 4, "peft"),
     ("serving.md", 3, "peft"),
 ]

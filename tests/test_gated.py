@@ -255,6 +255,23 @@ def test_where_each_part_is_computed_as_before(nodes):
     assert not nodes
 
 
+def test_an_mlp_that_is_sharded_itself_stays_as_it_is():
+    """Its class is then FSDP's, which to put back would lose."""
+
+    class FSDPModule:
+        pass
+
+    model = adapted()
+    model["mlp"].__class__ = type("FSDPMLP", (FSDPModule, MLP), {})
+    assert recompute_gates(model) == []
+    model["mlp"].__class__ = MLP
+    taken(model)
+    model["mlp"].__class__ = type("FSDPGatedMLP", (FSDPModule, type(model["mlp"])), {})
+    for enable in (True, False):
+        with pytest.raises(UnsupportedError, match="model: wanted MLPs that are not sharded themselves, got a FSDPGatedMLP"):
+            recompute_gates(model, enable)
+
+
 def test_layers_with_slots_compute_as_before(nodes):
     model = nn.ModuleDict({"mlp": MLP()})
     apply_lora(model, LoRAConfig(target_modules=ALL, r=R), num_adapters=2)
