@@ -214,7 +214,8 @@ def recompute_gates(model: nn.Module, enable: bool = True) -> list[str]:
     names = [name for name, module in model.named_modules() if enable and _fits(module)]
     for name in names:
         mlp: Any = model.get_submodule(name)
-        mlp.__class__ = gated_class(type(mlp))
+        kind: Any = type(mlp)
+        mlp.__class__ = gated_class(kind)
     return names
 
 

@@ -21,13 +21,16 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from lora_kernels import (
+    FusedLoRALinear,
     LoRAConfig,
     MultiLoRALinear,
     Segments,
     UnsupportedError,
     apply_lora,
+    gated,
     load_adapter,
     lora_linear,
+    recompute_gates,
     remove_lora,
     save_adapter,
 )
@@ -107,6 +110,35 @@ def ddp():
             calls = 2 if LENGTHS[dist.get_rank()] else 0
             assert ran == {"forward": calls, "backward": calls}
         hold(of(parallel), model, mean_step)
+
+
+class GatedMlp(Mlp):
+    """`Mlp` with a gate, whose forward is the one that `recompute_gates` knows."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.act = FusedLoRALinear(24, 40, r=4, lora_alpha=6, init_lora_weights=False), nn.SiLU()
+
+    def forward(self, x):
+        return self.down(self.act(self.gate(x)) * self.up(x))
+
+
+@case(2)
+def a_gate_that_is_made_again():
+    """Under DDP and fully_shard, over the model or over each layer, whose hooks it does not pass by."""
+    plain, rank = GatedMlp(), dist.get_rank()
+    model = copy.deepcopy(plain)
+    assert recompute_gates(model) == [""]
+    over_all = [DistributedDataParallel(copy.deepcopy(model)), fully_shard(copy.deepcopy(model), reshard_after_forward=True)]
+    for parallel, nodes in ((over_all[0], 1), (over_all[1], 1), (sharded(model), 0)):
+        made, apply = [], gated.GatedFunction.apply
+        gated.GatedFunction.apply = lambda *args: made.append(1) or apply(*args)  # noqa: B023
+        try:
+            backward(parallel, rank)
+        finally:
+            gated.GatedFunction.apply = apply
+        assert len(made) == (nodes if LENGTHS[rank] else 0)
+        hold(of(parallel), plain, mean_step)
 
 
 @case(2)
