@@ -241,7 +241,8 @@ def test_where_each_part_is_computed_as_before(nodes):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         compiled = torch.compile(mlp, fullgraph=True, backend="aot_eager")
-        same(step(model, call=compiled), plain)
+        for name, wanted in step(model, call=compiled).items():
+            torch.testing.assert_close(wanted, plain[name])
     mlp.down_proj.merge()
     torch.testing.assert_close(step(model)["y"], plain["y"])
     assert not nodes
