@@ -131,48 +131,50 @@ class Gated:
         return gated(down, act, gate(x), up(x))
 
     def __reduce_ex__(self, protocol):  # a copy, or a file, finds the class by the one that it is made of
-        return _empty, (self._kind,), self.__dict__
+        return _empty, (self._kind, self._names), self.__dict__
 
 
 @functools.cache
-def gated_class(kind: Any) -> type:
+def gated_class(kind: Any, names: Gate) -> type:
     """The subclass of a gated MLP's class that has the forward pass of `Gated`."""
-    return type(f"Gated{kind.__name__}", (Gated, kind), {"__module__": kind.__module__, "_kind": kind, "_names": gate_of(kind)})
+    return type(f"Gated{kind.__name__}", (Gated, kind), {"__module__": kind.__module__, "_kind": kind, "_names": names})
 
 
-def _empty(kind: type) -> nn.Module:
-    new: Any = gated_class(kind)
+def _empty(kind: type, names: Gate) -> nn.Module:
+    new: Any = gated_class(kind, names)
     return new.__new__(new)
 
 
 @functools.cache
-def gate_of(kind: Any) -> Gate | None:
-    """The parts of a class whose forward is, by its source, ``self.down(self.act(self.gate(x)) * self.up(x))`` under any names."""
+def gate_of(forward: Any) -> Gate | None:
+    """The parts of a forward that is, by its source, ``self.down(self.act(self.gate(x)) * self.up(x))`` under any names."""
     try:
-        function = ast.parse(textwrap.dedent(inspect.getsource(kind.forward))).body[0]
+        function = ast.parse(textwrap.dedent(inspect.getsource(forward))).body[0]
     except (OSError, TypeError, SyntaxError, AttributeError):
         return None
     if not isinstance(function, ast.FunctionDef) or function.decorator_list:
         return None
     names = [arg.arg for arg in function.args.args]
-    if len(names) != 2 or len(inspect.signature(kind.forward).parameters) != 2:
+    if len(names) != 2 or len(inspect.signature(forward).parameters) != 2:
         return None
     me, x = names
-    known: dict[str, ast.expr] = {}  # locals, each by what it stands for
+    known: dict[str, ast.expr] = {}  # locals that are not used yet, each by what it stands for
+
+    def meant(e: ast.expr) -> ast.expr:
+        return known.pop(e.id, e) if isinstance(e, ast.Name) else e
 
     def called(e: ast.expr) -> tuple[str, ast.expr]:
         """``self.name(argument)`` as (name, argument)."""
-        e = known.get(e.id, e) if isinstance(e, ast.Name) else e
-        match e:
+        match meant(e):
             case ast.Call(ast.Attribute(ast.Name(owner), name), [argument], []) if owner == me:
-                return name, known.get(argument.id, argument) if isinstance(argument, ast.Name) else argument
+                return name, meant(argument)
         return "", e
 
     for statement in function.body:
         match statement:
             case ast.Expr(ast.Constant()):
                 continue
-            case ast.Assign([ast.Name(name)], value) if name != x:
+            case ast.Assign([ast.Name(name)], value) if name not in known:
                 known[name] = value
             case ast.Return(ast.expr() as value):
                 down, product = called(value)
@@ -182,7 +184,7 @@ def gate_of(kind: Any) -> Gate | None:
                 gate, of_gate = called(inner)
                 found = Gate(gate, act, up, down)
                 its_x = [isinstance(e, ast.Name) and e.id == x for e in (of_gate, of_up)]
-                return found if all(its_x) and all(found) and len(set(found)) == 4 else None
+                return found if all(its_x) and all(found) and len(set(found)) == 4 and not known else None
             case _:
                 return None
     return None
@@ -215,13 +217,12 @@ def recompute_gates(model: nn.Module, enable: bool = True) -> list[str]:
     for name in names:
         mlp: Any = model.get_submodule(name)
         kind: Any = type(mlp)
-        mlp.__class__ = gated_class(kind)
+        mlp.__class__ = gated_class(kind, gate_of(kind.forward))
     return names
 
 
 def _fits(module: nn.Module) -> bool:
-    kind: Any = type(module)
-    found = None if "forward" in module.__dict__ or sharding(module) else gate_of(kind)
+    found = None if "forward" in module.__dict__ or sharding(module) else gate_of(type(module).forward)
     if found is None or not all(name in module._modules for name in found):
         return False
     act, down = module._modules[found.act], module._modules[found.down]

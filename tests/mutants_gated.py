@@ -28,17 +28,18 @@ SLIPS = [
            note="equivalent: whether torch looks on is asked of the projection, too (`seen`), but later, in a trace"),
     Mutant("node: without a graph", NODE, PLAINLY, "not ops.watched()", note="equivalent: `recorded` asks the same"),
     Mutant("node: a weight made once", NODE, "        if need_h and layer.make is not None:\n", "        if False:\n"),
-    Mutant("node: of any forward", NODE, " and all(found) and len(set(found)) == 4 else None", " else None"),
+    Mutant("node: of any forward", NODE, " and all(found) and len(set(found)) == 4 and not known", " and not known"),
+    Mutant("node: of one that does more", NODE, " and not known else None", " else None"),
     Mutant("node: of another x", NODE, "found if all(its_x)", "found if True"),
     Mutant("node: of a sum", NODE, " or not isinstance(product.op, ast.Mult)", ""),
-    Mutant("node: of any number of arguments", NODE, " or len(inspect.signature(kind.forward).parameters) != 2", ""),
+    Mutant("node: of any number of arguments", NODE, " or len(inspect.signature(forward).parameters) != 2", ""),
     Mutant("node: of what is decorated", NODE, " or function.decorator_list:", ":"),
-    Mutant("node: of an x that is written to", NODE, " if name != x:", ":"),
+    Mutant("node: of what is made and lost", NODE, " if name not in known:", ":"),
     Mutant("node: activations in place", NODE, " and not getattr(act, \"inplace\", False)", ""),
     Mutant("node: activations that hold something", NODE, " and type(act).__name__ in ACTIVATIONS", ""),
     Mutant("node: without an adapter", NODE, " and hasattr(type(down), \"_shares\")", ""),
     Mutant("node: past accelerate's forward", NODE, "\"forward\" in module.__dict__ or sharding(module)", "sharding(module)"),
-    Mutant("node: a copy of another class", NODE, "return _empty, (self._kind,)", "return _empty, (nn.Linear,)"),
+    Mutant("node: a copy of another class", NODE, "return _empty, (self._kind,", "return _empty, (nn.Linear,"),
 ]  # fmt: skip
 
 LAYOUTS = [

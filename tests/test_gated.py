@@ -74,6 +74,44 @@ class Twice(MLP):
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.gate_proj(x))
 
 
+class Keyword(MLP):
+    def forward(self, x, *, scale=1.0):
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Lost(MLP):
+    def forward(self, x):
+        h = self.act_fn(x)
+        h = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
+        return self.down_proj(h)
+
+
+class Other(MLP):
+    def forward(self, x):
+        self = self.other
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Unused(MLP):
+    def forward(self, x):
+        seen = self.act_fn(x)  # noqa: F841
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Anew(MLP):
+    def forward(self, x):
+        h = self.act_fn(self.gate_proj(x))
+        h = h * self.up_proj(x)
+        return self.down_proj(h)
+
+
+class Maybe(MLP):
+    def forward(self, x):
+        if self.training:
+            return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        return x
+
+
 class Decorated(MLP):
     @torch.no_grad()
     def forward(self, x):
@@ -151,10 +189,19 @@ def test_whatever_the_forward_calls_its_parts(mlp, lead, nodes):
     assert nodes == [1] and isinstance(model["mlp"], mlp)
 
 
-@pytest.mark.parametrize("mlp", [Dropped, Added, OfAnother, Written, Asked, Twice, Decorated])
+@pytest.mark.parametrize("mlp", [Dropped, Added, OfAnother, Written, Asked, Keyword, Twice, Lost, Other, Unused, Anew, Maybe, Decorated])
 def test_another_forward_is_left_alone(mlp):
     model = adapted(mlp)
     assert recompute_gates(model) == [] and type(model["mlp"]) is mlp
+
+
+def test_a_forward_that_another_library_replaced(monkeypatch):
+    """Of the class, after it was looked at."""
+    model = adapted(AtOnce)
+    taken(model)
+    recompute_gates(model, False)
+    monkeypatch.setattr(AtOnce, "forward", lambda self, x: self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x) * 1))
+    assert recompute_gates(model) == []
 
 
 @pytest.mark.parametrize("act", [nn.RReLU, Random, nn.PReLU, lambda: nn.SiLU(inplace=True), lambda: nn.Sequential(nn.SiLU())])
