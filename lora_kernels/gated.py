@@ -103,9 +103,9 @@ def gated(down: Any, act: nn.Module, gate: torch.Tensor, up: torch.Tensor) -> to
         own = down.projection(up) if hasattr(down, "projection") else None  # up is what the product looks like
         if own is not None and not seen(up, [own]) and ops.plain(gate) and own.lora_A.shape[-1] == up.shape[-1]:
             x, one, _ = fitting(up, own, None, "auto")
-            layer, (weight, A, B, bias, seed) = apart(up, one, True)
-            trained = any(t is not None and t.requires_grad for t in (gate, up, A, B, bias))
+            trained = any(t is not None and t.requires_grad for t in (gate, up, one.lora_A, one.lora_B, one.bias))
             if x is up and recorded(trained):
+                layer, (weight, A, B, bias, seed) = apart(up, one, True)  # draws the seed
                 seed = ops.mask(seed, up, layer.adapters, layer.p, "auto", "")
                 return GatedFunction.apply(gate, up, act, layer, weight, A, B, bias, seed)
     return down(act(gate) * up)

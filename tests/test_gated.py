@@ -267,6 +267,19 @@ def test_each_gradient_alone(frozen, nodes):
     assert nodes == [1]
 
 
+@pytest.mark.parametrize("grad", [True, False])
+def test_torchs_generator_goes_as_before(grad, nodes):
+    """Where nothing is trained, too: one seed a layer."""
+    model = adapted(p=0.3).requires_grad_(False)
+    found = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        with torch.set_grad_enabled(grad):
+            found.append((model["mlp"](x_of(M).detach()), torch.rand(3)))
+        recompute_gates(model)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(*found, strict=True)) and not nodes
+
+
 def test_where_each_part_is_computed_as_before(nodes):
     """Hooks, a merged layer, no graph, a compiler, DoRA, a bias of the adapter: the model's own expression."""
     model = adapted()
@@ -348,7 +361,8 @@ def test_copies_and_files(nodes):
     torch.save(model, buffer)
     buffer.seek(0)
     for again in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
-        assert list(again.state_dict()) == names and again["mlp"].down_proj is not model["mlp"].down_proj
+        assert type(again["mlp"]) is type(model["mlp"]) and list(again.state_dict()) == names
+        assert again["mlp"].down_proj is not model["mlp"].down_proj
         same(step(again), plain)
     assert len(nodes) == 2
     remove_lora(model)
