@@ -19,10 +19,10 @@ ALL = ["gate_proj", "up_proj", "down_proj"]
 
 
 class MLP(nn.Module):
-    def __init__(self, act=nn.SiLU):
+    def __init__(self, act=nn.SiLU, K=K, width=WIDTH):
         super().__init__()
-        self.gate_proj, self.up_proj = nn.Linear(K, WIDTH, bias=False), nn.Linear(K, WIDTH, bias=False)
-        self.down_proj, self.act_fn = nn.Linear(WIDTH, K), act()
+        self.gate_proj, self.up_proj = nn.Linear(K, width, bias=False), nn.Linear(K, width, bias=False)
+        self.down_proj, self.act_fn = nn.Linear(width, K), act()
 
     def forward(self, x):
         """What Llama's does."""
