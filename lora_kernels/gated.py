@@ -13,75 +13,72 @@ import ast
 import functools
 import inspect
 import textwrap
+import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from . import dispatch, ops
 from .autograd import recorded, refused_twice
 from .nn import hooked, sharding
-from .problem import UnsupportedError
-from .projections import Layer, apart, fitting, made_of, seen
+from .problem import PLAIN, UnsupportedError
+from .projections import Layer, Projection, apart, fitting, made_of, seen
 
 KERNELS = {"SiLU": "silu", "SiLUActivation": "silu", "GELUTanh": "gelu_tanh", "PytorchGELUTanh": "gelu_tanh"}
-# Classes of torch and transformers that answer element by element, in the dtype they are given, and hold nothing.
-ACTIVATIONS = (*KERNELS, *"GELU ReLU Mish Sigmoid Tanh GELUActivation NewGELUActivation QuickGELUActivation ReLUSquaredActivation".split())
+# Classes of torch and transformers that answer element by element, in their argument's dtype under autocast, too, and keep the argument.
+ACTIVATIONS = (*KERNELS, "GELU", "GELUActivation", "QuickGELUActivation", "Mish")
 
 
 class GatedFunction(torch.autograd.Function):
-    """``y [..., N]`` of gate and up, ``[..., K]``, contiguous, with gradients for both and for lora_A, lora_B and bias."""
+    """``y [..., N]`` of gate and up, ``[..., K]``, contiguous, with gradients for both and for lora_A, lora_B and bias.
+
+    dtype: Of the product, as the down projection takes it.
+    """
 
     @staticmethod
-    def forward(ctx, gate, up, act: nn.Module, layer: Layer, weight, lora_A, lora_B, bias, seed):
-        need_h, need_A, need_B, need_bias = ctx.needs = (any(ctx.needs_input_grad[:2]), *ctx.needs_input_grad[5:8])
+    def forward(ctx, gate, up, act: nn.Module, dtype, layer: Layer, weight, lora_A, lora_B, bias, seed):
+        need_A, need_B, need_bias = ctx.needs_input_grad[6:9]
         kernel = _kernel(act, gate)
-        h = act(gate) * up if kernel is None else _launches().product(kernel, gate, up)
+        h = (act.forward(gate) * up if kernel is None else _launches().product(kernel, gate, up)).to(dtype)
         if layer.make is not None:
             weight = made_of(layer.make, lora_B.shape[0], h.shape[-1], h)
         y, u = ops.forward(h, weight, lora_A, lora_B, bias, seed, layer.adapters, layer.scale, layer.p, need_B, "auto", "")
-        ctx.save_for_backward(
-            gate,
-            up,
-            weight if need_h and layer.make is None else None,
-            lora_A if need_h else None,
-            lora_B if need_h or need_A else None,
-            u if need_B else None,
-            seed if need_h or need_A else None,
-            layer.adapters.scales,  # torch tells then if it was written to
-        )
-        ctx.constants = (act, layer, kernel, lora_A.dtype)
+        weight, u = None if layer.make is not None else weight, u if need_B else None
+        ctx.save_for_backward(gate, up, weight, lora_A, lora_B, u, seed, layer.adapters.scales)  # of scales torch tells if written to
+        ctx.constants = (act, dtype, layer, kernel, (need_A, need_B, need_bias))
         return y
 
     @staticmethod
     @refused_twice
     def backward(ctx, dy):
         gate, up, weight, lora_A, lora_B, u, seed, _ = ctx.saved_tensors
-        act, layer, kernel, dtype = ctx.constants
-        need_h, need_A, _, _ = ctx.needs
+        act, dtype, layer, kernel, needs = ctx.constants
         if kernel is None:
             h, gradients = _by_torch(act, gate, up)
         else:
-            h = _launches().product(kernel, gate, up) if need_A else None
+            h = _launches().product(kernel, gate, up) if needs[0] else None
             gradients = functools.partial(_launches().gradients, kernel, gate, up)
-        if need_h and layer.make is not None:
+        h = h.to(dtype) if needs[0] else None
+        if layer.make is not None:
             weight = made_of(layer.make, dy.shape[-1], gate.shape[-1], dy)
-        dh, da, db, dbias = ops.backward(
-            dy, h if need_A else None, weight, lora_A, lora_B, u, seed, layer.adapters, layer.scale, layer.p, ctx.needs, dtype, "auto", ""
+        dh, *others = ops.backward(
+            dy, h, weight, lora_A, lora_B, u, seed, layer.adapters, layer.scale, layer.p, (True, *needs), lora_A.dtype, "auto", ""
         )  # fmt: skip
         del h
-        dgate, dup = gradients(dh.contiguous()) if need_h else (None, None)
-        its_needs = (need_A, da), (ctx.needs[2], db), (ctx.needs[3], dbias)
-        return dgate, dup, None, None, None, *(grad if need else None for need, grad in its_needs), None
+        dgate, dup = gradients(dh.to(gate.dtype).contiguous())
+        return dgate, dup, *(None,) * 4, *(grad if need else None for need, grad in zip(needs, others, strict=True)), None
 
 
 def _by_torch(act: nn.Module, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple]]:
-    """The product, and what makes dgate and dup of its gradient, as autograd makes them."""
+    """The product, and what makes dgate and dup of its gradient, as autograd makes them, without the product itself."""
     with torch.enable_grad():
         leaves = gate.detach().requires_grad_(), up.detach().requires_grad_()
-        h = act(leaves[0]) * leaves[1]
-    return h.detach(), lambda dh: torch.autograd.grad(h, leaves, dh)
+        h = act.forward(leaves[0]) * leaves[1]
+    edge = torch.autograd.graph.get_gradient_edge(h)
+    return h.detach(), lambda dh: torch.autograd.grad(edge, leaves, dh)
 
 
 def _kernel(act: nn.Module, gate: torch.Tensor) -> str | None:
@@ -97,60 +94,93 @@ def _launches():
 
 
 def gated(down: Any, act: nn.Module, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """``down(act(gate) * up)``, as one node where a graph is made and the layer is a single adapter's; else as it stands here."""
-    alike = gate.shape == up.shape and gate.dtype is up.dtype and gate.is_contiguous() and up.is_contiguous()
-    if alike and torch.is_grad_enabled() and not ops.watched() and not hooked(down) and not hooked(act):
-        own = down.projection(up) if hasattr(down, "projection") else None  # up is what the product looks like
-        if own is not None and not seen(up, [own]) and ops.plain(gate) and own.lora_A.shape[-1] == up.shape[-1]:
-            x, one, _ = fitting(up, own, None, "auto")
-            trained = any(t is not None and t.requires_grad for t in (gate, up, one.lora_A, one.lora_B, one.bias))
-            if x is up and recorded(trained):
-                layer, (weight, A, B, bias, seed) = apart(up, one, True)  # draws the seed
-                seed = ops.mask(seed, up, layer.adapters, layer.p, "auto", "")
-                return GatedFunction.apply(gate, up, act, layer, weight, A, B, bias, seed)
+    """``down(act(gate) * up)``, as one node where that keeps less and the layer is a single adapter's; else as it stands here."""
+    own = _projection(down, act, gate, up)
+    if own is not None:
+        like, one, _ = fitting(up, own, None, "auto")  # up is what the product looks like
+        layer, tensors = apart(like, one, True)  # draws the seed
+        tensors[4] = ops.mask(tensors[4], up, layer.adapters, layer.p, "auto", "")
+        y = GatedFunction.apply(gate, up, act, like.dtype, layer, *tensors)
+        return y.to(up.dtype) if layer.make is not None else y
     return down(act(gate) * up)
 
 
+def _projection(down: Any, act: nn.Module, gate: torch.Tensor, up: torch.Tensor) -> Projection | None:
+    """The down projection of a node, or None where the model's own expression is computed."""
+    if ops.watched() or not torch.is_grad_enabled() or type(gate) not in PLAIN or type(up) not in PLAIN:
+        return None
+    alike = gate.shape == up.shape and gate.dtype is up.dtype and gate.is_contiguous() and up.is_contiguous()
+    if not alike or not recorded(gate.requires_grad or up.requires_grad):  # else torch keeps no more than the product
+        return None
+    if hooked(down) or hooked(act) or _has_any_global_hook() or not hasattr(down, "projection") or not _elementwise(act):
+        return None
+    own = down.projection(up)
+    return None if own is None or own.lora_A.shape[-1] != up.shape[-1] or seen(up, [own]) or not ops.plain(gate) else own
+
+
+def _elementwise(act: Any) -> bool:
+    kind = type(act)
+    theirs = kind.__module__ in ("torch.nn.modules.activation", "transformers.activations")
+    return theirs and kind.__name__ in ACTIVATIONS and not getattr(act, "inplace", False)
+
+
 class Gate(NamedTuple):
-    """The names by which an MLP's forward calls its parts."""
+    """The names by which an MLP's forward calls its parts, and of its argument."""
 
     gate: str
     act: str
     up: str
     down: str
+    x: str
 
 
 class Gated:
-    """The forward pass of a gated MLP of another class by `gated`; ``_kind``: that class."""
+    """What a gated MLP of another class becomes; ``_kind``: that class, whose ``_forward`` was read."""
 
     _kind: type
+    _forward: Callable
     _names: Gate
 
-    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-        gate, act, up, down = (getattr(self, name) for name in self._names)
-        return gated(down, act, gate(x), up(x))
+    def __reduce_ex__(self: Any, protocol):  # a copy, or a file, finds the class by the one that it is made of
+        return _empty, (type(self)._kind,), self.__getstate__()
 
-    def __reduce_ex__(self, protocol):  # a copy, or a file, finds the class by the one that it is made of
-        return _empty, (self._kind, self._names), self.__dict__
+
+def _forward(self, x):
+    return _through(self, x)
+
+
+def _through(mlp: Any, x: torch.Tensor) -> torch.Tensor:
+    """The forward pass of a `Gated`, or of its own class where that is another by now."""
+    kind: Any = type(mlp)
+    if kind._kind.forward is not kind._forward:
+        return kind._kind.forward(mlp, x)
+    gate, act, up, down = (getattr(mlp, name) for name in kind._names[:4])
+    return gated(down, act, gate(x), up(x))
 
 
 @functools.cache
-def gated_class(kind: Any, names: Gate) -> type:
-    """The subclass of a gated MLP's class that has the forward pass of `Gated`."""
-    return type(f"Gated{kind.__name__}", (Gated, kind), {"__module__": kind.__module__, "_kind": kind, "_names": names})
+def gated_class(kind: Any, forward: Callable) -> type:
+    """The subclass of a gated MLP's class, whose forward this is, that has the forward pass of `gated`, its argument under its own name."""
+    names: Any = gate_of(forward)
+    code = _forward.__code__.replace(co_varnames=("self", names.x))
+    own = types.FunctionType(code, _forward.__globals__, "forward")
+    fields = {"__module__": kind.__module__, "forward": own, "_kind": kind, "_forward": staticmethod(forward), "_names": names}
+    return type(f"Gated{kind.__name__}", (Gated, kind), fields)
 
 
-def _empty(kind: type, names: Gate) -> nn.Module:
-    new: Any = gated_class(kind, names)
+def _empty(kind: Any) -> nn.Module:
+    new: Any = kind if gate_of(kind.forward) is None else gated_class(kind, kind.forward)
     return new.__new__(new)
 
 
 @functools.cache
 def gate_of(forward: Any) -> Gate | None:
     """The parts of a forward that is, by its source, ``self.down(self.act(self.gate(x)) * self.up(x))`` under any names."""
+    if type(forward) is not types.FunctionType or hasattr(forward, "__wrapped__"):  # whose source is another's
+        return None
     try:
         function = ast.parse(textwrap.dedent(inspect.getsource(forward))).body[0]
-    except (OSError, TypeError, SyntaxError, AttributeError):
+    except (OSError, TypeError, SyntaxError):
         return None
     if not isinstance(function, ast.FunctionDef) or function.decorator_list:
         return None
@@ -163,12 +193,13 @@ def gate_of(forward: Any) -> Gate | None:
     def meant(e: ast.expr) -> ast.expr:
         return known.pop(e.id, e) if isinstance(e, ast.Name) else e
 
-    def called(e: ast.expr) -> tuple[str, ast.expr]:
-        """``self.name(argument)`` as (name, argument)."""
-        match meant(e):
+    def called(e: ast.expr) -> tuple[str, ast.expr, tuple[int, int]]:
+        """``self.name(argument)`` as (name, argument, where it stands)."""
+        e = meant(e)
+        match e:
             case ast.Call(ast.Attribute(ast.Name(owner), name), [argument], []) if owner == me:
-                return name, meant(argument)
-        return "", e
+                return name, meant(argument), (e.lineno, e.col_offset)
+        return "", e, (0, 0)
 
     for statement in function.body:
         match statement:
@@ -177,14 +208,14 @@ def gate_of(forward: Any) -> Gate | None:
             case ast.Assign([ast.Name(name)], value) if name not in known:
                 known[name] = value
             case ast.Return(ast.expr() as value):
-                down, product = called(value)
+                down, product, _ = called(value)
                 if not isinstance(product, ast.BinOp) or not isinstance(product.op, ast.Mult):
                     return None
-                (act, inner), (up, of_up) = called(product.left), called(product.right)
-                gate, of_gate = called(inner)
-                found = Gate(gate, act, up, down)
-                its_x = [isinstance(e, ast.Name) and e.id == x for e in (of_gate, of_up)]
-                return found if all(its_x) and all(found) and len(set(found)) == 4 and not known else None
+                (act, inner, _), (up, of_up, then) = called(product.left), called(product.right)
+                gate, of_gate, first = called(inner)
+                found = Gate(gate, act, up, down, x)
+                its_x = all(isinstance(e, ast.Name) and e.id == x for e in (of_gate, of_up))
+                return found if its_x and first < then and all(found) and len(set(found[:4])) == 4 and not known else None
             case _:
                 return None
     return None
@@ -194,37 +225,41 @@ def recompute_gates(model: nn.Module, enable: bool = True) -> list[str]:
     """Have gated MLPs keep two tensors of their width for the backward pass where torch keeps four.
 
     Args:
-        model: Changed in place. Call it after apply_lora or fuse, and before MLPs are sharded themselves.
-        enable: False gives every MLP its own forward pass again.
+        model: Changed in place. Call it after apply_lora or fuse, and before MLPs are sharded themselves or get accelerate's hooks.
+        enable: False gives every MLP its own class and forward pass again.
     Returns:
         The names of the MLPs: those whose forward pass is, by its source, ``down(act(gate(x)) * up(x))``, as in Llama, Mistral, Qwen and
-        Gemma, whose down projection has an adapter, and whose activation is one of torch's or transformers' own.
+        Gemma, whose down projection has an adapter, and whose activation is one of `ACTIVATIONS`.
+    Raises:
+        UnsupportedError: an MLP that is to have its own class again has got another since (fully_shard), or accelerate's hooks.
 
     On a CPU y and every gradient are the same bits as before. On a GPU the product is made in float32 and rounded once where torch rounds
     act(gate) first. An MLP computes as before, keeping four, under torch.compile, without gradients, and where its down projection is
     merged, has hooks, several adapters, segments, DoRA or a bias of its adapter.
-
-    Raises:
-        UnsupportedError: an MLP was sharded by itself (fully_shard) since.
     """
-    gated_ones = [module for module in model.modules() if isinstance(module, Gated)]
-    for module in gated_ones:
-        if sharding(module):
-            raise UnsupportedError(f"model: wanted MLPs that are not sharded themselves, got a {type(module).__name__}")
-    for module in gated_ones:
-        module.__class__ = module._kind
-    names = [name for name, module in model.named_modules() if enable and _fits(module)]
-    for name in names:
-        mlp: Any = model.get_submodule(name)
-        kind: Any = type(mlp)
-        mlp.__class__ = gated_class(kind, gate_of(kind.forward))
-    return names
+    already = {name: module for name, module in model.named_modules() if isinstance(module, Gated)}
+    for name, module in already.items():
+        kind: Any = type(module)
+        if not enable and ("_kind" not in vars(kind) or "forward" in module.__dict__):
+            what = "accelerate's hooks" if "forward" in module.__dict__ else f"the class {kind.__name__}"
+            raise UnsupportedError(f"model: wanted MLPs as recompute_gates left them, got {name!r} with {what}")
+    if not enable:
+        for module in already.values():
+            module.__class__ = type(module)._kind
+        return []
+    classes = {name: _class_of(module) for name, module in model.named_modules() if name not in already and _fits(module)}
+    for name, new in classes.items():
+        model.get_submodule(name).__class__ = new
+    return [name for name, _ in model.named_modules() if name in already or name in classes]
+
+
+def _class_of(module: nn.Module) -> type:
+    kind: Any = type(module)
+    return gated_class(kind, kind.forward)
 
 
 def _fits(module: nn.Module) -> bool:
     found = None if "forward" in module.__dict__ or sharding(module) else gate_of(type(module).forward)
-    if found is None or not all(name in module._modules for name in found):
+    if found is None or not all(name in module._modules for name in found[:4]):
         return False
-    act, down = module._modules[found.act], module._modules[found.down]
-    ours = type(act).__module__ in ("torch.nn.modules.activation", "transformers.activations") and type(act).__name__ in ACTIVATIONS
-    return ours and not getattr(act, "inplace", False) and hasattr(type(down), "_shares")
+    return _elementwise(module._modules[found.act]) and hasattr(type(module._modules[found.down]), "_shares")

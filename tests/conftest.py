@@ -133,3 +133,13 @@ def pytest_collection_modifyitems(config, items):
         (gone if any(mark.name in others for mark in item.iter_markers()) else kept).append(item)
     items[:] = kept
     config.hook.pytest_deselected(items=gone)
+
+
+@pytest.fixture
+def nodes(monkeypatch) -> list:
+    """A mark for each call of a gated MLP that was one node."""
+    from lora_kernels import gated
+
+    made, apply = [], gated.GatedFunction.apply
+    monkeypatch.setattr(gated.GatedFunction, "apply", lambda *args: made.append(1) or apply(*args))
+    return made

@@ -53,7 +53,7 @@ SELECTIONS = {  # a mutant's tests: their files, and which of them run first
     "launcher": (["test_launcher.py"], "test"),
     "made": (["test_weight_made.py", "test_dequantize.py"], "not compiled"),
     "dora": (["test_dora.py", "test_peft_bias.py", "test_peft_qdora.py"], "not compile"),
-    "gated": (["test_gated.py", "test_gate_kernels.py", "test_peft_gated.py"], "four_bits or not test_peft_gated.py and not same_bits"),
+    "gated": (["test_gated.py", "test_gate_match.py", "test_gate_kernels.py", "test_peft_gated.py"], "four_bits or not test_peft_gated.py"),
     "elementwise": (["test_dora_columns.py", "test_gate_kernels.py"], "test_values or each_gradient"),
     "columns": (["test_dora_columns.py"], "test"),
     "tuning": (["test_tuning.py"], "tiles_fill or float32_products or descriptor or for_each_token"),

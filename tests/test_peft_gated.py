@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from test_memory import Kept
 from transformers import (
     Gemma2Config,
@@ -16,8 +16,9 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.pytorch_utils import Conv1D
 
-from lora_kernels import gated, recompute_gates, share_inputs
+from lora_kernels import recompute_gates, share_inputs
 from lora_kernels.integrations.peft import fuse, mixed_adapters, unfuse
 
 SIZES = dict(vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
@@ -50,13 +51,6 @@ def same(ours: dict, theirs: dict) -> None:
     assert ours.keys() == theirs.keys() and len(ours) > 1
     for name, wanted in theirs.items():
         assert torch.equal(ours[name], wanted), name
-
-
-@pytest.fixture
-def nodes(monkeypatch) -> list:
-    made, apply = [], gated.GatedFunction.apply
-    monkeypatch.setattr(gated.GatedFunction, "apply", lambda *args: made.append(1) or apply(*args))
-    return made
 
 
 @pytest.mark.parametrize("dtype, p, shared", [(torch.float32, 0.0, True), (torch.float32, 0.3, False), (torch.bfloat16, 0.3, True)])
@@ -122,8 +116,33 @@ def test_packed_gates_are_left_alone():
     assert recompute_gates(model) == []
 
 
-def test_four_bits(nodes):
-    """A weight that is made whole, in both passes: of many tokens in training, over bitsandbytes' 4 bits."""
+def test_adapters_of_a_parameter_are_pefts():
+    """Over a square Conv1D, whose weight lies the other way round."""
+
+    class MLP(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.g, self.u, self.d, self.act = torch.nn.Linear(8, 16), torch.nn.Linear(8, 16), Conv1D(16, 16), torch.nn.SiLU()
+
+        def forward(self, x):
+            return self.d(self.act(self.g(x)) * self.u(x))
+
+    model = torch.nn.Sequential()
+    model.mlp = MLP()
+    config = LoraConfig(target_modules=["g"], target_parameters=["mlp.d.weight"], r=2, init_lora_weights=False)
+    model = get_peft_model(model, config).train()
+    fuse(model)
+    x = torch.randn(3, 8)
+    plain = model.base_model.model.mlp(x)
+    recompute_gates(model)
+    assert torch.equal(model.base_model.model.mlp(x), plain)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("reentrant", [None, True, False])
+def test_four_bits(autocast, reentrant, nodes):
+    """A weight that is made whole, in both passes: of many tokens in training, over bitsandbytes' 4 bits; with autocast as Trainer has it,
+    beside float32 activations that prepare_model_for_kbit_training leaves."""
     bitsandbytes = pytest.importorskip("bitsandbytes", reason="the base is bitsandbytes'")
     torch.manual_seed(0)
     model = LlamaForCausalLM(
@@ -136,16 +155,25 @@ def test_four_bits(nodes):
             four.weight = bitsandbytes.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4", module=four)
             setattr(layer.mlp, name, four.to("cpu"))
     model.is_loaded_in_4bit = True
-    model = get_peft_model(model, LoraConfig(target_modules=["gate_proj", "up_proj", "down_proj"], r=3, init_lora_weights=False))
+    if autocast:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    targets = ["gate_proj", "up_proj", "down_proj"]
+    model = get_peft_model(model, LoraConfig(target_modules=targets, r=3, lora_dropout=0.3, init_lora_weights=False))
     fuse(model)
+    if reentrant is not None:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        model.enable_input_require_grads()
     ids = torch.randint(0, 40, (1, 1024))
 
     def gradients():
         model.zero_grad()
-        model(input_ids=ids, labels=ids).loss.backward()
+        torch.manual_seed(3)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
         return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
     plain = gradients()
     assert recompute_gates(model) == MLPS
     same(gradients(), plain)
-    assert nodes == [1, 1]
+    assert len(nodes) == (4 if reentrant is False else 2)

@@ -84,6 +84,9 @@ class FusedLoraLinear(Fused, lora.Linear):
 class FusedParamWrapper(Fused, lora.ParamWrapper):
     """``peft.tuners.lora.ParamWrapper`` around a mixture's experts, which together take one call of `lora_kernels.experts`."""
 
+    def projection(self, x: torch.Tensor) -> None:
+        """Of no layer: its adapters are a parameter's."""
+
     def forward(self: Any, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         y = routed(self, x, *args, **kwargs)
         return lora.ParamWrapper.forward(self, x, *args, **kwargs) if y is None else y
