@@ -50,7 +50,7 @@ SLIPS = [
     Mutant("node: without an adapter", NODE, " and hasattr(type(module._modules[found.down]), \"_shares\")", ""),
     Mutant("node: past accelerate's forward", NODE, "\"forward\" in module.__dict__ or sharding(module)", "sharding(module)"),
     Mutant("node: of what is sharded", NODE, "\"forward\" in module.__dict__ or sharding(module)", "\"forward\" in module.__dict__"),
-    Mutant("node: a sharded one undone", NODE, "(\"_kind\" not in vars(kind) or \"forward\" in module.__dict__)", "\"forward\" in module.__dict__"),
+    Mutant("node: a sharded one undone", NODE, "(\"_kind\" not in vars(kind) or \"forward\"", "(False or \"forward\""),
     Mutant("node: a copy of another class", NODE, "return _empty, (type(self)._kind,)", "return _empty, (nn.Linear,)"),
     Mutant("node: a copy of what was compiled", NODE, "(type(self)._kind,), self.__getstate__()", "(type(self)._kind,), self.__dict__"),
     Mutant("node: an argument called x", NODE, "co_varnames=(\"self\", names.x)", "co_varnames=(\"self\", \"x\")"),
