@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from margins import inside, outside
 
 from lora_kernels import dora_linear, launch, launch_columns
 from lora_kernels.dora import ScaleColumns
@@ -53,25 +54,13 @@ def test_strides(device):
 
 def test_nothing_is_read_or_written_outside(device):
     """Every tensor lies inside a larger one of NaN, whose margins stay; a NaN among the operands stays in its column."""
-    margin, guards = 300, []
-
-    def guarded(kernel, grid, args, options):
-        tensors = [t for arg in args for t in (arg if isinstance(arg, tuple) else (arg,)) if isinstance(t, torch.Tensor)]
-        wider = {id(t): torch.full((t.numel() + 2 * margin,), float("nan"), dtype=t.dtype, device=device) for t in tensors}
-        inside = {id(t): wider[id(t)][margin:-margin].view(t.shape).copy_(t) for t in tensors}
-        args = (tuple(inside.get(id(t), t) for t in arg) if isinstance(arg, tuple) else inside.get(id(arg), arg) for arg in args)
-        kernel[grid](*args, **options)
-        for t in tensors:
-            t.copy_(inside[id(t)])
-        guards.extend(wider.values())
-
     dy, t, g = operands(37, 261, torch.float32, device)
-    with launch.intercept(guarded):
+    with inside(300, float("nan")) as larger:
         held(dy, t, g)
         t[5, 260], dy[36, 0] = float("nan"), float("inf")
         dt, dg = launch_columns.backward(dy, t, g, True)
     assert (~dg.isfinite()).nonzero().flatten().tolist() == [0, 260] and (~dt.isfinite()).nonzero().tolist() == [[36, 0]]
-    assert len(guards) == 10 and all(torch.cat([wide[:margin], wide[-margin:]]).isnan().all() for wide in guards)
+    assert len(larger) == 10 and all(each.isnan().all() for each in outside(larger, 300))
 
 
 @pytest.mark.parametrize("needs", ["t", "g", "t g", "g bias", "bias"])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from margins import inside, outside
 
 from lora_kernels import Segments, dispatch, launch, launch_plan, ops, parity, segments
 from lora_kernels.segments import by_library, lengths
@@ -79,22 +80,9 @@ def test_in_parts(monkeypatch, M, E, row_block, gather_block):
 def test_nothing_is_written_outside_the_plan(monkeypatch, M, E, most):
     """Every tensor that a kernel is given lies inside a larger one, whose margins must stay as they were, and decide nothing."""
     monkeypatch.setattr(launch_plan, "PLAN_TOKENS", most)
-    margin, guards = 256, []
-
-    def guarded(kernel, grid, args, options):
-        tensors = [t for arg in args for t in (arg if isinstance(arg, tuple) else (arg,)) if isinstance(t, torch.Tensor)]
-        wider = {id(t): torch.full((t.numel() + 2 * margin,), 77, dtype=t.dtype, device=DEVICE) for t in tensors}
-        inside = {id(t): wider[id(t)][margin:-margin].view(t.shape).copy_(t) for t in tensors}
-        widened = (tuple(inside.get(id(t), t) for t in arg) if isinstance(arg, tuple) else inside.get(id(arg), arg) for arg in args)
-        kernel[grid](*widened, **options)
-        for t in tensors:
-            t.copy_(inside[id(t)])
-        guards.extend(wider.values())
-
-    with launch.intercept(guarded):
+    with inside(256, 77) as larger:
         assert both(ids_of(M, E), E)
-    outside = torch.cat([torch.cat([buffer[:margin], buffer[-margin:]]) for buffer in guards if buffer.dtype != torch.bool])
-    assert len(guards) > 10 and (outside == 77).all()
+    assert len(larger) > 10 and all((each == 77).all() for each in outside(larger, 256) if each.dtype != torch.bool)
 
 
 def test_as_many_tokens_as_a_mixture_has():
