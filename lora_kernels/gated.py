@@ -154,8 +154,8 @@ def _through(mlp: Any, x: torch.Tensor) -> torch.Tensor:
     kind: Any = type(mlp)
     if kind._kind.forward is not kind._forward:
         return kind._kind.forward(mlp, x)
-    gate, act, up, down = (getattr(mlp, name) for name in kind._names[:4])
-    return gated(down, act, gate(x), up(x))
+    gate, act, up, down, _ = kind._names  # torch 2.8's compiler takes no slice of a named tuple
+    return gated(getattr(mlp, down), getattr(mlp, act), getattr(mlp, gate)(x), getattr(mlp, up)(x))
 
 
 @functools.cache
