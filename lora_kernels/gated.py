@@ -182,7 +182,7 @@ def gate_of(forward: Any) -> Gate | None:
         function = ast.parse(textwrap.dedent(inspect.getsource(forward))).body[0]
     except (OSError, TypeError, SyntaxError):
         return None
-    if not isinstance(function, ast.FunctionDef) or function.decorator_list:
+    if not isinstance(function, ast.FunctionDef):
         return None
     names = [arg.arg for arg in function.args.args]
     if len(names) != 2 or len(inspect.signature(forward).parameters) != 2:

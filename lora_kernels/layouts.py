@@ -107,7 +107,7 @@ def shrink(
     whole = splits == 1 and out is not None
     options = Options(
         LOAD_X=load_dense, SEGMENTS=adapters.tokens > 0, DROPOUT=dropout, PRECISION=precision,
-        BLOCK_M=c.block_m, BLOCK_K=c.block_k, BLOCK_R=block_r, EVEN_K=even, EVEN_R=R % block_r == 0 and not adapters.ranked,
+        BLOCK_M=c.block_m, BLOCK_K=c.block_k, BLOCK_R=block_r, EVEN_K=even, EVEN_R=R % block_r == 0,
         WIDE=wide((x_strides, max(c.block_m, c.block_k)), (a_strides, c.block_k)), FAN=M // rows_of_x,
         LET_GO=None if not config.expand.pdl else in_order if interpreted else let_next_begin,
         UNIT=unit(R), UNIT_A=unit(*a_strides[-2:]),
@@ -172,7 +172,7 @@ def wgrad(
     strides = (1, J) if out_transposed else (R, 1)
     options = Options(
         SEGMENTS=adapters.tokens > 0, DROPOUT=dropout, PRECISION=precision, BLOCK_M=c.block_m, BLOCK_J=c.block_j, BLOCK_R=block_r,
-        EVEN_J=even, EVEN_R=R % block_r == 0 and not adapters.ranked,
+        EVEN_J=even, EVEN_R=R % block_r == 0,
         WIDE=wide((x_strides, max(c.block_m, c.block_j)), (strides, c.block_j)), LET_GO=None, WAIT=None,
         UNIT=unit(R), UNIT_G=unit(*g_strides),
         FAN=M // rows_of_x, num_warps=c.num_warps, num_stages=c.num_stages,
@@ -290,7 +290,7 @@ def expand(
         DROP_UV=drop_uv, PRECISION="ieee" if exact else precision,
         BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, BLOCK_R=block_r,
         R_BLOCKS=r_blocks, GROUP_M=c.group_m, GATHER_M=adapters.gather_block if adapters.tokens else c.block_m,
-        EVEN_N=even, EVEN_K=K % c.block_k == 0, EVEN_R=R % block_r == 0 and not adapters.ranked,
+        EVEN_N=even, EVEN_K=K % c.block_k == 0, EVEN_R=R % block_r == 0,
         WIDE=wide(*((strides, blocks) for strides in reached)), PERSISTENT=c.persistent, UV=uv, WAIT=None,
         UNIT=unit(R), UNIT_A=unit(*a_strides[-2:]) if a_strides else 1,
         UNIT_U=1 if uv == "steps" or u is None is u_shape else unit(*u_args[:2]),
@@ -345,7 +345,7 @@ def experts(config: Config, x: Matrix, w: Matrix, u: Matrix, v: Matrix, adapters
     options = Options(
         DROP_UV=drop_uv, PRECISION=precision,
         BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, BLOCK_R=block_r, R_BLOCKS=cdiv(R, block_r), GROUP_M=c.group_m,
-        EVEN_N=N % c.block_n == 0, EVEN_K=K % c.block_k == 0, EVEN_R=R % block_r == 0 and not adapters.ranked,
+        EVEN_N=N % c.block_n == 0, EVEN_K=K % c.block_k == 0, EVEN_R=R % block_r == 0,
         WIDE=wide((x_strides, c.block_k), (w[1], max(c.block_n, c.block_k)), (v[1], max(c.block_n, block_r)), ((N, 1), c.block_n)),
         UNIT=unit(R), UNIT_U=unit(*u[1]), UNIT_V=unit(v[1][-1], v[1][-2]),
         FAN=fan, num_warps=c.num_warps, num_stages=c.num_stages,

@@ -238,7 +238,6 @@ MANY = [
     Mutant("awaited: one flag a gathered tile", EXPAND, "if SEGMENTS:  # a row", "if False:  # a row"),
     Mutant("launch: too few tickets", LAYOUT, "(adapters.tiles if adapters.tokens else num_m)", "num_m"),
     Mutant("launch: too few gathered tiles", LAYOUT, GATHERED_TILES, "tiles = cdiv(M, c.block_m)"),
-    Mutant("launch: EVEN_R with ranks", LAYOUT, " and not adapters.ranked,", ",", 4),
     Mutant("launch: splits of a large stack", LAYOUT, "max(1, min(splits, SPLIT_ADAPTERS // E))", "splits"),
     Mutant("launch: no split of a large stack", LAYOUT, "max(1, min(splits, SPLIT_ADAPTERS // E))", "min(splits, SPLIT_ADAPTERS // E)"),
     Mutant("launch: no scales in backward", LAUNCH, SHARED, SHARED.replace("=adapters,", "=adapters._replace(scales=None),")),

@@ -165,6 +165,9 @@ def test_four_bits(autocast, reentrant, nodes):
         model.enable_input_require_grads()
     ids = torch.randint(0, 40, (1, 1024))
 
+    dtypes = []
+    model.base_model.model.model.layers[0].mlp.register_forward_hook(lambda module, args, y: dtypes.append(y.dtype))
+
     def gradients():
         model.zero_grad()
         torch.manual_seed(3)
@@ -176,4 +179,4 @@ def test_four_bits(autocast, reentrant, nodes):
     plain = gradients()
     assert recompute_gates(model) == MLPS
     same(gradients(), plain)
-    assert len(nodes) == (4 if reentrant is False else 2)
+    assert len(nodes) == (4 if reentrant is False else 2) and set(dtypes) == {torch.float32 if autocast else torch.bfloat16}
