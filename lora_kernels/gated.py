@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from . import dispatch, ops
 from .autograd import recorded, refused_twice
@@ -112,10 +111,15 @@ def _projection(down: Any, act: nn.Module, gate: torch.Tensor, up: torch.Tensor)
     alike = gate.shape == up.shape and gate.dtype is up.dtype and gate.is_contiguous() and up.is_contiguous()
     if not alike or not recorded(gate.requires_grad or up.requires_grad):  # else torch keeps no more than the product
         return None
-    if hooked(down) or hooked(act) or _has_any_global_hook() or not hasattr(down, "projection") or not _elementwise(act):
+    if hooked(down) or hooked(act) or _hooks_of_all() or not hasattr(down, "projection") or not _elementwise(act):
         return None
     own = down.projection(up)
     return None if own is None or own.lora_A.shape[-1] != up.shape[-1] or seen(up, [own]) or not ops.plain(gate) else own
+
+
+def _hooks_of_all() -> bool:
+    """Whether there are hooks for every module; torch has no public name for the question."""
+    return getattr(nn.modules.module, "_has_any_global_hook", bool)()
 
 
 def _elementwise(act: Any) -> bool:
