@@ -236,21 +236,31 @@ def wrong(point: ModelPoint, arms: Arms, device: torch.device) -> dict[str, str]
     """The arms that are further from a wider dtype's results than twice PEFT's distance, in the root mean square."""
     wide = torch.float64 if point.dtype is torch.float32 else torch.float32
     truth = results(point, build(point, device, wide)["peft"], device, wide)
-    theirs = distances(results(point, arms["peft"], device, point.dtype), truth)
-    allowed = [2 * far + torch.finfo(point.dtype).eps for far in theirs]
+    theirs = results(point, arms["peft"], device, point.dtype)
     found = {}
     for name in arms.keys() - {"linear", "peft"}:
         try:
-            far = distances(results(point, arms[name], device, point.dtype), truth)
+            far = farther(results(point, arms[name], device, point.dtype), theirs, truth, point.dtype)
         except Exception as error:
             found[name] = message(error)
             continue
-        over = [i for i, (own, most) in enumerate(zip(far, allowed, strict=True)) if not own <= most]
-        if over:
-            found[name] = f"check: result {over[0]} is {far[over[0]]:.3g} from the truth, wanted at most {allowed[over[0]]:.3g}"
+        if far:
+            which, own, most = far
+            found[name] = f"check: result {which} is {own:.3g} from the truth, wanted at most {most:.3g}"
     return found
 
 
-def distances(found: list[torch.Tensor], truth: list[torch.Tensor]) -> list[float]:
+def farther(ours: list, theirs: list, truth: list, dtype: torch.dtype) -> tuple[int, float, float] | None:
+    """The first of our results that is further from the truth than twice PEFT's distance and a rounding to ``dtype``, in the root mean
+    square: which it is, how far, and how far it may be.
+    """
+    for i, (own, their) in enumerate(zip(_distances(ours, truth), _distances(theirs, truth), strict=True)):
+        most = 2 * their + torch.finfo(dtype).eps
+        if not own <= most:
+            return i, own, most
+    return None
+
+
+def _distances(found: list[torch.Tensor], truth: list[torch.Tensor]) -> list[float]:
     """Relative, in the root mean square."""
     return [float((own.to(true.dtype) - true).norm() / true.norm()) for own, true in zip(found, truth, strict=True)]

@@ -20,10 +20,10 @@ TITLES = {"peft": "PEFT", "fused": "fused", "shared": "fused, `share_inputs`", "
 
 def modules(rows: list[dict], brief: bool) -> str:
     """PEFT's layer against the same one fused: a step's time, and what it keeps; in brief PEFT's default dtypes at the most tokens."""
-    below = {"Failed": [row for row in rows if row["error"]], "Left out": [row for row in rows if row["what"] == "left out"]}
+    below = _below(rows)
     rows = [row for row in rows if row["what"] == "both" and row["ms"]]
     if not rows:
-        return "\n\n".join(lists(below))
+        return "\n\n".join(below)
     most, beside = max(row["M"] for row in rows), ["beside"] if any(row["arm"] == "beside" for row in rows) else []
     lines = []
     for (dtype, adapters, p, layer, M), by_arm in points(rows, ("dtype", "adapter_dtype", "p", "layer", "M")):
@@ -55,7 +55,7 @@ def modules(rows: list[dict], brief: bool) -> str:
     on_gpu = rows[0]["peak_bytes"] is not None
     text += "a step adds at its peak." if on_gpu else "autograd keeps for backward, x among them."
     kept = "at its peak" if on_gpu else "keeps"
-    return "\n\n".join([text, markdown_table([*header, f"PEFT {kept}", f"fused {kept}"], lines, left=4), *lists(below)])
+    return "\n\n".join([text, markdown_table([*header, f"PEFT {kept}", f"fused {kept}"], lines, left=4), *below])
 
 
 def curves(rows: list[dict], brief: bool) -> str:
@@ -71,8 +71,7 @@ def curves(rows: list[dict], brief: bool) -> str:
 
 def model(rows: list[dict], brief: bool) -> str:
     """A training step and a step of generation of whole layers, as multiples of the frozen model's; in brief without single passes."""
-    failed = [row for row in rows if row["error"]]
-    late = [row for row in rows if row["what"] == "left out"]
+    below = _below(rows)
     rows = [row for row in rows if row["ms"]]
     tables = []
     for grid, arms, text in (
@@ -101,7 +100,12 @@ def model(rows: list[dict], brief: bool) -> str:
         tables.append(f"{text}\n\n" + markdown_table(header, lines))
     text = "Whole decoder layers with LoRA (r = 16) on every linear: median ms, and over the frozen model's; "
     text += "MiB kept for backward, on a GPU the peak of a step."
-    return "\n\n".join([text, *tables, *lists({"Failed": failed, "Left out": late})])
+    return "\n\n".join([text, *tables, *below])
+
+
+def _below(rows: list[dict]) -> list[str]:
+    """What stands below a table: the arms that failed, and the points that there was no time for."""
+    return lists({"Failed": [row for row in rows if row["error"]], "Left out": [row for row in rows if row["what"] == "left out"]})
 
 
 def _over(row: dict | None, brief: bool) -> str:
@@ -114,7 +118,7 @@ def _peak(row: dict | None) -> str:
 
 def slots(rows: list[dict], brief: bool) -> str:
     """What another adapter costs a model that serves, beside the model itself."""
-    below = {"Failed": [row for row in rows if row["error"]], "Left out": [row for row in rows if row["what"] == "left out"]}
+    below = _below(rows)
     rows = [row for row in rows if row["ms"]]
     arms = list(dict.fromkeys(row["arm"] for row in rows))
     lines = []
@@ -123,7 +127,7 @@ def slots(rows: list[dict], brief: bool) -> str:
         lines.append([layer, r, moved, *(ms(by_arm.get(arm), brief) for arm in arms)])
     text = "Wall ms until the device has it. From files: the frozen model, and an adapter, by PEFT's hotswap and by `AdapterPool.add`. "
     text += "In `pool.use`: to put an adapter into a slot, beside a copy of as many bytes, and to name one that has its slot."
-    return "\n\n".join([text, markdown_table(["model", "r", "adapter, MiB", *arms], lines), *lists(below)])
+    return "\n\n".join([text, markdown_table(["model", "r", "adapter, MiB", *arms], lines), *below])
 
 
 def plot(rows: list[dict]) -> str:
