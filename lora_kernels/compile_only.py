@@ -28,7 +28,7 @@ from .tuning import Arch, Config, heuristic
 
 _MATMUL = (("tcgen05.mma", "tcgen05"), ("wgmma.mma_async", "wgmma"), ("mma.sync", "mma"), ("v_mfma", "mfma"), ("v_wmma", "wmma"))
 
-ELEMENTWISE = ("scale_columns", "gate_product", "gate_gradients")  # kernels without a product
+ELEMENTWISE = ("scale_columns", "gate_product", "gate_gradients", "weighted_rows")  # kernels without a product
 _ACTIVE = "_active" if hasattr(driver, "_active") else "active"  # where .active is a property, it looks for a GPU
 
 
@@ -166,6 +166,7 @@ def heuristic_reports(arch: Arch, progress: Callable[[int, int, str], None]) -> 
         calls.append((f"plan {sizes[0]}", functools.partial(compile_plan, *sizes, arch)))
     for dtype in (torch.bfloat16, torch.float32):
         calls.append(("DoRA's magnitude", functools.partial(compile_columns, dtype, arch)))
+        calls.append(("sums of experts", functools.partial(compile_sums, dtype, arch)))
         calls += [(f"gate {act}", functools.partial(compile_gate, act, dtype, arch)) for act in launch_gate.ACTIVATIONS]
     reports: dict[tuple, Report] = {}
     for done, (label, call) in enumerate(calls):
@@ -198,6 +199,19 @@ def compile_gate(act: str, dtype: torch.dtype, arch: Arch) -> list[Report]:
     """Compile what stands before a gated MLP's down projection, both passes."""
     t = torch.empty(512, 4096, dtype=dtype)
     return compile_calls(lambda: (launch_gate.product(act, t, t), launch_gate.gradients(act, t, t, t)), arch, f"gate {act}")
+
+
+def compile_sums(dtype: torch.dtype, arch: Arch, top_k: int = 8) -> list[Report]:
+    """Compile the same for a mixture, gate and up side by side, and the sum over a token's experts."""
+    both, weights = torch.empty(64 * top_k, 2 * 768, dtype=dtype), torch.empty(64, top_k)
+    gate, up = both.chunk(2, -1)
+
+    def run():
+        da = launch_gate.product("silu", gate, up, weights)
+        launch_gate.gradients("silu", gate, up, da, weights, (gate, up))
+        launch_gate.weighted_sum(both, weights, dtype)
+
+    return compile_calls(run, arch, f"{top_k} experts a token")
 
 
 def _first_tensor(args) -> torch.Tensor:

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .autograd import lora_linear
-from .dispatch import without_autocast
+from .experts_node import Stack, second_half, weighted_sum
+from .gates import Gate, kernel_of
+from .nn import hooked, hooks_of_all
 from .problem import FLOATS, PLAIN, UnsupportedError
 from .segments import Segments
 
@@ -95,32 +96,43 @@ def forward(
     Raises:
         UnsupportedError: several adapters on one stack, of which one drops.
     """
-    first, last = projections(experts)
+    first, last = (_stack(experts, name, adapters.get(name, ())) for name in projections(experts))
     plan = Segments.from_top_k(top_k_index, experts.num_experts)
-    h = _projection(experts, first, x, plan, adapters.get(first, ()))
-    h = h.reshape(top_k_index.numel(), h.shape[-1])
-    h = experts._apply_gate(h) if experts.has_gate else experts.act_fn(h)
-    y = _projection(experts, last, h, plan.each(), adapters.get(last, ()))
-    if getattr(experts, "has_post_expert_norm", False):
-        y = experts.post_expert_norm(y)
-    return (y.reshape(*top_k_index.shape, y.shape[-1]) * top_k_weights[..., None]).sum(1).to(x.dtype)
+    h = first.product(x, plan).reshape(top_k_index.numel(), first.weight.shape[1])
+    gate, plan = _gate(experts, h), plan.each()
+    normed = getattr(experts, "has_post_expert_norm", False)
+    z = None if normed or _of_its_own(experts) else second_half(h, top_k_weights, gate, last, plan, x.dtype)
+    if z is not None:
+        return z
+    y = last.product(gate.function(h), plan)
+    return weighted_sum(experts.post_expert_norm(y) if normed else y, top_k_weights, x.dtype)
 
 
-def _projection(experts: Any, name: str, x: torch.Tensor, plan: Segments, adapters: Sequence[Factors]) -> torch.Tensor:
-    """``[..., N]``, a row for each of the plan's, 0 for those without an expert."""
+def _stack(experts: Any, name: str, adapters: Sequence[Factors]) -> Stack:
     weight: Any = getattr(experts, name)
     weight = weight.mT if experts.is_transposed else weight
     bias = getattr(experts, f"{name}_bias") if experts.has_bias else None
-    ranks = None
     if not adapters:  # of rank 0: the kernels then read neither A nor B
         E, N, K = weight.shape
         one, ranks = weight.new_zeros(1), torch.zeros(E, dtype=torch.int32, device=weight.device)
-        adapters = (Factors(one.expand(E, 1, K), one.expand(E, N, 1), 1.0),)
+        return Stack(weight, bias, one.expand(E, 1, K), one.expand(E, N, 1), 1.0, 0.0, False, ranks)
     A, B, scale, p, training, _ = adapters[0] if len(adapters) == 1 else together(adapters)
-    with without_autocast(x.device):  # as torch's grouped products, which know no autocast
-        return lora_linear(
-            x.to(weight.dtype), weight, A, B, bias, scale=scale, segments=plan, ranks=ranks, dropout_p=p, training=training
-        )  # fmt: skip
+    return Stack(weight, bias, A, B, scale, p, training, None)
+
+
+def _gate(experts: Any, h: torch.Tensor) -> Gate:
+    """What is between the stacks; the kernels know transformers' own ``act(gate) * up`` of one tensor."""
+    if not experts.has_gate:
+        return Gate(experts.act_fn)
+    own = getattr(experts._apply_gate, "__func__", None)
+    theirs = (getattr(own, "__module__", ""), getattr(own, "__name__", "")) == ("transformers.integrations.moe", "_default_apply_gate")
+    return Gate(experts._apply_gate, kernel_of(experts.act_fn, h) if theirs else "")
+
+
+def _of_its_own(experts: nn.Module) -> bool:
+    """Whether what is between the stacks is more than a function of its argument: it has hooks, or is trained."""
+    within = list(experts.children())
+    return hooks_of_all() or any(map(hooked, within)) or any(p.requires_grad for module in within for p in module.parameters())
 
 
 def together(adapters: Sequence[Factors]) -> Factors:

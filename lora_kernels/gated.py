@@ -20,116 +20,95 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from . import dispatch, ops
+from . import ops
 from .autograd import recorded, refused_twice
-from .nn import hooked, sharding
+from .gates import Gate, elementwise, halves, kernel_of
+from .nn import hooked, hooks_of_all, sharding
 from .problem import PLAIN, UnsupportedError
 from .projections import Layer, Projection, apart, fitting, made_of, seen
 
-KERNELS = {"SiLU": "silu", "SiLUActivation": "silu", "GELUTanh": "gelu_tanh", "PytorchGELUTanh": "gelu_tanh"}
-# Classes of torch and transformers that answer element by element, in their argument's dtype under autocast, too, and keep the argument.
-ACTIVATIONS = (*KERNELS, "GELU", "GELUActivation", "QuickGELUActivation", "Mish")
-
 
 class GatedFunction(torch.autograd.Function):
-    """``y [..., N]`` of gate and up, ``[..., K]``, contiguous, with gradients for both and for lora_A, lora_B and bias.
+    """``y [..., N]`` of a gate's inputs, contiguous, with gradients for them and for lora_A, lora_B and bias.
 
     dtype: Of the product, as the down projection takes it.
     """
 
     @staticmethod
-    def forward(ctx, gate, up, act: nn.Module, dtype, layer: Layer, weight, lora_A, lora_B, bias, seed):
-        need_A, need_B, need_bias = ctx.needs_input_grad[6:9]
-        kernel = _kernel(act, gate)
-        h = (act.forward(gate) * up if kernel is None else _launches().product(kernel, gate, up)).to(dtype)
+    def forward(ctx, gate: Gate, dtype, layer: Layer, weight, lora_A, lora_B, bias, seed, *inputs):
+        need_A, need_B, need_bias = ctx.needs_input_grad[4:7]
+        h = gate(*inputs).to(dtype)
         if layer.make is not None:
             weight = made_of(layer.make, lora_B.shape[0], h.shape[-1], h)
         y, u = ops.forward(h, weight, lora_A, lora_B, bias, seed, layer.adapters, layer.scale, layer.p, need_B, "auto", "")
         weight, u = None if layer.make is not None else weight, u if need_B else None
-        ctx.save_for_backward(gate, up, weight, lora_A, lora_B, u, seed, layer.adapters.scales)  # of scales torch tells if written to
-        ctx.constants = (act, dtype, layer, kernel, (need_A, need_B, need_bias))
+        ctx.save_for_backward(weight, lora_A, lora_B, u, seed, layer.adapters.scales, *inputs)  # of scales torch tells if written to
+        ctx.constants = (gate, dtype, layer, (need_A, need_B, need_bias))
         return y
 
     @staticmethod
     @refused_twice
     def backward(ctx, dy):
-        gate, up, weight, lora_A, lora_B, u, seed, _ = ctx.saved_tensors
-        act, dtype, layer, kernel, needs = ctx.constants
-        if kernel is None:
-            h, gradients = _by_torch(act, gate, up)
-        else:
-            h = _launches().product(kernel, gate, up) if needs[0] else None
-            gradients = functools.partial(_launches().gradients, kernel, gate, up)
+        weight, lora_A, lora_B, u, seed, _, *inputs = ctx.saved_tensors
+        gate, dtype, layer, needs = ctx.constants
+        h, gradients = gate.again(tuple(inputs), needs[0])
         h = h.to(dtype) if needs[0] else None
         if layer.make is not None:
-            weight = made_of(layer.make, dy.shape[-1], gate.shape[-1], dy)
+            weight = made_of(layer.make, dy.shape[-1], lora_A.shape[-1], dy)
         dh, *others = ops.backward(
             dy, h, weight, lora_A, lora_B, u, seed, layer.adapters, layer.scale, layer.p, (True, *needs), lora_A.dtype, "auto", ""
         )  # fmt: skip
         del h
-        dgate, dup = gradients(dh.to(gate.dtype).contiguous())
-        return dgate, dup, *(None,) * 4, *(grad if need else None for need, grad in zip(needs, others, strict=True)), None
+        found, _ = gradients(dh)
+        return *(None,) * 4, *(grad if need else None for need, grad in zip(needs, others, strict=True)), None, *found
 
 
-def _by_torch(act: nn.Module, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple]]:
-    """The product, and what makes dgate and dup of its gradient, as autograd makes them, without the product itself."""
-    with torch.enable_grad():
-        leaves = gate.detach().requires_grad_(), up.detach().requires_grad_()
-        h = act.forward(leaves[0]) * leaves[1]
-    edge = torch.autograd.graph.get_gradient_edge(h)
-    return h.detach(), lambda dh: torch.autograd.grad(edge, leaves, dh)
+def gated(down: Any, act: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
+    """``down(act(gate) * up)``, as one node where that keeps less and the layer is a single adapter's; else as it stands here.
+
+    inputs: gate and up, or one tensor of both, gate first.
+    """
+    own = _projection(down, act, inputs)
+    if own is None:
+        return down(_product(act, *inputs))
+    up = _up(inputs)
+    like, one, _ = fitting(up, own, None, "auto")  # up is what the product looks like
+    layer, tensors = apart(like, one, True)  # draws the seed
+    tensors[4] = ops.mask(tensors[4], up, layer.adapters, layer.p, "auto", "")
+    gate = Gate(functools.partial(_product, act.forward), kernel_of(act, up))
+    y = GatedFunction.apply(gate, like.dtype, layer, *tensors, *inputs)
+    return y.to(up.dtype) if layer.make is not None else y
 
 
-def _kernel(act: nn.Module, gate: torch.Tensor) -> str | None:
-    """The kernels' name for an activation, or None where torch computes it."""
-    runs = gate.is_cuda and gate.dtype != torch.float64 and dispatch.triton_missing() is None
-    return KERNELS.get(type(act).__name__) if runs else None
+def _product(act: Callable, *inputs: torch.Tensor) -> torch.Tensor:
+    gate, up = halves(inputs)
+    return act(gate) * up
 
 
-def _launches():
-    from . import launch_gate
-
-    return launch_gate
+def _up(inputs: tuple) -> torch.Tensor:
+    return halves(tuple(t.detach() for t in inputs))[1]
 
 
-def gated(down: Any, act: nn.Module, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """``down(act(gate) * up)``, as one node where that keeps less and the layer is a single adapter's; else as it stands here."""
-    own = _projection(down, act, gate, up)
-    if own is not None:
-        like, one, _ = fitting(up, own, None, "auto")  # up is what the product looks like
-        layer, tensors = apart(like, one, True)  # draws the seed
-        tensors[4] = ops.mask(tensors[4], up, layer.adapters, layer.p, "auto", "")
-        y = GatedFunction.apply(gate, up, act, like.dtype, layer, *tensors)
-        return y.to(up.dtype) if layer.make is not None else y
-    return down(act(gate) * up)
-
-
-def _projection(down: Any, act: nn.Module, gate: torch.Tensor, up: torch.Tensor) -> Projection | None:
+def _projection(down: Any, act: nn.Module, inputs: tuple) -> Projection | None:
     """The down projection of a node, or None where the model's own expression is computed."""
-    if ops.watched() or not torch.is_grad_enabled() or type(gate) not in PLAIN or type(up) not in PLAIN:
+    if ops.watched() or not torch.is_grad_enabled() or not all(type(t) in PLAIN and t.is_contiguous() for t in inputs):
         return None
-    alike = gate.shape == up.shape and gate.dtype is up.dtype and gate.is_contiguous() and up.is_contiguous()
-    if not alike or not recorded(gate.requires_grad or up.requires_grad):  # else torch keeps no more than the product
+    one = inputs[0]
+    if any(t.shape != one.shape or t.dtype is not one.dtype for t in inputs[1:]):
         return None
-    if hooked(down) or hooked(act) or _hooks_of_all() or not hasattr(down, "projection") or not _elementwise(act):
+    if not recorded(any(t.requires_grad for t in inputs)):  # else torch keeps no more than the product
         return None
+    if hooked(down) or hooked(act) or hooks_of_all() or not hasattr(down, "projection") or not elementwise(act):
+        return None
+    up = _up(inputs)
     own = down.projection(up)
-    return None if own is None or own.lora_A.shape[-1] != up.shape[-1] or seen(up, [own]) or not ops.plain(gate) else own
+    if own is None or own.lora_A.shape[-1] != up.shape[-1] or up.shape[-1] * 2 != one.shape[-1] * len(inputs):
+        return None
+    return None if seen(up, [own]) or not ops.plain(one) else own
 
 
-def _hooks_of_all() -> bool:
-    """Whether there are hooks for every module; torch has no public name for the question."""
-    return getattr(nn.modules.module, "_has_any_global_hook", bool)()
-
-
-def _elementwise(act: Any) -> bool:
-    kind = type(act)
-    theirs = kind.__module__ in ("torch.nn.modules.activation", "transformers.activations")
-    return theirs and kind.__name__ in ACTIVATIONS and not getattr(act, "inplace", False)
-
-
-class Gate(NamedTuple):
-    """The names by which an MLP's forward calls its parts, and of its argument."""
+class Names(NamedTuple):
+    """By which an MLP's forward calls its parts, and its argument. up: "" where gate is of both."""
 
     gate: str
     act: str
@@ -143,7 +122,7 @@ class Gated:
 
     _kind: type
     _forward: Callable
-    _names: Gate
+    _names: Names
 
     def __reduce_ex__(self: Any, protocol):  # a copy, or a file, finds the class by the one that it is made of
         return _empty, (type(self)._kind,), self.__getstate__()
@@ -159,7 +138,8 @@ def _through(mlp: Any, x: torch.Tensor) -> torch.Tensor:
     if kind._kind.forward is not kind._forward:
         return kind._kind.forward(mlp, x)
     gate, act, up, down, _ = kind._names  # torch 2.8's compiler takes no slice of a named tuple
-    return gated(getattr(mlp, down), getattr(mlp, act), getattr(mlp, gate)(x), getattr(mlp, up)(x))
+    inputs = (getattr(mlp, gate)(x), getattr(mlp, up)(x)) if up else (getattr(mlp, gate)(x),)
+    return gated(getattr(mlp, down), getattr(mlp, act), *inputs)
 
 
 @functools.cache
@@ -178,8 +158,12 @@ def _empty(kind: Any) -> nn.Module:
 
 
 @functools.cache
-def gate_of(forward: Any) -> Gate | None:
-    """The parts of a forward that is, by its source, ``self.down(self.act(self.gate(x)) * self.up(x))`` under any names."""
+def gate_of(forward: Any) -> Names | None:
+    """The parts of a forward that is, by its source, one of these under any names:
+
+    ``self.down(self.act(self.gate(x)) * self.up(x))``
+    ``gate, up = self.both(x).chunk(2, dim=-1);  self.down(up * self.act(gate))``
+    """
     if type(forward) is not types.FunctionType or hasattr(forward, "__wrapped__"):  # whose source is another's
         return None
     try:
@@ -189,39 +173,80 @@ def gate_of(forward: Any) -> Gate | None:
     if not isinstance(function, ast.FunctionDef):
         return None
     names = [arg.arg for arg in function.args.args]
-    if len(names) != 2 or len(inspect.signature(forward).parameters) != 2:
+    result = _result(function.body, set(names))
+    if result is None or len(names) != 2 or len(inspect.signature(forward).parameters) != 2:
         return None
     me, x = names
-    known: dict[str, ast.expr] = {}  # locals that are not used yet, each by what it stands for
 
-    def meant(e: ast.expr) -> ast.expr:
-        return known.pop(e.id, e) if isinstance(e, ast.Name) else e
-
-    def called(e: ast.expr) -> tuple[str, ast.expr, tuple[int, int]]:
-        """``self.name(argument)`` as (name, argument, where it stands)."""
-        e = meant(e)
+    def called(e: ast.expr) -> tuple[str, ast.expr]:
+        """``self.name(argument)`` as (name, argument)."""
         match e:
             case ast.Call(ast.Attribute(ast.Name(owner), name), [argument], []) if owner == me:
-                return name, meant(argument), (e.lineno, e.col_offset)
-        return "", e, (0, 0)
+                return name, argument
+        return "", e
 
-    for statement in function.body:
+    down, product = called(result)
+    match product:
+        case ast.BinOp(left, ast.Mult(), right):
+            pass
+        case _:
+            return None
+    if called(left)[0] == "":  # up * act(gate)
+        left, right = right, left
+    (act, inner), (up, of_up) = called(left), called(right)
+    gate, of_gate = called(inner)
+    if isinstance(inner, Half) and isinstance(right, Half) and inner.of is right.of and (inner.which, right.which) == (0, 1):
+        gate, of_gate = called(inner.of)
+        parts, of = [gate, act, down], [of_gate]
+    else:
+        if not up or (inner.lineno, inner.col_offset) > (right.lineno, right.col_offset):  # masks are drawn in the order of the calls
+            return None
+        parts, of = [gate, act, up, down], [of_gate, of_up]
+    if not all(parts) or len(set(parts)) < len(parts) or not all(isinstance(e, ast.Name) and e.id == x for e in of):
+        return None
+    return Names(gate, act, up, down, x)
+
+
+class Half(ast.expr):
+    """``which`` of the two parts of an expression's chunk(2, dim=-1)."""
+
+    _fields = ()
+
+    def __init__(self, of: ast.expr, which: int):
+        super().__init__()
+        self.of, self.which = of, which
+
+
+def _result(body: list[ast.stmt], arguments: set[str]) -> ast.expr | None:
+    """What a function returns, its locals, each used once, by what they stand for; None where it is more than assignments to them."""
+    known: dict[str, ast.expr] = {}
+
+    class Meant(ast.NodeTransformer):
+        def visit_Name(self, node):
+            return known.pop(node.id, node)
+
+    for statement in body:
         match statement:
             case ast.Expr(ast.Constant()):
                 continue
-            case ast.Assign([ast.Name(name)], value) if name not in known:
-                known[name] = value
             case ast.Return(ast.expr() as value):
-                down, product, _ = called(value)
-                if not isinstance(product, ast.BinOp) or not isinstance(product.op, ast.Mult):
-                    return None
-                (act, inner, _), (up, of_up, then) = called(product.left), called(product.right)
-                gate, of_gate, first = called(inner)
-                found = Gate(gate, act, up, down, x)
-                its_x = all(isinstance(e, ast.Name) and e.id == x for e in (of_gate, of_up))
-                return found if its_x and first < then and all(found) and len(set(found[:4])) == 4 and not known else None
+                result = Meant().visit(value)
+                return None if known else result
+            case ast.Assign([ast.Name(name)], value):
+                new = {name: Meant().visit(value)}
+            case ast.Assign([ast.Tuple([ast.Name(first), ast.Name(second)])], value):
+                match Meant().visit(value):
+                    case ast.Call(
+                        ast.Attribute(of, "chunk"), [ast.Constant(2)], [ast.keyword("dim", ast.UnaryOp(ast.USub(), ast.Constant(1)))]
+                    ):
+                        new = {first: Half(of, 0), second: Half(of, 1)}
+                    case _:
+                        return None
             case _:
                 return None
+        if arguments & set(new) or known.keys() & new.keys():
+            return None
+        known |= new
     return None
 
 
@@ -264,6 +289,6 @@ def _class_of(module: nn.Module) -> type:
 
 def _fits(module: nn.Module) -> bool:
     found = None if "forward" in module.__dict__ or sharding(module) else gate_of(type(module).forward)
-    if found is None or not all(name in module._modules for name in found[:4]):
+    if found is None or not all(name in module._modules for name in found[:4] if name):
         return False
-    return _elementwise(module._modules[found.act]) and hasattr(type(module._modules[found.down]), "_shares")
+    return elementwise(module._modules[found.act]) and hasattr(type(module._modules[found.down]), "_shares")

@@ -340,6 +340,11 @@ def hooked(module: nn.Module) -> bool:
     return has_hooks(module) or "forward" in module.__dict__
 
 
+def hooks_of_all() -> bool:
+    """Whether there are hooks for every module; torch has no public name for the question."""
+    return getattr(nn.modules.module, "_has_any_global_hook", bool)()
+
+
 def sharding(module: nn.Module) -> str:
     """The class by which torch's FSDP has a module, or "". It knows the parameters that were there before, and makes them whole in passing:
     none that comes later is gathered or reduced, and what is written to the whole ones is lost."""

@@ -123,7 +123,7 @@ def poisoned_empty() -> Iterator[None]:
 
 def run_all(device: torch.device, progress: Callable[[int, int, str], None] | None = None, quick: bool = False) -> list[Result]:
     """Every case of `cases`, the reference's dropout mask against the kernels', the plan of two launches against the library's, and what
-    stands beside the products: DoRA's magnitude, and an MLP's gate."""
+    stands beside the products: DoRA's magnitude, gates, and sums of experts."""
     found, results = cases(device, quick), []
     for done, case in enumerate(found):
         if progress:
@@ -161,23 +161,27 @@ def columns_result(device: torch.device, M: int = 301, N: int = 300) -> Result:
     return Result("DoRA's magnitude, backward", exact and used <= 1.0 and launched == 1, used, detail, launched)
 
 
-def gate_result(device: torch.device, number: int = 5003) -> Result:
-    """`launch_gate`'s three results for SiLU against float64, within the budget."""
+def gate_result(device: torch.device, tokens: int = 21, F: int = 75, top_k: int = 2) -> Result:
+    """`launch_gate`'s results for SiLU, of halves of one tensor and with factors, against float64, within the budget."""
     from . import launch_gate
 
     before = launched_so_far()
-    found = []
-    operands = torch.randn(3, number, device=device)
+    rows, weights, found = tokens * top_k, torch.rand(tokens, top_k, device=device), []
+    both, da, y = (torch.randn(rows, width, device=device).half() for width in (2 * F, F, F))
     for dtype in (torch.float16, torch.float64):
-        gate, up, dh = operands.half().to(dtype)
-        leaves = gate.clone().requires_grad_(), up.clone().requires_grad_()
-        h = torch.nn.functional.silu(leaves[0]) * leaves[1]
-        found.append([h.detach(), *torch.autograd.grad(h, leaves, dh)])
-    gate, up, dh = operands.half()
-    ours = [launch_gate.product("silu", gate, up), *launch_gate.gradients("silu", gate, up, dh)]
-    used = max(budget_used(*each) for each in zip(ours, *found, strict=True))
+        leaf, factors = both.to(dtype).requires_grad_(), weights.to(torch.promote_types(dtype, torch.float32))
+        gate, up = leaf.chunk(2, -1)
+        a = torch.nn.functional.silu(gate) * up
+        scaled, its_da = ((t * factors.view(-1, 1)).to(dtype) for t in (a.detach(), da.to(dtype)))
+        dots = (a.detach().to(factors.dtype) * da).sum(-1)
+        z = (y.to(dtype).view(tokens, top_k, F) * factors[..., None]).sum(1).to(dtype)
+        found.append([scaled, *torch.autograd.grad(a, leaf, its_da), dots, z])
+    halves, made = both.chunk(2, -1), torch.empty_like(both)
+    ours = [launch_gate.product("silu", *halves, weights), made]
+    ours += [launch_gate.gradients("silu", *halves, da, weights, made.chunk(2, -1))[2], launch_gate.weighted_sum(y, weights, y.dtype)]
+    used = max(budget_used(*each, terms=F) for each in zip(ours, *found, strict=True))
     launched = launched_so_far() - before
-    return Result("an MLP's gate", used <= 1.0 and launched == 2, used, f"uses {used:.2f} of its budget", launched)
+    return Result("gates, and sums of experts", used <= 1.0 and launched == 3, used, f"uses {used:.2f} of its budget", launched)
 
 
 def mask_result(device: torch.device, M: int = 37, K: int = 75, p: float = 0.3) -> Result:

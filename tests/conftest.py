@@ -143,3 +143,25 @@ def nodes(monkeypatch) -> list:
     made, apply = [], gated.GatedFunction.apply
     monkeypatch.setattr(gated.GatedFunction, "apply", lambda *args: made.append(1) or apply(*args))
     return made
+
+
+@pytest.fixture
+def stacks(monkeypatch) -> list:
+    """The stacks of a mixture's experts that were computed, each as ("alone" or "node", its `Stack`)."""
+    from lora_kernels import experts, experts_node
+
+    made, product, half = [], experts_node.Stack.product, experts.second_half
+
+    def alone(stack, *args):
+        made.append(("alone", stack))
+        return product(stack, *args)
+
+    def node(*args):
+        z = half(*args)
+        if z is not None:
+            made.append(("node", args[3]))
+        return z
+
+    monkeypatch.setattr(experts_node.Stack, "product", alone)
+    monkeypatch.setattr(experts, "second_half", node)
+    return made

@@ -28,7 +28,7 @@ SLIPS = [
     Mutant("node: hooks of the activation in the backward pass", NODE, "h = act.forward(leaves[0])", "h = act(leaves[0])"),
     Mutant("node: past a hook of the down projection", NODE, "if hooked(down) or ", "if "),
     Mutant("node: past a hook of the activation", NODE, " or hooked(act)", ""),
-    Mutant("node: past hooks of all modules", NODE, " or _hooks_of_all()", ""),
+    Mutant("node: past hooks of all modules", NODE, " or hooks_of_all()", ""),
     Mutant("node: of any activation by now", NODE, " or not _elementwise(act):", ":"),
     Mutant("node: under a compiler", NODE, "if ops.watched() or not", "if not",
            note="equivalent: whether torch looks on is asked of the projection, too (`seen`), but later, in a trace"),

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from margins import inside, outside
+from margins import inside
 
 from lora_kernels import dora_linear, launch, launch_columns
 from lora_kernels.dora import ScaleColumns
@@ -55,12 +55,12 @@ def test_strides(device):
 def test_nothing_is_read_or_written_outside(device):
     """Every tensor lies inside a larger one of NaN, whose margins stay; a NaN among the operands stays in its column."""
     dy, t, g = operands(37, 261, torch.float32, device)
-    with inside(300, float("nan")) as larger:
+    with inside(300, float("nan")) as around:
         held(dy, t, g)
         t[5, 260], dy[36, 0] = float("nan"), float("inf")
         dt, dg = launch_columns.backward(dy, t, g, True)
     assert (~dg.isfinite()).nonzero().flatten().tolist() == [0, 260] and (~dt.isfinite()).nonzero().tolist() == [[36, 0]]
-    assert len(larger) == 10 and all(each.isnan().all() for each in outside(larger, 300))
+    assert len(around) == 10 and all(each.isnan().all() for each in around)
 
 
 @pytest.mark.parametrize("needs", ["t", "g", "t g", "g bias", "bias"])

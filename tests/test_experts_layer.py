@@ -12,23 +12,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
 import lora_kernels.experts as mixture
-from lora_kernels import LoRAExperts, UnsupportedError, lora_linear, philox
+from lora_kernels import LoRAExperts, UnsupportedError, dispatch, philox
 from lora_kernels.experts import Factors
 
 CLOSE = dict(rtol=1e-10, atol=1e-10)  # float64 on both sides: sums in another order, nothing else
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    """The calls of lora_linear that experts made: positional arguments, then keywords."""
-    made, real = [], mixture.lora_linear
-
-    def count(*args, **kwargs):
-        made.append((args, kwargs))
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(mixture, "lora_linear", count)
-    return made
 
 
 def agree(got, wanted, **close):
@@ -39,11 +26,11 @@ def agree(got, wanted, **close):
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("options", [{}, {"r": 1, "use_rslora": True}], ids=["r 3", "r 1, rslora"])
-def test_numbers(kind, options, calls):
+def test_numbers(kind, options, stacks):
     """y and the gradients of x, the routing's weights, and each A and B: the formula, expert by expert, in float64."""
     layer = adapted(kind, torch.float64, **options)
     agree(results(layer, X.double(), weights=WEIGHTS.double()), truth(layer), **CLOSE)
-    assert len(calls) == 2 and all(args[1].dim() == 3 for args, _ in calls)
+    assert [how for how, _ in stacks] == ["alone", "node"]
     single = adapted(kind, **options)
     got = results(single)
     assert all(value.dtype == torch.float32 for value in got.values())
@@ -59,14 +46,14 @@ def test_each_stack_has_its_own_rank_and_scale():
 
 
 @pytest.mark.parametrize("name", ["gate_up_proj", "down_proj"])
-def test_one_stack_alone(name, calls):
+def test_one_stack_alone(name, stacks):
     torch.manual_seed(0)
     layer = LoRAExperts(Experts().double(), name, r=4, init_lora_weights=False)
     got, wanted = results(layer, X.double(), weights=WEIGHTS.double()), truth(layer)
     assert got.keys() == wanted.keys() and len(got) == 5
     for each in got:
         torch.testing.assert_close(got[each], wanted[each], **CLOSE)
-    assert len(calls) == 2
+    assert len(stacks) == 2
 
 
 def test_no_token_no_expert_and_others_experts():
@@ -364,14 +351,20 @@ def test_calls_refused():
     assert seen == [1]
 
 
-def test_the_kernels_serve_it(monkeypatch):
+def test_the_kernels_serve_it(monkeypatch, launched):
     """The same layer by the kernels: y and every gradient."""
     layer = adapted(lambda: Experts(True, True), lora_dropout=0.2)
+    got: dict = {}
     torch.manual_seed(4)
     wanted = results(layer)
-    monkeypatch.setattr(mixture, "lora_linear", lambda *args, **kwargs: lora_linear(*args, **kwargs, impl="triton"))
+    monkeypatch.setattr(dispatch, "unmeasured", lambda *args: ("triton", "for this test"))
+    dispatch.forget()
     torch.manual_seed(4)
-    got = results(layer)
+    try:
+        kernels = launched(lambda: got.update(results(layer)))
+    finally:
+        dispatch.forget()
+    assert kernels.count("experts") == 4, "two stacks, both passes"
     assert got.keys() == wanted.keys()
     for name, value in got.items():
         torch.testing.assert_close(value, wanted[name], rtol=1e-4, atol=1e-4)

@@ -15,8 +15,8 @@ FLOORS = (
     ("launch", "launcher", "layouts", "launch_experts", "launch_plan", "launch_columns", "launch_gate", "chain", "streams")
     + ("compile_only", "compile_problems"),
     ("ops", "autograd", "calls", "dispatch", "projections", "merging"),
-    ("nn", "multi", "over", "experts", "experts_layer", "dora", "lora_config", "shared_input", "gated", "packed_layer", "slots")
-    + ("parity", "parity_cases", "dequantize"),
+    ("nn", "multi", "over", "experts", "experts_node", "experts_layer", "dora", "lora_config", "shared_input", "gated", "gates")
+    + ("packed_layer", "slots", "parity", "parity_cases", "dequantize"),
     ("cli", "__main__", "demo", "demo_data", "demo_peft", "integrations", "apply", "files", "adapter_store", "analysis", "inspect_adapter")
     + ("adapter_layers", "serving", "pool"),
 )

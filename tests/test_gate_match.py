@@ -11,6 +11,13 @@ from torch import nn
 from lora_kernels import UnsupportedError, recompute_gates
 
 
+class Anew(MLP):
+    def forward(self, x):
+        h = self.act_fn(self.gate_proj(x))
+        h = h * self.up_proj(x)
+        return self.down_proj(h)
+
+
 class Dropped(MLP):
     def forward(self, x):
         return self.down_proj(F.dropout(self.act_fn(self.gate_proj(x)) * self.up_proj(x), 0.0))
@@ -99,13 +106,6 @@ class Unused(MLP):
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
-class Anew(MLP):
-    def forward(self, x):
-        h = self.act_fn(self.gate_proj(x))
-        h = h * self.up_proj(x)
-        return self.down_proj(h)
-
-
 class Maybe(MLP):
     def forward(self, x):
         if self.training:
@@ -123,7 +123,7 @@ class Random(nn.RReLU):
     pass
 
 
-@pytest.mark.parametrize("mlp", [MLP, AtOnce, Named])
+@pytest.mark.parametrize("mlp", [MLP, AtOnce, Named, Anew])
 @pytest.mark.parametrize("lead", [(M,), (2, 5), (1,)])
 def test_whatever_the_forward_calls_its_parts(mlp, lead, nodes):
     model = adapted(mlp)
@@ -151,7 +151,6 @@ def test_whatever_the_forward_calls_its_parts(mlp, lead, nodes):
         Wrapped,
         Other,
         Unused,
-        Anew,
         Maybe,
         Decorated,
     ],

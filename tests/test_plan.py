@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from margins import inside, outside
+from margins import inside
 
 from lora_kernels import Segments, dispatch, launch, launch_plan, ops, parity, segments
 from lora_kernels.segments import by_library, lengths
@@ -80,9 +80,9 @@ def test_in_parts(monkeypatch, M, E, row_block, gather_block):
 def test_nothing_is_written_outside_the_plan(monkeypatch, M, E, most):
     """Every tensor that a kernel is given lies inside a larger one, whose margins must stay as they were, and decide nothing."""
     monkeypatch.setattr(launch_plan, "PLAN_TOKENS", most)
-    with inside(256, 77) as larger:
+    with inside(256, 77) as around:
         assert both(ids_of(M, E), E)
-    assert len(larger) > 10 and all((each == 77).all() for each in outside(larger, 256) if each.dtype != torch.bool)
+    assert len(around) > 10 and all((each == 77).all() for each in around if each.dtype != torch.bool)
 
 
 def test_as_many_tokens_as_a_mixture_has():

@@ -1,0 +1,154 @@
+"""`recompute_gates` where gate and up are one layer's, side by side, as in Phi-3 and GLM."""
+
+import pytest
+import torch
+from test_gated import WIDTH, K, M, same, step, taken, x_of
+from test_memory import Kept, mask_bytes
+from torch import nn
+
+from lora_kernels import LoRAConfig, apply_lora, gated, recompute_gates
+
+R = 3
+
+
+class Packed(nn.Module):
+    def __init__(self, act=nn.SiLU, width=2 * WIDTH):
+        super().__init__()
+        self.gate_up_proj, self.down_proj, self.activation_fn = nn.Linear(K, width), nn.Linear(WIDTH, K, bias=False), act()
+
+    def forward(self, hidden_states):
+        """What Phi-3's does."""
+        up_states = self.gate_up_proj(hidden_states)
+        gate, up_states = up_states.chunk(2, dim=-1)
+        up_states = up_states * self.activation_fn(gate)
+        return self.down_proj(up_states)
+
+
+class GateFirst(Packed):
+    def forward(self, x):
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(self.activation_fn(gate) * up)
+
+
+class UpFirst(Packed):
+    def forward(self, x):
+        up, gate = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(self.activation_fn(gate) * up)
+
+
+class OfThree(Packed):
+    def forward(self, x):
+        gate, up, _ = self.gate_up_proj(x).chunk(3, dim=-1)
+        return self.down_proj(self.activation_fn(gate) * up)
+
+
+class OfTokens(Packed):
+    def forward(self, x):
+        gate, up = self.gate_up_proj(x).chunk(2, dim=0)
+        return self.down_proj(self.activation_fn(gate) * up)
+
+
+class OfTwo(Packed):
+    def forward(self, x):
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        gate, other = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(self.activation_fn(gate) * up)
+
+
+class OfItself(Packed):
+    def forward(self, x):
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(self.activation_fn(gate) * gate)
+
+
+class Bare(Packed):
+    def forward(self, x):
+        gate, up = x.chunk(2, dim=-1)
+        return self.down_proj(self.activation_fn(gate) * up)
+
+
+class Unrelated(Packed):
+    def forward(self, x):
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(self.activation_fn(gate) * self.gate_up_proj(x))
+
+
+def adapted(mlp=Packed, p=0.0, dtype=torch.float64, **options) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"mlp": mlp(**options)}).to(dtype)
+    apply_lora(model, LoRAConfig(target_modules=["gate_up_proj", "down_proj"], r=R, lora_dropout=p))
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_B"):
+            nn.init.normal_(parameter)
+    return model.train()
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("mlp", [Packed, GateFirst])
+def test_the_same_bits(mlp, dtype, p, nodes):
+    model = adapted(mlp, p, dtype)
+    x = x_of(2, 5, dtype=dtype)
+    plain = step(model, x)
+    taken(model)
+    same(step(model, x), plain)
+    assert nodes == [1]
+    recompute_gates(model, False)
+    assert type(model["mlp"]) is mlp
+
+
+@pytest.mark.parametrize("mlp", [UpFirst, OfThree, OfTokens, OfTwo, OfItself, Bare, Unrelated])
+def test_another_forward_is_left_alone(mlp):
+    assert recompute_gates(adapted(mlp)) == []
+
+
+def test_halves_that_are_none(nodes):
+    """An odd width's chunks have two widths: the model's own expression, and its error."""
+    model = adapted(width=2 * WIDTH - 1)
+    taken(model)
+    with pytest.raises(RuntimeError, match="must match the size"):
+        step(model)
+    assert not nodes
+
+
+def test_not_contiguous(nodes):
+    model = adapted()
+    taken(model)
+    model["mlp"].gate_up_proj.register_forward_hook(lambda module, args, out: out.t().contiguous().t())
+    step(model)
+    assert not nodes
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_bytes_kept(p):
+    kept, model = [], adapted(p=p)
+    x = x_of(M)
+    for _ in range(2):
+        with Kept() as each:
+            model["mlp"](x)
+        kept.append(each.bytes(besides=model.parameters()))
+        recompute_gates(model)
+    assert kept[0] - kept[1] == 2 * 8 * M * WIDTH
+    assert kept[1] == 8 * (M * K + 2 * M * WIDTH + 2 * M * R) + mask_bytes(p, M, K) + mask_bytes(p, M, WIDTH)
+
+
+def test_by_the_kernels(monkeypatch, launched, nodes):
+    model = adapted(dtype=torch.float32, p=0.3)
+    plain = step(model)
+    taken(model)
+    monkeypatch.setattr(gated, "kernel_of", lambda act, up: "silu")
+    found = []
+    names = launched(lambda: found.append(step(model)))
+    assert [name for name in names if name.startswith("gate")] == ["gate_product", "gate_product", "gate_gradients"] and nodes == [1]
+    for name, wanted in plain.items():  # sums of a few hundred terms at most, in another order
+        torch.testing.assert_close(found[0][name], wanted, rtol=1e-5, atol=1e-5 * wanted.abs().max().item())
+
+
+def test_compiled(nodes):
+    model = adapted()
+    plain = step(model)
+    taken(model)
+    compiled = torch.compile(model["mlp"], fullgraph=True, backend="aot_eager")
+    for name, wanted in step(model, call=compiled).items():
+        torch.testing.assert_close(wanted, plain[name])
+    assert not nodes
