@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from .checks import check_finite
+from .checks import check_number
 from .problem import FLOATS
 
 EPSILON = torch.finfo(torch.float64).eps
@@ -79,7 +79,7 @@ def spectrum(lora_A: torch.Tensor, lora_B: torch.Tensor, scale: float = 1.0) -> 
     A, B = _float64("lora_A", lora_A), _float64("lora_B", lora_B)
     if A.shape[0] != B.shape[1]:
         raise ValueError(f"lora_B: wanted [N, {A.shape[0]}] beside lora_A {list(A.shape)}, got {list(B.shape)}")
-    check_finite("scale", scale)
+    check_number("scale", scale)
     left, b = torch.linalg.qr(B)
     right, a = torch.linalg.qr(A.T)
     core = scale * (b @ a.T)

@@ -19,7 +19,7 @@ from .dequantize import plain_linear
 from .experts_layer import LoRAExperts, plain_name, why_not_adapted
 from .lora_config import LoRAConfig, all_linear, names_mean, pattern_means
 from .multi import MultiLoRALinear
-from .nn import AdaptedLinear, FusedLoRALinear, has_hooks, linear_of, sharding
+from .nn import AdaptedLinear, FusedLoRALinear, hooked, linear_of, sharding
 from .over import LoRAOver, MultiLoRAOver, Over, quantised
 from .problem import FLOATS, UnsupportedError, sharded
 
@@ -265,8 +265,9 @@ def _check_layer(model: nn.Module, module: nn.Module, names: list[str]) -> None:
 
 
 def _check_hooks(module: nn.Module, name: str) -> None:
-    if has_hooks(module) or hasattr(module, "_hf_hook"):
-        raise UnsupportedError(f"{name}: wanted a layer without hooks, which would be lost, got one with; remove them first")
+    if hooked(module) or hasattr(module, "_hf_hook"):
+        what = "hooks, or a forward of its own"
+        raise UnsupportedError(f"{name}: wanted a layer without {what}, which would be lost, got one with; remove them first")
 
 
 def _build(linear: Any, name: str, config: LoRAConfig, num_adapters: int | None, adapter_dtype) -> nn.Module:

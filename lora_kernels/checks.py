@@ -233,7 +233,11 @@ def check_device(name: str, t, x) -> None:
         raise ValueError(f"{name}: wanted x's device {x.device}, got {t.device}")
 
 
-def check_finite(name: str, number: float) -> None:
+def check_number(name: str, number: float, wanted: str = "a number") -> None:
+    """A finite one. TypeError, ValueError: it is none, or not finite."""
+    if isinstance(number, bool) or not isinstance(number, (int, float)):
+        given = type(number).__name__ if isinstance(number, torch.Tensor) else repr(number)
+        raise TypeError(f"{name}: wanted {wanted}, got {given}")
     if not math.isfinite(number):
         raise ValueError(f"{name}: wanted a finite number, got {number}")
 

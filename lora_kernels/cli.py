@@ -117,11 +117,11 @@ def run_compile(args) -> int:
 
     Exit code 1 if a kernel reloads a spilled value in a loop, does not fit the shared memory, (16-bit) uses no matmul instruction, has each
     wgmma wait for the one before, or has one of registers in a loop."""
-    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
-        print("compile: wanted TRITON_INTERPRET unset, for interpreted kernels cannot be compiled", file=sys.stderr)
-        return 2
     from . import dispatch
 
+    if dispatch.interpreting():
+        print("compile: wanted TRITON_INTERPRET unset, for interpreted kernels cannot be compiled", file=sys.stderr)
+        return 2
     if dispatch.triton_missing():
         print(f"compile: wanted Triton installed, got {dispatch.triton_missing()}", file=sys.stderr)
         return 2

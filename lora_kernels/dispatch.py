@@ -47,7 +47,7 @@ class Choice:
 @functools.cache
 def interpreting() -> bool:
     """Whether Triton's interpreter is on in this process (TRITON_INTERPRET=1): Triton itself reads it once, when kernels are decorated."""
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
 
 @functools.cache
@@ -94,11 +94,6 @@ def arch_of(device: torch.device) -> tuple[Arch | None, str]:
 
 def choose(p: Problem, device: torch.device, impl: str, key: str = "") -> Choice:
     """The choice for a problem; raises UnsupportedError where a named impl, or an explicit config, cannot serve it."""
-    return _choose(p, device, impl, key, interpreting())
-
-
-@functools.lru_cache(maxsize=4096)
-def _choose(p: Problem, device: torch.device, impl: str, key: str, interpreted: bool) -> Choice:
     arch, why_no_arch = arch_of(device)
     config, origin, reason = None, "", why_no_arch
     if arch is not None:
@@ -221,7 +216,6 @@ def _describe_dx(dy, x, weight, lora_A, lora_B, u, *, dropout: bool, adapters: A
 
 def forget() -> None:
     """Every choice that was made; for tests that change what choices rest on."""
-    _choose.cache_clear()
     _found.clear()
 
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from . import ops
 from .autograd import autocast, check, lora_linear, refused_twice
 from .chain import grad_mm, rows_at_a_time
-from .checks import check_base, check_vector
+from .checks import check_base, check_number, check_vector
 from .dispatch import triton_missing, without_autocast
 from .operands import as_matrix
 
@@ -126,8 +126,7 @@ def dora_linear(
     x, weight, bias = autocast(x, weight, bias, base)
     if weight is None:
         raise TypeError("weight: wanted a tensor [out_features, in_features] or a function that makes it, got NoneType")
-    if not isinstance(scale, (int, float)) or isinstance(scale, bool):
-        raise TypeError(f"scale: wanted a float, got {type(scale).__name__}")
+    check_number("scale", scale, "a float")
     check(x, weight, lora_A, lora_B, bias, None, scale, dropout_p, None, None, None, config, impl, None)
     check_vector("magnitude", magnitude, weight, lora_A)
     if base is not None:

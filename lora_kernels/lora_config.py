@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from .checks import check_finite
+from .checks import check_number
 from .nn import check_dropout, check_rank, scaling_of
 from .problem import UnsupportedError
 
@@ -96,8 +96,7 @@ class LoRAConfig:
         for name, rank in {"r": self.r, **_labelled("rank_pattern", self.rank_pattern)}.items():
             check_rank(name, rank)
         for name, alpha in {"lora_alpha": self.lora_alpha, **_labelled("alpha_pattern", self.alpha_pattern)}.items():
-            _check_number(name, alpha)
-        _check_number("lora_dropout", self.lora_dropout)
+            check_number(name, alpha)
         check_dropout(self.lora_dropout)
 
     def layer_of(self, name: str) -> int | None:
@@ -262,12 +261,6 @@ def _check_expression(label: str, text: str) -> None:
         pattern_means(text, "")
     except re.error as error:
         raise ValueError(f"{label}: wanted a regular expression, got {text!r}: {error}") from None
-
-
-def _check_number(name: str, value) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: wanted a number, got {value!r}")
-    check_finite(name, value)
 
 
 def _absent(value) -> bool:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from . import slots
 from .autograd import lora_linear
-from .checks import check_finite, check_tensor
+from .checks import check_number, check_tensor
 from .nn import AdaptedLinear, check_linear, check_rank, held, init_adapter, scaling_of
 from .problem import UnsupportedError, sharded
 from .segments import Segments, check_int
@@ -337,9 +337,7 @@ class MultiLoRALinear(AdaptedLinear):
 
 def check_slot_scale(scale: float | None) -> None:
     if scale is not None:
-        if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-            raise TypeError(f"scale: wanted a float or None, got {type(scale).__name__}")
-        check_finite("scale", scale)
+        check_number("scale", scale, "a float or None")
 
 
 def _each(name: str, value, E: int) -> list:

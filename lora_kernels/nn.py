@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .autograd import lora_linear, with_lora_bias
-from .checks import check_finite, check_tensor
+from .checks import check_number, check_tensor
 from .dispatch import without_autocast
 from .dora import dora_linear, gain, weight_norm
 from .merging import Mergeable, check_unmerged
@@ -226,7 +226,7 @@ class FusedLoRALinear(AdaptedLinear):
             if new.dtype != own.dtype:
                 raise TypeError(f"{name}: wanted the adapter's dtype {own.dtype}, got {new.dtype}")
         scaling = self.scaling if scaling is None else float(scaling)
-        check_finite("scaling", scaling)
+        check_number("scaling", scaling)
         lora_A, lora_B = lora_A.to(self.lora_A.device), lora_B.to(self.lora_B.device)
         if self._base_weight is not None:
             keep = "cpu" if self._base_weight.device.type == "cpu" else "device"
@@ -304,15 +304,14 @@ def check_rank(name: str, r) -> None:
 
 
 def check_dropout(lora_dropout: float) -> None:
+    check_number("lora_dropout", lora_dropout)
     if not 0.0 <= lora_dropout < 1.0:
         raise ValueError(f"lora_dropout: wanted a probability in [0, 1), got {lora_dropout}")
 
 
 def scaling_of(lora_alpha: float, r: int, use_rslora: bool) -> float:
     """``lora_alpha / r``, with rsLoRA ``/ sqrt(r)``. TypeError, ValueError: lora_alpha is no number, or not a finite one."""
-    if isinstance(lora_alpha, bool) or not isinstance(lora_alpha, (int, float)):
-        raise TypeError(f"lora_alpha: wanted a number, got {lora_alpha!r}")
-    check_finite("lora_alpha", lora_alpha)
+    check_number("lora_alpha", lora_alpha)
     return lora_alpha / (math.sqrt(r) if use_rslora else r)
 
 
@@ -336,8 +335,12 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether calling the module does more than its class's forward: torch's hooks, or a forward of its own as accelerate gives it."""
-    return has_hooks(module) or "forward" in module.__dict__
+    """Whether calling the module does more than its class's forward: torch's hooks, or a forward of its own as accelerate gives it.
+
+    Accelerate, taking its hook away, leaves the class's forward there.
+    """
+    own = module.__dict__.get("forward")
+    return has_hooks(module) or (own is not None and getattr(own, "__func__", None) is not type(module).forward)
 
 
 def hooks_of_all() -> bool:

@@ -14,9 +14,9 @@ import torch
 from torch.compiler import is_compiling
 from torch.utils.flop_counter import register_flop_formula
 
-from . import chain, dispatch, philox
+from . import dispatch, philox
 from .operands import as_matrix, even, lead, like_tokens, tokens
-from .problem import PLAIN, autocasts, forward_flops
+from .problem import PLAIN, forward_flops
 from .segments import CPU, Adapters, by_library
 
 KEYS = ("CPU", "CUDA")  # whose tensors the operators take
@@ -43,32 +43,26 @@ def forward(x, weight, lora_A, lora_B, bias, seed, adapters: Adapters, scale, dr
     if arm is not None:
         run, chosen = arm
         return run(x, weight, lora_A, lora_B, bias, seed, adapters, scale, dropout_p, save_u, chosen, base)
-    arm = _unseen((chain.forward, None), impl, config, x, weight, lora_A, lora_B, bias, base)
-    if arm is not None:
-        return forward_by_arm(x, weight, lora_A, lora_B, bias, seed, adapters, scale, dropout_p, save_u, impl, config, base, *arm)
+    if _unseen(impl, config, x, weight, lora_A, lora_B, bias, base):
+        return forward_by_arm(x, weight, lora_A, lora_B, bias, seed, adapters, scale, dropout_p, save_u, impl, config, base)
     return forward_op(x, weight, lora_A, lora_B, bias, seed, *adapters.flat(), scale, dropout_p, save_u, impl, config, base)
 
 
 def backward(dy, x, weight, lora_A, lora_B, u, seed, adapters: Adapters, scale, dropout_p, needs, adapter_dtype, impl, config):
     """``dX, dA, dB, dbias``, what is not needed undefined: the backward operator, or the arm itself, likewise."""
     operands = (dy, x, weight, lora_A, lora_B, u)
-    arm = _unseen((chain.backward, None), impl, config, *operands)
-    if arm is not None:
-        return backward_by_arm(*operands, seed, adapters, scale, dropout_p, needs, adapter_dtype, impl, config, *arm)
+    if _unseen(impl, config, *operands):
+        return backward_by_arm(*operands, seed, adapters, scale, dropout_p, needs, adapter_dtype, impl, config)
     return backward_op(*operands, seed, *adapters.flat(), scale, dropout_p, *needs, adapter_dtype, impl, config)
 
 
-def _unseen(chained: tuple, impl: str, config: str, x: torch.Tensor, *others: torch.Tensor | None) -> tuple | None:
-    """The arm to run without the operator, ``chained`` or () for the one that dispatch chooses, or None: the operator has to be called.
+def _unseen(impl: str, config: str, x: torch.Tensor, *others: torch.Tensor | None) -> bool:
+    """Whether the arm may run without the operator, which costs some 20 us of host time (docs/measured.md).
 
-    That is where a compiler or a mode (fake tensors, FLOP counters, tracers) looks on, or a class of tensors has its own say. A registered
-    operator costs some 20 us of host time (docs/measured.md).
+    Not where a compiler or a mode (fake tensors, FLOP counters, tracers) looks on, or a class of tensors has its own say.
     """
-    if watched():  # asked first: a compiler that traces what follows warns of its caches
-        return None
-    if dispatch.plainly_chain(x.device, impl, config):
-        return None if autocasts(x.device) else (chained,)
-    return () if plain(x, *others) else None
+    # `watched` first: a compiler that traces what follows warns of its caches
+    return not watched() and (dispatch.plainly_chain(x.device, impl, config) or plain(x, *others))
 
 
 def watched() -> bool:
@@ -98,13 +92,13 @@ def mask(seed, x, adapters: Adapters, dropout_p, impl, config):
     return philox.packed_mask(seed, tokens(x) * adapters.top_k, x.shape[-1], dropout_p)
 
 
-def forward_by_arm(x, weight, lora_A, lora_B, bias, seed, adapters, scale, dropout_p, save_u, impl, config, base, arm=None):
+def forward_by_arm(x, weight, lora_A, lora_B, bias, seed, adapters, scale, dropout_p, save_u, impl, config, base):
     N = lora_B.shape[-2]
     if x.numel() == 0 or N == 0:
         y, u = _empty_forward(as_matrix(x), N, lora_A, bias, as_matrix(base), adapters)
         return like_tokens(y, x, adapters.top_k), u
     its, its_base = even(x), even(base)
-    run, chosen = arm or dispatch.forward_arm(its, weight, lora_A, lora_B, adapters, dropout_p, impl, config)
+    run, chosen = dispatch.forward_arm(its, weight, lora_A, lora_B, adapters, dropout_p, impl, config)
     y, u = run(its, weight, lora_A, lora_B, bias, seed, adapters, scale, dropout_p, save_u, chosen, its_base)
     return y if its is x else like_tokens(y, x, adapters.top_k), u
 
@@ -121,7 +115,7 @@ def _empty_forward(x, N, lora_A, bias, base, adapters):
     return y, x.new_zeros(y.shape[0], lora_A.shape[-2])
 
 
-def backward_by_arm(dy, x, weight, lora_A, lora_B, u, seed, adapters, scale, dropout_p, needs, adapter_dtype, impl, config, arm=None):
+def backward_by_arm(dy, x, weight, lora_A, lora_B, u, seed, adapters, scale, dropout_p, needs, adapter_dtype, impl, config):
     need_dx, need_da, need_db, need_dbias = needs
     dx = da = db = None
     if dy.numel() == 0 or (x is not None and x.numel() == 0):
@@ -131,7 +125,7 @@ def backward_by_arm(dy, x, weight, lora_A, lora_B, u, seed, adapters, scale, dro
         db = dy.new_zeros(*stack, dy.shape[-1], u.shape[1] // adapters.layers, dtype=adapter_dtype) if need_db else None
     elif need_dx or need_da or need_db:
         its, its_x = even(dy), even(x)
-        run, chosen = arm or dispatch.backward_arm(its, its_x, weight, lora_A, lora_B, u, adapters, dropout_p, impl, config)
+        run, chosen = dispatch.backward_arm(its, its_x, weight, lora_A, lora_B, u, adapters, dropout_p, impl, config)
         dx, da, db = run(its, its_x, weight, lora_A, lora_B, u, seed, adapters, scale, dropout_p, needs[:3], adapter_dtype, chosen)
         dx = dx if its is dy or dx is None else like_tokens(dx, dy)
     if need_dx and adapters.top_k > 1:  # a token's experts, in their order, in float32

@@ -176,10 +176,10 @@ def gate_result(device: torch.device, tokens: int = 21, F: int = 75, top_k: int 
         dots = (a.detach().to(factors.dtype) * da).sum(-1)
         z = (y.to(dtype).view(tokens, top_k, F) * factors[..., None]).sum(1).to(dtype)
         found.append([scaled, *torch.autograd.grad(a, leaf, its_da), dots, z])
-    halves, made = both.chunk(2, -1), torch.empty_like(both)
-    ours = [launch_gate.product("silu", *halves, weights), made]
-    ours += [launch_gate.gradients("silu", *halves, da, weights, made.chunk(2, -1))[2], launch_gate.weighted_sum(y, weights, y.dtype)]
-    used = max(budget_used(*each, terms=F) for each in zip(ours, *found, strict=True))
+    (gate, up), made = both.chunk(2, -1), torch.empty_like(both)
+    ours = [launch_gate.product("silu", gate, up, weights), made]
+    ours += [launch_gate.gradients("silu", gate, up, da, weights, made.chunk(2, -1))[2], launch_gate.weighted_sum(y, weights, y.dtype)]
+    used = max(budget_used(mine, theirs, exact, terms=F) for mine, theirs, exact in zip(ours, *found, strict=True))
     launched = launched_so_far() - before
     return Result("gates, and sums of experts", used <= 1.0 and launched == 3, used, f"uses {used:.2f} of its budget", launched)
 

@@ -203,6 +203,17 @@ def test_remove_lora_merges_all_or_none():
     assert not model.blocks[0].q_proj.merged
 
 
+def test_a_forward_that_accelerate_left_there_is_the_classs():
+    """As `remove_hook_from_module` leaves it."""
+    model = Net()
+    layer = model.blocks[1].q_proj
+    layer.forward = layer.forward
+    x = torch.randn(3, layer.in_features)
+    wanted = layer(x)
+    apply_lora(model, LoRAConfig(target_modules=["q_proj"]))
+    assert torch.equal(model.blocks[1].q_proj(x), wanted)
+
+
 def test_remove_lora_loses_no_hooks():
     model = Net()
     apply_lora(model, LoRAConfig(target_modules="all-linear"))
@@ -266,6 +277,11 @@ def with_hook(model):
     model.blocks[1].q_proj.register_forward_hook(lambda m, args, y: y)
 
 
+def with_forward(model):
+    own = model.blocks[1].q_proj
+    own.forward = lambda x: 10 * nn.functional.linear(x, own.weight)
+
+
 def with_subclass(model):
     model.blocks[1].q_proj = Quantised(12, 12)
 
@@ -304,6 +320,7 @@ def with_shared(model):
         (with_subclass, {}, TypeError, "blocks.1.q_proj: wanted an nn.Linear or .*, got Quantised; .* exclude_modules"),
         (with_adapters, {"target_modules": ["q_proj"]}, TypeError, r"got FusedLoRALinear; remove_lora\(model\) first"),
         (with_hook, {}, UnsupportedError, "blocks.1.q_proj: wanted a layer without hooks"),
+        (with_forward, {}, UnsupportedError, "blocks.1.q_proj: wanted a layer without hooks, or a forward of its own, which would be lost"),
         (
             None,
             {"target_modules": ["q_proj", "head"], "layers_to_transform": [1, 2], "layers_pattern": "blocks"},

@@ -25,6 +25,13 @@ def test_info():
     assert ("triton     yes" if ON_GPU else "triton     no: the tensors are on cpu") in out.stdout
 
 
+@pytest.mark.parametrize("value", ["", "0", "1", "true", "True", "yes", "Y", "on", "off", "false", "no", "2"])
+def test_the_interpreter_is_on_where_it_is_tritons(value, monkeypatch):
+    knobs = pytest.importorskip("triton.knobs")
+    monkeypatch.setenv("TRITON_INTERPRET", value)
+    assert dispatch.interpreting.__wrapped__() == knobs.getenv_bool("TRITON_INTERPRET", False)
+
+
 def test_check_of_a_few_cases(monkeypatch, capsys):
     """test_kernels.py runs them all."""
     every = parity.cases

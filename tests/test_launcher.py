@@ -6,7 +6,6 @@ In Triton's interpreter nothing is compiled, and only the numbers are held; test
 import contextlib
 import dataclasses
 import functools
-import pickle
 
 import pytest
 import torch
@@ -258,11 +257,3 @@ def test_float32_products_follow_torchs_switch():
     finally:
         torch.set_float32_matmul_precision(before)
     assert (layout.options["PRECISION"], other.options["PRECISION"]) == ("ieee", "tf32")
-
-
-def test_a_config_is_hashed_once_and_anew_in_another_process():
-    """Strings have other hashes there."""
-    hash(TILES)
-    copy = pickle.loads(pickle.dumps(TILES))
-    assert "_hash" in TILES.__dict__ and "_hash" not in copy.__dict__
-    assert copy == TILES and hash(copy) == hash(TILES) and {TILES: 1}[copy] == 1

@@ -196,6 +196,7 @@ def test_it_learns_what_full_rank_allows():
         ({"r": 513}, UnsupportedError, "r: wanted a rank from 1 to 512, got 513"),
         ({"r": 2.0}, TypeError, "r: wanted an int, got float"),
         ({"lora_dropout": 1.0}, ValueError, "lora_dropout: wanted a probability"),
+        ({"lora_dropout": "0.1"}, TypeError, "lora_dropout: wanted a number, got '0.1'"),
         ({"adapter_dtype": torch.float16}, TypeError, "adapter_dtype: wanted the base's dtype"),
     ],
 )

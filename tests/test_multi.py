@@ -204,8 +204,8 @@ def test_load_adapter_from_the_stacks_themselves():
         (0, (R, K), torch.ones(N, R, dtype=torch.int32), None, TypeError, "B: wanted float16, .* or float64, got torch.int32"),
         (0, (R, K), torch.ones(N, R).to_sparse(), None, UnsupportedError, "B: wanted a dense tensor"),
         (0, (R, K), torch.ones(N, R, device="meta"), None, NotImplementedError, "meta"),
-        (0, (R, K), (N, R), "2", TypeError, "scale: wanted a float or None, got str"),
-        (0, (R, K), (N, R), True, TypeError, "scale: wanted a float or None, got bool"),
+        (0, (R, K), (N, R), "2", TypeError, "scale: wanted a float or None, got '2'"),
+        (0, (R, K), (N, R), True, TypeError, "scale: wanted a float or None, got True"),
         (0, (R, K), (N, R), math.inf, ValueError, "scale: wanted a finite number, got inf"),
     ],
 )

@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 import torch.distributed as dist
-from accelerate.hooks import ModelHook, add_hook_to_module
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners import lora
@@ -80,6 +80,15 @@ def test_hooks_are_not_passed_by(where, kind, calls):
     seen.clear()
     results(fused, X)
     assert seen, "the hook of the fused layer itself ran"
+
+
+def test_a_base_that_accelerate_took_its_hook_from_has_none(calls):
+    """It leaves the class's own forward on the instance."""
+    _, fused, _ = pair()
+    base = layers(fused)[0].base_layer
+    add_hook_to_module(base, Watch([]))
+    remove_hook_from_module(base)
+    assert "forward" in base.__dict__ and not fuse(fused).beside
 
 
 class Watch(ModelHook):

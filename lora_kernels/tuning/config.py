@@ -72,17 +72,6 @@ class Config:
     expand: Expand = field(default_factory=Expand)
     wgrad: Wgrad = field(default_factory=Wgrad)
 
-    def __hash__(self) -> int:
-        return self._hash
-
-    @functools.cached_property
-    def _hash(self) -> int:
-        """Once: some thirty fields, asked for at every launch."""
-        return hash((self.shrink, self.expand, self.wgrad))
-
-    def __getstate__(self) -> dict:  # another process hashes strings otherwise
-        return {name: value for name, value in self.__dict__.items() if name != "_hash"}
-
     def key(self) -> str:
         """A string from which `from_key` makes the same value."""
         return _key(self)

@@ -13,7 +13,7 @@ from dataclasses import replace
 from ..problem import Problem
 from .arch import Arch
 from .config import Config, Expand, Shrink, Wgrad, rank_block
-from .validity import closes, why_not
+from .validity import closes, memory
 
 # Stages where W is streamed once by narrow tiles: seven of 4 KiB on their way are 28 KiB a program. What a multiprocessor's share of the
 # memory's bandwidth takes is 18 to 23 KiB on an H100 (3 TB/s, 132 of them, 0.8 to 1 us), and there may be one program on it.
@@ -31,12 +31,12 @@ MERGE = Config(expand=Expand(block_m=32, block_n=128, base="library", num_warps=
 def heuristic(problem: Problem, arch: Arch) -> Config:
     """Always answers, and always with a valid configuration: what does not fit is narrowed until it does."""
     config = Config(_shrink(problem, arch), _expand(problem, arch), _wgrad(problem, arch))
-    while (sentence := why_not(config, problem, arch)) is not None:
-        part = sentence.split()[0].split(".")[0]
-        narrower = _narrower(getattr(config, part, None), keep_rows=bool(problem.adapters) and part != "wgrad")
-        if narrower is None:
+    while (name := next((name for name, need in memory(config, problem, arch) if need > arch.shared_memory), None)) is not None:
+        part = getattr(config, name)
+        narrower = _narrower(part, keep_rows=bool(problem.adapters) and name != "wgrad")
+        if narrower == part:
             return config
-        config = replace(config, **{part: narrower})
+        config = replace(config, **{name: narrower})
     return config
 
 
@@ -189,15 +189,10 @@ def _tma(problem: Problem, arch: Arch) -> bool:
 
 
 def _narrower(part, keep_rows: bool):
-    """One step down in shared memory: fewer stages first, then smaller tiles; None where there is no step left.
-
-    keep_rows: ``block_m`` is a plan's, and stays.
-    """
-    if part is None:
-        return None
+    """One step down in shared memory, if there is one: fewer stages, then smaller tiles. keep_rows: ``block_m`` is a plan's, and stays."""
     if part.num_stages > 2:
         return replace(part, num_stages=part.num_stages - 1)
     for axis in ("block_k", "block_n", "block_m", "block_j"):
         if getattr(part, axis, 0) > 16 and not (keep_rows and axis == "block_m"):
             return replace(part, **{axis: getattr(part, axis) // 2})
-    return replace(part, num_stages=1) if part.num_stages > 1 else None
+    return replace(part, num_stages=1)

@@ -187,16 +187,21 @@ def each_ranks(e: Expand, rank: int, itemsize: int) -> int:
     return rank_block(rank) if rank_block(rank) <= most else most // 2
 
 
-def _memory(config: Config, problem: Problem, arch: Arch) -> str | None:
+def memory(config: Config, problem: Problem, arch: Arch) -> list[tuple[str, int]]:
+    """A lower bound of each kernel's shared memory in bytes."""
     s, w = config.shrink, config.wgrad
     rank = rank_block(problem.R)
     s_tiles = _tiles_in_flight(s.num_stages, s.block_m, s.num_warps, problem, arch)
     w_tiles = _tiles_in_flight(w.num_stages, w.block_j, w.num_warps, problem, arch)
-    for name, need in (
+    return [
         ("expand", expand_shared_memory(config.expand, problem, arch)),
         ("shrink", s_tiles * s.block_m * s.block_k * problem.itemsize + _a_in_flight(s, rank, problem, arch)),
         ("wgrad", w_tiles * (w.block_j + rank) * w.block_m * problem.itemsize),
-    ):
+    ]
+
+
+def _memory(config: Config, problem: Problem, arch: Arch) -> str | None:
+    for name, need in memory(config, problem, arch):
         if need > arch.shared_memory:
             return f"{name} needs at least {need} bytes of shared memory for its tiles, {arch.name} has {arch.shared_memory}"
     return None
