@@ -1,4 +1,5 @@
-"""Section ``model``: whole decoder layers of a Llama with LoRA on every linear, a training step and a step of generation.
+"""Section ``model``: whole decoder layers of a Llama with LoRA on every linear, a training step and a step of generation; and of a
+Qwen3-MoE with LoRA on its attention and its stacks of experts, a training step.
 
 linear   the frozen model: the floor; training, its step has a gradient for the first layer's input alone
 peft     PEFT's model, its adapters in the base's dtype; generation: a batch by ``adapter_names``
@@ -35,6 +36,13 @@ SHAPES = {
     "1B": (2048, 8192, 32, 8, 16),
     "tiny": (32, 48, 4, 2, 2),
 }  # hidden, MLP, heads, of k and v, layers
+MIXTURES = {
+    "30B-A3B": (2048, 768, 32, 4, 48, 128, 8),
+    "1B-A400M": (1024, 512, 16, 8, 24, 32, 8),
+    "tiny mixture": (32, 16, 4, 2, 2, 6, 2),
+}  # and experts, of which a token has so many; the second are the sizes of Granite 3.1, in Qwen3's layers
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+STACKS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 LENGTH = 2048  # tokens a sequence in training, at most
 NEEDS = ("peft", "transformers")
 ARMS = ("linear", "peft", "fused", "shared", "gates", "slots")
@@ -68,16 +76,17 @@ class ModelPoint(Point):
 def grid(cuda: bool, quick: bool) -> list[ModelPoint]:
     """Training with dropout and without, then generation with one adapter and with one for each sequence."""
     dtype = torch.bfloat16 if cuda and not quick else torch.float32
-    shapes, built, tokens, few = (("8B", "1B"), 4, 8192, 16) if cuda else (("1B",), 1, 512, 8)
+    shapes, built, tokens, few, mixture = (("8B", "1B"), 4, 8192, 16, "30B-A3B") if cuda else (("1B",), 1, 512, 8, "1B-A400M")
     if quick:
-        shapes, built, tokens, few = ("tiny",), 1, 16, 3
+        shapes, built, tokens, few, mixture = ("tiny",), 1, 16, 3, "tiny mixture"
 
     def point(grid: str, shape: str, M: int, p: float, adapters: int) -> ModelPoint:
-        hidden, mlp, *_, layers = SHAPES[shape]
+        hidden, mlp, _, _, layers, *_ = SHAPES.get(shape) or MIXTURES[shape]
         return ModelPoint(grid, f"{shape}, {built} of {layers} layers", M, hidden, mlp, 16, p, dtype, shape, built, adapters)
 
     return [
         *(point("train", shape, tokens, p, 1) for shape in shapes for p in (0.0, 0.1)),
+        point("train", mixture, tokens, 0.0, 1),
         *(point("decode", shape, few, 0.0, adapters) for shape in shapes for adapters in (few, 1)),
     ]
 
@@ -143,21 +152,20 @@ def build(point: ModelPoint, device: torch.device, dtype: torch.dtype) -> Arms:
     """The arms, on the same frozen weights and adapters, in training mode but for generation."""
     from peft import LoraConfig, get_peft_model
     from peft.tuners.lora import Linear
-    from transformers import LlamaConfig, LlamaModel
 
     from .llama import fused
 
-    hidden, mlp, heads, kv_heads, _ = SHAPES[point.shape]
-    sizes = dict(hidden_size=hidden, intermediate_size=mlp, num_attention_heads=heads, num_key_value_heads=kv_heads)
     torch.manual_seed(0)
+    targets = dict(target_modules=ATTENTION, target_parameters=STACKS) if point.shape in MIXTURES else dict(target_modules="all-linear")
     with torch.device(device):
-        base = LlamaModel(LlamaConfig(**sizes, num_hidden_layers=point.built, vocab_size=8, use_cache=False))
-        base = base.to(point.dtype).to(dtype).requires_grad_(False)
+        base = _base(point).to(point.dtype).to(dtype).requires_grad_(False)
+        if dtype is torch.float64:
+            base.config._experts_implementation = "eager"  # torch's grouped products take no float64
 
         def again() -> nn.Module:  # the same weights, not copies of them
             return copy.deepcopy(base, {id(p): p for p in base.parameters()})
 
-        config = LoraConfig(r=point.r, lora_alpha=2 * point.r, lora_dropout=point.p, target_modules="all-linear", init_lora_weights=False)
+        config = LoraConfig(r=point.r, lora_alpha=2 * point.r, lora_dropout=point.p, init_lora_weights=False, **targets)
         peft = get_peft_model(again(), config, adapter_name="adapter0", autocast_adapter_dtype=False)
         for i in range(1, point.adapters):
             peft.add_adapter(f"adapter{i}", config, autocast_adapter_dtype=False)
@@ -165,6 +173,10 @@ def build(point: ModelPoint, device: torch.device, dtype: torch.dtype) -> Arms:
             if "lora_" in name:
                 parameter.data = parameter.data.to(point.dtype).to(dtype)
     alone = fused(peft, shared=peft.parameters())
+    if point.shape in MIXTURES:
+        if device.type == "cpu":  # transformers' quicker way there; of PEFT's model grouped products, which it takes by default, are
+            base.config._experts_implementation = "eager"
+        return {name: partial(_hidden, model.train()) for name, model in dict(linear=base, peft=peft, fused=alone).items()}
     if not point.forward_alone:
         together, gates = (fused(peft, shared=peft.parameters()) for _ in range(2))
         for model in (together, gates):
@@ -188,6 +200,19 @@ def build(point: ModelPoint, device: torch.device, dtype: torch.dtype) -> Arms:
         "fused": partial(_hidden, alone, adapter_names=names),
         "slots": partial(_served, slots, ids, torch.tensor(ids, device=device), point.adapters),
     }
+
+
+def _base(point: ModelPoint) -> nn.Module:
+    """Its layers, of random weights."""
+    from transformers import LlamaConfig, LlamaModel, Qwen3MoeConfig, Qwen3MoeModel
+
+    hidden, mlp, heads, kv_heads, _, *mixture = SHAPES.get(point.shape) or MIXTURES[point.shape]
+    sizes = dict(hidden_size=hidden, num_attention_heads=heads, num_key_value_heads=kv_heads, num_hidden_layers=point.built)
+    sizes |= dict(vocab_size=8, use_cache=False)
+    if not mixture:
+        return LlamaModel(LlamaConfig(**sizes, intermediate_size=mlp))
+    experts = dict(moe_intermediate_size=mlp, num_experts=mixture[0], num_experts_per_tok=mixture[1], head_dim=hidden // heads)
+    return Qwen3MoeModel(Qwen3MoeConfig(**sizes, **experts))
 
 
 def _hidden(model: nn.Module, x: torch.Tensor, **how) -> torch.Tensor:

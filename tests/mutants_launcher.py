@@ -39,7 +39,6 @@ LAUNCHED = [
     Mutant("dispatch: any impl", DISPATCH, CALL, CALL.replace("impl, ", "")),
     Mutant("dispatch: any config", DISPATCH, CALL, CALL.replace("key, ", "")),
     Mutant("dispatch: described each time", DISPATCH, "_found[call] = found", "pass", note=SPEED),
-    Mutant("config: another process's hash", CONFIG, 'if name != "_hash"}', "if True}"),
 ]  # fmt: skip
 
 KEPT_FORWARD = "among(kept, save_u, precision(x.dtype), matrix(base), matrix(u))"

@@ -53,7 +53,11 @@ SELECTIONS = {  # a mutant's tests: their files, and which of them run first
     "launcher": (["test_launcher.py"], "test"),
     "made": (["test_weight_made.py", "test_dequantize.py"], "not compiled"),
     "dora": (["test_dora.py", "test_peft_bias.py", "test_peft_qdora.py"], "not compile"),
-    "gated": (["test_gated.py", "test_gate_match.py", "test_gate_kernels.py", "test_peft_gated.py"], "four_bits or not test_peft_gated.py"),
+    "gated": (
+        ["test_gated.py", "test_gate_match.py", "test_gate_packed.py", "test_gate_kernels.py", "test_peft_gated.py"],
+        "four_bits or not test_peft_gated.py",
+    ),
+    "mixtures": (["test_experts_node.py", "test_experts_layer.py", "test_peft_experts.py"], "not (compiled or every_class or with_its)"),
     "elementwise": (["test_dora_columns.py", "test_gate_kernels.py"], "test_values or each_gradient"),
     "columns": (["test_dora_columns.py"], "test"),
     "tuning": (["test_tuning.py"], "tiles_fill or float32_products or descriptor or for_each_token"),

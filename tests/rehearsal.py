@@ -167,6 +167,7 @@ def narrow() -> None:
             setattr(module, name, lambda *args, own=own, **kwargs: [smaller(point) for point in own(*args, **kwargs)])
     multi_check.Checker.wrong = modules.check = lambda *args, **kwargs: None  # nothing is computed that could be right
     model.SHAPES.update({"8B": (128, 448, 4, 2, 32), "1B": (64, 256, 4, 2, 16)})  # of `slots`, too
+    model.MIXTURES["30B-A3B"] = (128, 48, 4, 2, 48, 8, 2)
     model.wrong = lambda *args: {}
     whole = model.grid
     model.grid = lambda *args: [replace(point, M=min(point.M, 64)) for point in whole(*args)]

@@ -12,7 +12,7 @@ from bench.session import Session
 from lora_kernels import MultiLoRALinear
 
 CPU = torch.device("cpu")
-TRAIN, DECODE = model.grid(False, True)[1], model.grid(False, True)[2]
+_, TRAIN, MIXTURE, DECODE, _ = model.grid(False, True)
 pytestmark = pytest.mark.usefixtures("as_on_a_users_cpu")
 
 
@@ -31,6 +31,8 @@ def test_rows_and_tables(tmp_path, capsys):
         assert row["ms"]["p50"] > 0 and row["rounds"] >= 3 and row["over_linear"] > 0 and row["error"] is None
         assert (row["saved_bytes"] is not None) == (row["what"] == "both")
     assert {row["adapters"] for row in rows if row["grid"] == "decode"} == {1, 3}
+    kept = {row["arm"]: row["saved_bytes"] for row in rows if row["what"] == "both" and "mixture" in row["layer"]}
+    assert kept.keys() == {"linear", "peft", "fused"} and kept["fused"] < kept["peft"]
     kept = {row["arm"]: row["saved_bytes"] for row in rows if row["what"] == "both" and row["p"]}
     assert kept["linear"] < kept["fused"] == kept["shared"] < kept["peft"] and kept["gates"] < kept["fused"]
     whole, brief = (report.render("model", rows, short) for short in (False, True))
@@ -55,7 +57,7 @@ def test_arms_share_weights_and_are_what_they_say():
     assert model.build(TRAIN, CPU, torch.float64)["shared"].args[0].training
 
 
-@pytest.mark.parametrize("point, arm", [(TRAIN, "fused"), (DECODE, "slots")], ids=["train", "decode"])
+@pytest.mark.parametrize("point, arm", [(TRAIN, "fused"), (MIXTURE, "fused"), (DECODE, "slots")], ids=["train", "mixture", "decode"])
 def test_an_arm_that_is_wrong_is_not_timed(point, arm, tmp_path, monkeypatch):
     """1 % off in one layer of the arm."""
     own = model.build
@@ -64,7 +66,7 @@ def test_an_arm_that_is_wrong_is_not_timed(point, arm, tmp_path, monkeypatch):
         arms = own(at, device, dtype)
         below = arms[arm].args[0]
         below = below.base_model.model if isinstance(below, PeftModel) else below
-        below.layers[0].mlp.down_proj.register_forward_hook(lambda module, args, y: y * 1.01)
+        below.layers[0].mlp.register_forward_hook(lambda module, args, y: y * 1.01)
         return arms
 
     monkeypatch.setattr(model, "build", slipped)
@@ -82,7 +84,8 @@ def test_without_peft_it_is_left_out(tmp_path, monkeypatch):
 
 def test_workloads():
     found = model.grid(cuda=True, quick=False)
-    assert {(point.shape, point.grid) for point in found} == {(shape, grid) for shape in ("8B", "1B") for grid in ("train", "decode")}
+    dense = {(shape, grid) for shape in ("8B", "1B") for grid in ("train", "decode")}
+    assert {(point.shape, point.grid) for point in found} == {*dense, ("30B-A3B", "train")}
     training = [point for point in found if point.grid == "train"]
     assert {point.p for point in training} == {0.0, 0.1} and all(point.sequences == 4 for point in training)
     assert {point.adapters for point in found if point.grid == "decode"} == {16, 1}

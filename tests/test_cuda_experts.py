@@ -4,10 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from experts_models import INDEX, WEIGHTS, X, adapted, results, truth
+from test_experts_node import Swish, alone
 
 from bench.timing import Step, graphed
 from lora_kernels import Segments, explain, lora_linear, parity
-from lora_kernels.parity import Case, run_case
+from lora_kernels.parity import Case, budget_used, run_case
 
 pytestmark = pytest.mark.cuda
 CUDA = torch.device("cuda")
@@ -106,3 +108,19 @@ def test_the_kernels_are_taken_by_themselves():
     args, index = routed()
     choice = explain(*args, segments=Segments.from_top_k(index, 24))
     assert choice.arm == "triton" and choice.config.expand.tma is False, choice
+
+
+@pytest.mark.parametrize("kind", [Swish, lambda: Swish(True, True)], ids=["gated", "biases"])
+def test_the_second_half_of_experts_as_one_node(kind, stacks, launched):
+    """What is beside the products by kernels, too, within the budget of the same experts by single operators."""
+    layer = adapted(kind, torch.bfloat16)
+    x, weights = X.bfloat16(), WEIGHTS
+    exact = truth(layer, x, INDEX, weights)
+    operands, ours = [t.to(CUDA) for t in (x, INDEX, weights)], {}
+    names = launched(lambda: ours.update(results(layer.to(CUDA), *operands)))
+    assert [how for how, _ in stacks] == ["alone", "node"]
+    beside = [name for name in names if name.startswith(("gate", "weighted"))]
+    assert beside == ["gate_product", "weighted_rows", "gate_product", "gate_gradients"]
+    theirs = results(alone(layer), *operands)
+    for name, wanted in exact.items():
+        assert budget_used(ours[name].cpu(), theirs[name].cpu(), wanted) <= 1, name

@@ -351,6 +351,7 @@ def test_calls_refused():
     assert seen == [1]
 
 
+@pytest.mark.interpreted
 def test_the_kernels_serve_it(monkeypatch, launched):
     """The same layer by the kernels: y and every gradient."""
     layer = adapted(lambda: Experts(True, True), lora_dropout=0.2)

@@ -103,6 +103,7 @@ def test_sixteen_bits(kind, of):
         assert budget_used(ours[name], theirs[name], wanted) <= 1, name
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("p", [0.0, 0.2])
 @pytest.mark.parametrize("kind", [Swish, lambda: Swish(True, True), NotGated], ids=["gated", "biases", "not gated"])
 def test_by_the_kernels(kind, p, launched, by_kernels, stacks):

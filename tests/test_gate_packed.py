@@ -132,6 +132,7 @@ def test_bytes_kept(p):
     assert kept[1] == 8 * (M * K + 2 * M * WIDTH + 2 * M * R) + mask_bytes(p, M, K) + mask_bytes(p, M, WIDTH)
 
 
+@pytest.mark.interpreted
 def test_by_the_kernels(monkeypatch, launched, nodes):
     model = adapted(dtype=torch.float32, p=0.3)
     plain = step(model)

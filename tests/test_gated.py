@@ -320,6 +320,7 @@ def test_twice_and_written():
     assert torch.equal(x.grad, first), "nothing that was kept is written to"
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("kernel", ["silu", "gelu_tanh"])
 def test_by_the_kernels(kernel, p, monkeypatch, launched, nodes):
