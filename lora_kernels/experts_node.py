@@ -72,7 +72,7 @@ class ExpertsFunction(torch.autograd.Function):
         adapters = Adapters.from_flat(scales, ranks, plan, geometry)
         need_h, need_weights, need_A, need_B = ctx.needs_input_grad[:4]
         with torch.autocast(h.device.type, dtype=ctx.autocast, enabled=ctx.autocast is not None):
-            x, gradients = gate.again((h,), need_A, weights)
+            x, gradients = gate.again((h,), need_A, weights.contiguous())
         with without_autocast(h.device):
             x = x.to(stack.dtype) if need_A else None
             u = (u * weights.reshape(-1, 1)).to(u.dtype) if need_B else None
@@ -89,10 +89,10 @@ class ExpertsFunction(torch.autograd.Function):
 
 def weighted_sum(y: torch.Tensor, weights: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Each token's rows of y ``[T k, N]`` or ``[T, k, N]``, times its weights ``[T, k]``, added in their order: ``[T, N]`` of ``dtype``."""
-    if on_a_gpu(y) and not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() and on_a_gpu(y) and not ops.watched() and ops.plain(y, weights) and y.numel():
         from . import launch_gate
 
-        return launch_gate.weighted_sum(y, weights.contiguous(), dtype)
+        return launch_gate.weighted_sum(y.contiguous(), weights.contiguous(), dtype)
     return (y.reshape(*weights.shape, y.shape[-1]) * weights[..., None]).sum(1).to(dtype)
 
 

@@ -10,6 +10,7 @@ import torch
 from experts_models import INDEX, KINDS, TOP, WEIGHTS, E, Experts, I, K, NotGated, T, X, adapted, results, truth
 from test_memory import Kept, mask_bytes
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from lora_kernels import UnsupportedError, dispatch, experts, experts_node
 from lora_kernels.parity import budget_used
@@ -122,6 +123,23 @@ def test_by_the_kernels(kind, p, launched, by_kernels, stacks):
     assert found.keys() == wanted.keys() and len(found) == 7
     for name, value in found.items():
         torch.testing.assert_close(value, wanted[name], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.interpreted
+def test_by_the_kernels_without_a_graph(launched, by_kernels):
+    """The weighted sum alone; not of tensors that a mode sees, and not of none."""
+    layer = adapted(Swish)
+    weights = WEIGHTS.t().contiguous().t()
+    found = []
+    with torch.no_grad():
+        wanted = alone(layer)(X, INDEX, WEIGHTS)
+        names = launched(lambda: found.append(layer(X, INDEX, weights)))
+        assert names.count("weighted_rows") == 1 and not any(name.startswith("gate") for name in names)
+        torch.testing.assert_close(found[0], wanted, rtol=1e-4, atol=1e-4)
+        assert launched(lambda: layer(X[:0], INDEX[:0], WEIGHTS[:0])) == []
+        with FlopCounterMode(display=False):
+            assert "weighted_rows" not in launched(lambda: layer(X, INDEX, weights))
+    torch.testing.assert_close(results(layer, weights=weights)["dweights"], results(layer)["dweights"])
 
 
 def test_weights_of_zero():
