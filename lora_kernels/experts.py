@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from .experts_node import Stack, second_half, weighted_sum
-from .gates import Gate, kernel_of
+from .gates import Gate
 from .nn import hooked, hooks_of_all
 from .problem import FLOATS, PLAIN, UnsupportedError
 from .segments import Segments
@@ -99,12 +99,11 @@ def forward(
     first, last = (_stack(experts, name, adapters.get(name, ())) for name in projections(experts))
     plan = Segments.from_top_k(top_k_index, experts.num_experts)
     h = first.product(x, plan).reshape(top_k_index.numel(), first.weight.shape[1])
-    gate, plan = _gate(experts, h), plan.each()
+    between, plan = experts._apply_gate if experts.has_gate else experts.act_fn, plan.each()
     normed = getattr(experts, "has_post_expert_norm", False)
-    z = None if normed or _of_its_own(experts) else second_half(h, top_k_weights, gate, last, plan, x.dtype)
-    if z is not None:
-        return z
-    y = last.product(gate.function(h), plan)
+    if not normed and not _seen_within(experts):
+        return second_half(h, top_k_weights, _gate(between, experts, h), last, plan, x.dtype)
+    y = last.product(between(h), plan)
     return weighted_sum(experts.post_expert_norm(y) if normed else y, top_k_weights, x.dtype)
 
 
@@ -120,19 +119,18 @@ def _stack(experts: Any, name: str, adapters: Sequence[Factors]) -> Stack:
     return Stack(weight, bias, A, B, scale, p, training, None)
 
 
-def _gate(experts: Any, h: torch.Tensor) -> Gate:
-    """What is between the stacks; the kernels know transformers' own ``act(gate) * up`` of one tensor."""
-    if not experts.has_gate:
-        return Gate(experts.act_fn)
-    own = getattr(experts._apply_gate, "__func__", None)
+def _gate(between: Any, experts: Any, h: torch.Tensor) -> Gate:
+    """What is between the stacks; of transformers' own, ``act(gate) * up`` of one tensor, the activation is held, and may have a kernel."""
+    own = getattr(between, "__func__", None)
     theirs = (getattr(own, "__module__", ""), getattr(own, "__name__", "")) == ("transformers.integrations.moe", "_default_apply_gate")
-    return Gate(experts._apply_gate, kernel_of(experts.act_fn, h) if theirs else "")
+    return Gate.of(experts.act_fn, h) if theirs else Gate(between)
 
 
-def _of_its_own(experts: nn.Module) -> bool:
-    """Whether what is between the stacks is more than a function of its argument: it has hooks, or is trained."""
-    within = list(experts.children())
-    return hooks_of_all() or any(map(hooked, within)) or any(p.requires_grad for module in within for p in module.parameters())
+def _seen_within(experts: nn.Module) -> bool:
+    """Whether what is between the stacks has hooks, or tensors of its own, which may be others by the backward pass."""
+    stacks = {id(getattr(experts, each, None)) for name in projections(experts) for each in (name, f"{name}_bias")}
+    within = list(experts.modules())[1:]
+    return hooks_of_all() or any(map(hooked, within)) or any(id(t) not in stacks for t in (*experts.parameters(), *experts.buffers()))
 
 
 def together(adapters: Sequence[Factors]) -> Factors:

@@ -21,7 +21,7 @@ from .autograd import carried, lora_linear, prepare, recorded, refused_twice
 from .chain import grad_mm
 from .dispatch import without_autocast
 from .gates import Gate, on_a_gpu
-from .problem import UnsupportedError, autocasts
+from .problem import autocasts
 from .segments import Adapters, Segments
 
 
@@ -47,15 +47,15 @@ class Stack(NamedTuple):
 
 
 class ExpertsFunction(torch.autograd.Function):
-    """``z [T, N]``, of ``dtype``, of h ``[T k, F]``, with gradients for h, weights ``[T, k]``, lora_A and lora_B."""
+    """``z [T, N]``, of ``dtype``, of h ``[T k, F]``, with gradients for h, weights ``[T, k]``, lora_A and lora_B.
+
+    a: What the gate makes of h, where that is known.
+    """
 
     @staticmethod
-    def forward(ctx, h, weights, lora_A, lora_B, gate: Gate, stack, bias, seed, scale, p, dtype, geometry, scales, ranks, *plan):
+    def forward(ctx, h, weights, lora_A, lora_B, gate: Gate, a, stack, bias, seed, scale, p, dtype, geometry, scales, ranks, *plan):
         adapters = Adapters.from_flat(scales, ranks, plan, geometry)
-        need_B, before = ctx.needs_input_grad[3], h._version
-        a = gate(h)
-        if h._version != before:
-            raise UnsupportedError("gate: wanted one that leaves its argument as it is, got one that writes to it")
+        need_B, a = ctx.needs_input_grad[3], gate(h) if a is None else a
         ctx.autocast = torch.get_autocast_dtype(h.device.type) if autocasts(h.device) else None
         with without_autocast(h.device):
             y, u = ops.forward(a.to(stack.dtype), stack, lora_A, lora_B, bias, seed, adapters, scale, p, need_B, "auto", "")
@@ -84,7 +84,7 @@ class ExpertsFunction(torch.autograd.Function):
             if need_h or need_weights:
                 (dh,), dots = gradients(da)
                 dweights = _with_bias(dots, dz, bias, adapters.segments.ids).to(weights.dtype).view(weights.shape)
-        return dh, dweights, dA if need_A else None, dB if need_B else None, *(None,) * (10 + len(plan))
+        return dh, dweights, dA if need_A else None, dB if need_B else None, *(None,) * (11 + len(plan))
 
 
 def weighted_sum(y: torch.Tensor, weights: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -105,13 +105,19 @@ def _with_bias(dots: torch.Tensor, dz: torch.Tensor, bias: torch.Tensor | None, 
     return dots + torch.where(ids < 0, 0, of_all.gather(1, ids.clamp(min=0))).reshape(-1)
 
 
-def second_half(h, weights: torch.Tensor, gate: Gate, stack: Stack, plan: Segments, dtype: torch.dtype) -> torch.Tensor | None:
-    """``z [T, N]`` of ``dtype``, or None where nothing is kept, or somebody looks on who is to see single operators."""
+def second_half(h, weights: torch.Tensor, gate: Gate, stack: Stack, plan: Segments, dtype: torch.dtype) -> torch.Tensor:
+    """``z [T, N]`` of ``dtype``, as one node where that keeps less and is the same."""
+    if not _as_one(h, weights, stack):
+        return weighted_sum(stack.product(gate.function(h), plan), weights, dtype)
+    a = None
+    if not gate.kernel:
+        before = h._version, _drawn(h.device)
+        with torch.autograd.graph.saved_tensors_hooks(_same, _same):  # nobody is to pack what is let go at once
+            a = gate.function(h)
+        if (h._version, _drawn(h.device)) != before or not _of_h_alone(a, h):
+            return weighted_sum(stack.product(a, plan), weights, dtype)
+        a = a.detach()
     weight, bias, A, B, scale, p, training, ranks = stack
-    others = [t for t in (weights, weight, A, B, bias) if t is not None]
-    trained = any(t.requires_grad for t in (h, weights, A, B))
-    if not recorded(trained) or ops.watched() or not ops.plain(h, *others) or not h.numel() or not weight.numel():
-        return None
     like = h.new_empty((), dtype=weight.dtype).expand(h.shape[0], weight.shape[2])  # what the gate makes looks so
     with without_autocast(h.device):
         prepare(like, weight, A, B, bias, None, scale, p, None, plan, ranks, None, "auto")
@@ -119,4 +125,38 @@ def second_half(h, weights: torch.Tensor, gate: Gate, stack: Stack, plan: Segmen
     p = float(p) if training else 0.0
     seed = ops.mask(reference.as_seed(None, h.device), like, adapters, p, "auto", "") if p else None
     scales, _, flat, geometry = adapters.flat()
-    return ExpertsFunction.apply(h, weights, A, B, gate, weight, bias, seed, float(factor), p, dtype, geometry, scales, ranks, *flat)
+    return ExpertsFunction.apply(h, weights, A, B, gate, a, weight, bias, seed, float(factor), p, dtype, geometry, scales, ranks, *flat)
+
+
+def _same(t: torch.Tensor) -> torch.Tensor:
+    return t
+
+
+def _as_one(h: torch.Tensor, weights: torch.Tensor, stack: Stack) -> bool:
+    """Whether the node keeps less: not of an h without a gradient. Not in float16, whose range is not that of dz without the weights."""
+    others = [t for t in (weights, stack.weight, stack.lora_A, stack.lora_B, stack.bias) if t is not None]
+    if not h.requires_grad or not recorded(True) or ops.watched() or not ops.plain(h, *others):
+        return False
+    return stack.weight.dtype is not torch.float16 and h.numel() > 0 and stack.weight.numel() > 0
+
+
+def _drawn(device: torch.device):
+    """What changes where random numbers are drawn: what draws would be made again of others."""
+    if device.type == "cpu":
+        return torch.default_generator.get_state().numpy().tobytes()
+    return None if torch.cuda.is_current_stream_capturing() else torch.cuda.default_generators[device.index].get_offset()
+
+
+def _of_h_alone(a: torch.Tensor, h: torch.Tensor) -> bool:
+    """Whether gradients of a go to h, and to nothing besides."""
+    end, seen = torch.autograd.graph.get_gradient_edge(h).node, set()
+    ahead = [a.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node is not end and hasattr(node, "variable"):
+            return False
+        ahead += () if node is end else (following for following, _ in node.next_functions)
+    return end in seen

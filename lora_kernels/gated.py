@@ -22,7 +22,7 @@ from torch import nn
 
 from . import ops
 from .autograd import recorded, refused_twice
-from .gates import Gate, elementwise, halves, kernel_of
+from .gates import Gate, elementwise, halves, product
 from .nn import hooked, hooks_of_all, sharding
 from .problem import PLAIN, UnsupportedError
 from .projections import Layer, Projection, apart, fitting, made_of, seen
@@ -70,19 +70,13 @@ def gated(down: Any, act: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
     """
     own = _projection(down, act, inputs)
     if own is None:
-        return down(_product(act, *inputs))
+        return down(product(act, *inputs))
     up = _up(inputs)
     like, one, _ = fitting(up, own, None, "auto")  # up is what the product looks like
     layer, tensors = apart(like, one, True)  # draws the seed
     tensors[4] = ops.mask(tensors[4], up, layer.adapters, layer.p, "auto", "")
-    gate = Gate(functools.partial(_product, act.forward), kernel_of(act, up))
-    y = GatedFunction.apply(gate, like.dtype, layer, *tensors, *inputs)
+    y = GatedFunction.apply(Gate.of(act, up), like.dtype, layer, *tensors, *inputs)
     return y.to(up.dtype) if layer.make is not None else y
-
-
-def _product(act: Callable, *inputs: torch.Tensor) -> torch.Tensor:
-    gate, up = halves(inputs)
-    return act(gate) * up
 
 
 def _up(inputs: tuple) -> torch.Tensor:
@@ -185,8 +179,8 @@ def gate_of(forward: Any) -> Names | None:
                 return name, argument
         return "", e
 
-    down, product = called(result)
-    match product:
+    down, multiplied = called(result)
+    match multiplied:
         case ast.BinOp(left, ast.Mult(), right):
             pass
         case _:
@@ -199,7 +193,9 @@ def gate_of(forward: Any) -> Names | None:
         gate, of_gate = called(inner.of)
         parts, of = [gate, act, down], [of_gate]
     else:
-        if not up or (inner.lineno, inner.col_offset) > (right.lineno, right.col_offset):  # masks are drawn in the order of the calls
+        if (
+            not up or isinstance(inner, Half) or (inner.lineno, inner.col_offset) > (right.lineno, right.col_offset)
+        ):  # masks are drawn in the order of the calls
             return None
         parts, of = [gate, act, up, down], [of_gate, of_up]
     if not all(parts) or len(set(parts)) < len(parts) or not all(isinstance(e, ast.Name) and e.id == x for e in of):
@@ -236,9 +232,7 @@ def _result(body: list[ast.stmt], arguments: set[str]) -> ast.expr | None:
                 new = {name: Meant().visit(value)}
             case ast.Assign([ast.Tuple([ast.Name(first), ast.Name(second)])], value):
                 match Meant().visit(value):
-                    case ast.Call(
-                        ast.Attribute(of, "chunk"), [ast.Constant(2)], [ast.keyword("dim", ast.UnaryOp(ast.USub(), ast.Constant(1)))]
-                    ):
+                    case ast.Call(ast.Attribute(of)) as call if ast.unparse(call).endswith((".chunk(2, dim=-1)", ".chunk(2, -1)")):
                         new = {first: Half(of, 0), second: Half(of, 1)}
                     case _:
                         return None
@@ -258,7 +252,8 @@ def recompute_gates(model: nn.Module, enable: bool = True) -> list[str]:
         enable: False gives every MLP its own class and forward pass again.
     Returns:
         The names of the MLPs: those whose forward pass is, by its source, ``down(act(gate(x)) * up(x))``, as in Llama, Mistral, Qwen and
-        Gemma, whose down projection has an adapter, and whose activation is one of `ACTIVATIONS`.
+        Gemma, or the same of gate and up that are halves of one layer's y, as in Phi-3 and GLM, whose down projection has an adapter, and
+        whose activation is one of `gates.ACTIVATIONS`.
     Raises:
         UnsupportedError: an MLP that is to have its own class again has got another since (fully_shard), or accelerate's hooks.
 

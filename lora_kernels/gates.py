@@ -5,6 +5,7 @@ A gate is any function of tensors. Those that the kernels know are ``act(gate) *
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -25,6 +26,12 @@ class Gate(NamedTuple):
     function: Callable[..., torch.Tensor]
     kernel: str = ""
 
+    @classmethod
+    def of(cls, act: nn.Module, like: torch.Tensor) -> Gate:
+        """``act(gate) * up`` of tensors like this. The activation is called without the hooks that it may have by the backward pass."""
+        act_of = act.forward if isinstance(act, nn.Module) else act
+        return cls(functools.partial(product, act_of), kernel_of(act, like))
+
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
         return _launches().product(self.kernel, *halves(inputs)) if self.kernel else self.function(*inputs)
 
@@ -32,7 +39,8 @@ class Gate(NamedTuple):
         """a if wanted, and what makes the inputs' gradients of a's.
 
         factors: None, or a number for each row ``[..., F]`` of a, which then multiplies the row of a, and of its gradient when that comes:
-        the second of what is made of it is, for each row, the dot product of a and the gradient without the factors.
+        the second of what is made of it is, for each row, the dot product of a and the gradient without the factors, which may be
+        written to.
         """
         if self.kernel:
             a = _launches().product(self.kernel, *halves(inputs), factors) if wanted else None
@@ -40,9 +48,13 @@ class Gate(NamedTuple):
         a, gradients = made_again(self.function, *inputs)
         if factors is None:
             return a, lambda da: (gradients(da), None)
-        each = factors.reshape(-1, 1)
-        wide = torch.promote_types(a.dtype, factors.dtype)
-        return a * each, lambda da: (gradients(da * each), (a.to(wide) * da).sum(-1))
+        each, wide, held = factors.reshape(-1, 1), torch.promote_types(a.dtype, factors.dtype), [a]
+
+        def scaled(da: torch.Tensor):  # once, and da is its own: a and da are let go as soon as may be
+            dots = torch.einsum("mf,mf->m", held.pop().to(wide), da.to(wide))
+            return gradients(da.mul_(each)), dots
+
+        return (a * each).to(a.dtype) if wanted else None, scaled
 
     def _by_kernel(self, inputs: tuple, da: torch.Tensor, factors: torch.Tensor | None):
         made = torch.empty_like(inputs[0]) if len(inputs) == 1 else None
@@ -50,6 +62,12 @@ class Gate(NamedTuple):
         into = None if made is None else halves((made,))
         dgate, dup, dots = _launches().gradients(self.kernel, *halves(inputs), da, factors, into)
         return ((dgate, dup) if made is None else (made,)), dots
+
+
+def product(act: Callable, *inputs: torch.Tensor) -> torch.Tensor:
+    """``act(gate) * up``, by torch."""
+    gate, up = halves(inputs)
+    return act(gate) * up
 
 
 def made_again(function: Callable, *inputs: torch.Tensor) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple]]:

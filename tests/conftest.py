@@ -147,21 +147,19 @@ def nodes(monkeypatch) -> list:
 
 @pytest.fixture
 def stacks(monkeypatch) -> list:
-    """The stacks of a mixture's experts that were computed, each as ("alone" or "node", its `Stack`)."""
-    from lora_kernels import experts, experts_node
+    """The stacks of a mixture's experts that were computed: ("alone", its `Stack`), or ("node", its weight)."""
+    from lora_kernels import experts_node
 
-    made, product, half = [], experts_node.Stack.product, experts.second_half
+    made, product, apply = [], experts_node.Stack.product, experts_node.ExpertsFunction.apply
 
     def alone(stack, *args):
         made.append(("alone", stack))
         return product(stack, *args)
 
     def node(*args):
-        z = half(*args)
-        if z is not None:
-            made.append(("node", args[3]))
-        return z
+        made.append(("node", args[6]))
+        return apply(*args)
 
     monkeypatch.setattr(experts_node.Stack, "product", alone)
-    monkeypatch.setattr(experts, "second_half", node)
+    monkeypatch.setattr(experts_node.ExpertsFunction, "apply", node)
     return made

@@ -12,7 +12,7 @@ from test_memory import Kept, mask_bytes
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lora_kernels import UnsupportedError, dispatch, experts, experts_node
+from lora_kernels import UnsupportedError, dispatch, experts_node, gates
 from lora_kernels.parity import budget_used
 
 R = 3
@@ -36,7 +36,7 @@ Swish._apply_gate.__module__, Swish._apply_gate.__name__ = "transformers.integra
 @pytest.fixture
 def by_kernels(monkeypatch):
     """As on a GPU: what is beside the products, too."""
-    monkeypatch.setattr(experts, "kernel_of", lambda act, h: "silu" if isinstance(act, nn.SiLU) else "")
+    monkeypatch.setattr(gates, "kernel_of", lambda act, h: "silu")
     monkeypatch.setattr(experts_node, "on_a_gpu", lambda t: True)
     monkeypatch.setattr(dispatch, "unmeasured", lambda *args: ("triton", "for this test"))
     dispatch.forget()
@@ -81,7 +81,8 @@ def test_each_gradient_alone(kind, trained, stacks):
     wanted = truth(layer)
     x.requires_grad_("x" in trained.split() or trained.startswith("all")), weights.requires_grad_(trained == "weights")
     y = layer(x, INDEX, weights)
-    assert [how for how, _ in stacks] == ["alone", "node"]
+    below = trained in ("x", "gate_up's A", "all but weights")
+    assert [how for how, _ in stacks] == ["alone", "node" if below else "alone"], "else of less than h is made"
     (y * torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view(y.shape)).sum().backward()
     found = {"dx": x.grad, "dweights": weights.grad} | {f"d {name}": leaves[name].grad for name in leaves}
     found = {name: grad for name, grad in found.items() if grad is not None}
@@ -186,15 +187,93 @@ def test_under_autocast_the_gate_is_made_again_as_it_was(stacks):
     assert seen == [torch.bfloat16] * 4
 
 
-def test_a_gate_that_writes_is_refused():
-    class Writes(Experts):
-        def _apply_gate(self, h):
-            gate, up = h.chunk(2, -1)
-            return gate.clamp_(max=0.1) * up
+class Writes(Experts):
+    def _apply_gate(self, h):
+        gate, up = h.clamp_(max=0.1).chunk(2, -1)
+        return torch.tanh(gate) * up
 
-    layer = adapted(Writes)
-    with pytest.raises(UnsupportedError, match="gate: wanted one that leaves its argument as it is"):
-        layer(X, INDEX, WEIGHTS)
+
+class Draws(Experts):
+    def _apply_gate(self, h):
+        gate, up = h.chunk(2, -1)
+        return torch.dropout(gate, 0.5, True) * up
+
+
+class Steps(Experts):
+    def _apply_gate(self, h):
+        return (h[..., :I] > 0).to(h.dtype)
+
+
+class Learns(Experts):
+    """By a parameter that is none of the module's."""
+
+    def _apply_gate(self, h):
+        gate, up = h.chunk(2, -1)
+        return self.of[0] * torch.tanh(gate) * up
+
+
+class Own(Experts):
+    def __init__(self, *how):
+        super().__init__(*how)
+        self.alpha = nn.Parameter(torch.tensor(2.0))
+
+    def _apply_gate(self, h):
+        gate, up = h.chunk(2, -1)
+        return self.alpha * torch.tanh(gate) * up
+
+
+@pytest.mark.parametrize("kind", [Writes, Draws, Steps, Learns, Own])
+def test_a_gate_that_is_more_than_a_function(kind, stacks):
+    """It writes, draws random numbers, has no gradient, or learns: by single operators, with their gradients."""
+    layer, x, weights = adapted(kind, torch.float64), X.double().requires_grad_(), WEIGHTS.double().requires_grad_()
+    of = layer.experts.of = [torch.tensor(2.0, dtype=torch.float64, requires_grad=True)]
+    learns = [layer.experts.alpha.requires_grad_()] if kind is Own else of if kind is Learns else []
+    leaves = [x, weights, *(p for p in layer.parameters() if p.requires_grad and p not in set(learns)), *learns]
+
+    def call(*_):
+        torch.manual_seed(7)
+        return layer(x, INDEX, weights)
+
+    y = call()
+    assert [how for how, _ in stacks] == ["alone"] * 2
+    grads = torch.autograd.grad(y.square().sum(), leaves, allow_unused=True)
+    for leaf, grad in zip(leaves, grads, strict=True):
+        direction, step = torch.randn_like(leaf), 1e-6
+        with torch.no_grad():
+            values = []
+            for sign in (1, -1):
+                leaf.add_(direction, alpha=sign * step)
+                values.append(call().square().sum())
+                leaf.sub_(direction, alpha=sign * step)
+        numeric = (values[0] - values[1]) / (2 * step)
+        analytic = torch.zeros(()) if grad is None else (grad * direction).sum()
+        torch.testing.assert_close(analytic.double(), numeric.double(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("what", ["float16", "h without a gradient"])
+def test_where_the_node_would_lose(what, stacks):
+    """Range, or bytes."""
+    layer = adapted(Swish, torch.float16 if what == "float16" else torch.float32)
+    x = X.to(layer.weight.dtype)
+    if what != "float16":
+        for parameter in layer.base_layer.parameters():
+            parameter.requires_grad_(False)
+    layer(x.requires_grad_(what == "float16"), INDEX, WEIGHTS.requires_grad_()).sum().backward()
+    WEIGHTS.requires_grad_(False).grad = None
+    assert [how for how, _ in stacks] == ["alone"] * 2
+
+
+def test_the_activation_between_the_passes():
+    """What it is by then does not act on what is made again: it is replaced, or has a hook."""
+    layer, found = adapted(Swish, torch.float64), []
+    x = X.double().requires_grad_()
+    for change in (lambda act: act, lambda act: nn.GELU(), lambda act: act.register_forward_hook(lambda *args: 3 * args[-1]) and act):
+        y = layer(x, INDEX, WEIGHTS.double())
+        act = layer.experts.act_fn
+        layer.experts.act_fn = change(act)
+        found.append(torch.autograd.grad(y.sum(), x)[0])
+        layer.experts.act_fn = act
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
 def test_where_single_operators_are_to_be_seen(stacks):

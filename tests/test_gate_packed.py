@@ -6,7 +6,7 @@ from test_gated import WIDTH, K, M, same, step, taken, x_of
 from test_memory import Kept, mask_bytes
 from torch import nn
 
-from lora_kernels import LoRAConfig, apply_lora, gated, recompute_gates
+from lora_kernels import LoRAConfig, apply_lora, gates, recompute_gates
 
 R = 3
 
@@ -28,6 +28,18 @@ class GateFirst(Packed):
     def forward(self, x):
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
         return self.down_proj(self.activation_fn(gate) * up)
+
+
+class Positional(Packed):
+    def forward(self, x):
+        gate, up = self.gate_up_proj(x).chunk(2, -1)
+        return self.down_proj(self.activation_fn(gate) * up)
+
+
+class Normed(Packed):
+    def forward(self, x):
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(self.activation_fn(gate) * self.norm(up))
 
 
 class UpFirst(Packed):
@@ -85,7 +97,7 @@ def adapted(mlp=Packed, p=0.0, dtype=torch.float64, **options) -> nn.Module:
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("mlp", [Packed, GateFirst])
+@pytest.mark.parametrize("mlp", [Packed, GateFirst, Positional])
 def test_the_same_bits(mlp, dtype, p, nodes):
     model = adapted(mlp, p, dtype)
     x = x_of(2, 5, dtype=dtype)
@@ -97,7 +109,7 @@ def test_the_same_bits(mlp, dtype, p, nodes):
     assert type(model["mlp"]) is mlp
 
 
-@pytest.mark.parametrize("mlp", [UpFirst, OfThree, OfTokens, OfTwo, OfItself, Bare, Unrelated])
+@pytest.mark.parametrize("mlp", [UpFirst, OfThree, OfTokens, OfTwo, OfItself, Bare, Unrelated, Normed])
 def test_another_forward_is_left_alone(mlp):
     assert recompute_gates(adapted(mlp)) == []
 
@@ -137,7 +149,7 @@ def test_by_the_kernels(monkeypatch, launched, nodes):
     model = adapted(dtype=torch.float32, p=0.3)
     plain = step(model)
     taken(model)
-    monkeypatch.setattr(gated, "kernel_of", lambda act, up: "silu")
+    monkeypatch.setattr(gates, "kernel_of", lambda act, up: "silu")
     found = []
     names = launched(lambda: found.append(step(model)))
     assert [name for name in names if name.startswith("gate")] == ["gate_product", "gate_product", "gate_gradients"] and nodes == [1]

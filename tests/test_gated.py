@@ -15,7 +15,6 @@ from lora_kernels import (
     LoRAConfig,
     UnsupportedError,
     apply_lora,
-    gated,
     gates,
     launch,
     recompute_gates,
@@ -329,7 +328,7 @@ def test_by_the_kernels(kernel, p, monkeypatch, launched, nodes):
     model = adapted(act=act, dtype=torch.float32, p=p)
     plain = step(model)
     taken(model)
-    monkeypatch.setattr(gated, "kernel_of", lambda act, up: kernel)
+    monkeypatch.setattr(gates, "kernel_of", lambda act, up: kernel)
     found = []
     names = launched(lambda: found.append(step(model)))
     assert [name for name in names if name.startswith("gate")] == ["gate_product", "gate_product", "gate_gradients"]
