@@ -240,13 +240,14 @@ def backward(
 ):  # fmt: skip
     """``dX [..., K], dA [(E,) r, K], dB [(E,) N, r]``, each None where not needed; operands that no needed gradient uses may be None.
 
-    The rest as in `launch.backward`; onto, ds and all_ds come without segments.
+    The rest as in `launch.backward`; onto, ds and all_ds come without segments. Beside a stack a row of dY may be that of several rows of
+    the plan, neighbours: as many as dY has fewer.
     """
     given, dy, x, onto = dy, as_matrix(dy), as_matrix(x), as_matrix(onto)
     need_dx, need_da, need_db = needs
-    bits = None
+    bits, M = None, adapters.segments.tokens if adapters.segments else dy.shape[0]
     if p and (need_dx or need_da):
-        bits = kept_bits(seed, dy.shape[0], x.shape[1] if need_da else lora_A.shape[-1], p, dy.dtype)  # one mask serves dX and dA
+        bits = kept_bits(seed, M, x.shape[1] if need_da else lora_A.shape[-1], p, dy.dtype)  # one mask serves dX and dA
     A, B = lora_A, lora_B
     if adapter_dtype != dy.dtype:
         A, B = (None if t is None else t.to(dy.dtype) for t in (A, B))
@@ -255,7 +256,7 @@ def backward(
     if need_dx and weight is not None and not is_stack(weight):
         dx = base_gradient(dy, weight, onto)
     elif need_dx and adapters.segments is not None:
-        dx = dy.new_zeros(dy.shape[0], A.shape[-1])
+        dx = dy.new_zeros(M, A.shape[-1])
     if adapters.segments is not None:
         da, db = _each_backward(dx, dy, x, weight, A, B, u, adapters.segments, adapters, scale, bits, keep, needs, adapter_dtype)
         return dx if dx is None else like_tokens(dx, given), da, db
@@ -283,7 +284,7 @@ def _each_backward(dx, dy, x, weight, A, B, u, plan: Segments, adapters: Adapter
     db: Any = dy.new_zeros(E, dy.shape[1], R, dtype=adapter_dtype) if need_db else None
     unscaled = adapters._replace(scales=None)  # the scale of each is in its run
     for e, rows, rank, its_scale in runs(plan, adapters, R, scale):
-        its_dy, its_bits = dy[rows], None if bits is None else bits[rows]
+        its_dy, its_bits = tokens_of(dy, rows, plan.tokens // dy.shape[0]), None if bits is None else bits[rows]
         if need_dx or need_da:
             ds = grad_u(its_dy, B[e, :, :rank], unscaled, its_scale)
         if need_dx and is_stack(weight):

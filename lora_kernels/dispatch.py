@@ -195,7 +195,7 @@ def _describe_dx(dy, x, weight, lora_A, lora_B, u, *, dropout: bool, adapters: A
     R = u.shape[1] if lora_B is None else lora_B.shape[-1] * adapters.layers
     w = dy if weight is None else problem.one_of(weight)
     return Problem(
-        M=dy.shape[0],
+        M=adapters.segments.tokens if adapters.segments else dy.shape[0],
         N=K,
         K=dy.shape[1],
         R=R,

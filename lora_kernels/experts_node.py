@@ -76,13 +76,15 @@ class ExpertsFunction(torch.autograd.Function):
         with without_autocast(h.device):
             x = x.to(stack.dtype) if need_A else None
             u = (u * weights.reshape(-1, 1)).to(u.dtype) if need_B else None
-            dy = dz.to(stack.dtype).repeat_interleave(weights.shape[1], 0)
+            dy = dz.to(stack.dtype)
+            if ops.watched():  # an operator's dY has a row for each of the plan's
+                dy = dy.repeat_interleave(weights.shape[1], 0)
             needs = (need_h or need_weights, need_A, need_B, False)
             da, dA, dB, _ = ops.backward(dy, x, stack, lora_A, lora_B, u, seed, adapters, scale, p, needs, lora_A.dtype, "auto", "")
             del x, u, dy
             dh = dweights = None
             if need_h or need_weights:
-                (dh,), dots = gradients(da)
+                (dh,), dots = gradients(da.reshape(h.shape[0], -1))
                 dweights = _with_bias(dots, dz, bias, adapters.segments.ids).to(weights.dtype).view(weights.shape)
         return dh, dweights, dA if need_A else None, dB if need_B else None, *(None,) * (11 + len(plan))
 

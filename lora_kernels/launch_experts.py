@@ -53,7 +53,7 @@ def backward(
     dy, x, weight, lora_A, lora_B, u, seed, adapters: Adapters, scale: float, p: float, needs, adapter_dtype, config: Config,
     kept: dict | None = None,
 ):  # fmt: skip
-    """As `launch.backward`, for weight ``[E, N, K]``."""
+    """As `launch.backward`, for weight ``[E, N, K]``. A row of dY may be that of several of the plan's, neighbours, as one of x."""
     need_dx, need_da, need_db = needs
     drop = (seed, p) if p else None
     dx = da = db = ds = None

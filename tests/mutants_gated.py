@@ -114,6 +114,9 @@ MIXTURES = [
     Mutant("half: sums of weights with strides", EXPERTS, "y.contiguous(), weights.contiguous(), dtype", "y.contiguous(), weights, dtype"),
     Mutant("half: factors with strides", EXPERTS, "need_A, weights.contiguous())", "need_A, weights)"),
     Mutant("half: tokens beside each other", EXPERTS, "repeat_interleave(weights.shape[1], 0)", "repeat(weights.shape[1], 1)"),
+    Mutant("half: an operator's dY of tokens", EXPERTS, "            if ops.watched():  # an", "            if False:  # an"),
+    Mutant("half: the mask of dY's rows", "chain.py", "kept_bits(seed, M, x.shape[1] if", "kept_bits(seed, dy.shape[0], x.shape[1] if"),
+    Mutant("half: dY's own rows", "chain.py", "tokens_of(dy, rows, plan.tokens // dy.shape[0])", "dy[rows]"),
 ]  # fmt: skip
 
 LAYOUTS = [

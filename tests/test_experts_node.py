@@ -296,6 +296,20 @@ def test_where_single_operators_are_to_be_seen(stacks):
     assert seen == [1, 2] and {how for how, _ in stacks} == {"alone"}
 
 
+def test_a_mode_that_looks_on_in_the_backward_pass_alone():
+    """It sees an operator, whose dY has a row for each row of x."""
+    layer = adapted(Swish, torch.float64)
+    wanted = results(layer, X.double(), weights=WEIGHTS.double())
+    x, weights = X.double().requires_grad_(), WEIGHTS.double().requires_grad_()
+    y = layer(x, INDEX, weights)
+    ramp = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view(y.shape)
+    with FlopCounterMode(display=False) as flops:
+        found = torch.autograd.grad((y * ramp).sum(), [x, weights, layer.lora_A, layer.lora_B])
+    assert flops.get_total_flops() > 0
+    for grad, name in zip(found, ["dx", "dweights", "d lora_A", "d lora_B"], strict=True):
+        torch.testing.assert_close(grad, wanted[name])
+
+
 def test_twice_and_written(stacks):
     layer = adapted(Swish, torch.float64)
     x, weights = X.double().requires_grad_(), WEIGHTS.double().requires_grad_()
