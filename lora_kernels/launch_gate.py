@@ -57,7 +57,8 @@ def weighted_sum(y: torch.Tensor, weights: torch.Tensor, dtype: torch.dtype) -> 
 def _layout(kernel, act: str, factors: torch.Tensor | None, *matrices: torch.Tensor) -> tuple[list, Options]:
     """Each matrix as the kernel takes it, and the options."""
     rows = [(t, as_matrix(t).stride(0)) for t in matrices]
-    alike = (matrices[0].shape[-1], *(stride for _, stride in rows), matrices[0].dtype, None if factors is None else factors.dtype)
+    # The width is among the strides: that of h, or dh.
+    alike = (*(stride for _, stride in rows), matrices[0].dtype, None if factors is None else factors.dtype)
     return rows, _options(kernel, alike, ACT=ACTIVATIONS[act])
 
 

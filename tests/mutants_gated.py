@@ -124,7 +124,6 @@ LAYOUTS = [
            "_layout(matrix(rows), matrix(its), True)"),
     Mutant("layouts: gates of any dtype", LAUNCH, "matrices[0].dtype, None if", "None if"),
     Mutant("layouts: factors of any dtype", LAUNCH, "None if factors is None else factors.dtype)", "factors is None)"),
-    Mutant("layouts: of any width", LAUNCH, "(matrices[0].shape[-1], *(stride", "(*(stride"),
     Mutant("layouts: of any stride", LAUNCH, "*(stride for _, stride in rows), ", ""),
     Mutant("layouts: sums of any dtype", LAUNCH, "(N, y.dtype, weights.dtype, dtype)", "(N,)"),
 ]  # fmt: skip

@@ -68,6 +68,20 @@ def test_values_of_halves_with_factors(rows, width, dtype, of, device):
     assert not made.isnan().any()
 
 
+@pytest.mark.parametrize("change", ["width", "stride", "dtype"])
+def test_values_of_launches_that_differ_in_one_thing(change, device):
+    """Of as many rows each, one after the other: what was compiled for a multiple of 16, or a dtype, is not for what is no such."""
+    wide, narrow = 1024, 1030 if change == "width" else 1024
+    for width, apart, dtype in ((wide, 0, torch.float32), (narrow, 3 * (change == "stride"), torch.float16 if change == "dtype" else None)):
+        (gate, up), dh = operands(3, width, dtype or torch.float32, device)
+        gate, up = (torch.cat([t, t.new_zeros(3, apart)], 1)[:, :width] for t in (gate, up))
+        held("silu", gate, up, dh, torch.rand(3, device=device))
+        y, weights = torch.randn(6, width, device=device).to(gate.dtype), torch.rand(3, 2, device=device).to(gate.dtype)
+        z = launch_gate.weighted_sum(y, weights, gate.dtype)
+        wanted = (y.double().view(3, 2, width) * weights.double()[..., None]).sum(1)
+        torch.testing.assert_close(z.double(), wanted, rtol=2e-3, atol=2e-3)
+
+
 def test_factors_and_dot_products_of_no_and_huge_numbers(device):
     """A factor of 0 leaves its row's dot product, which is not divided by it."""
     (gate, up), dh = operands(3, 40, torch.float32, device)
