@@ -98,8 +98,8 @@ def model(rows: list[dict], brief: bool) -> str:
         else:
             header = ["layers", "sequences", "adapters", *([] if brief else ["launch"]), *names]
         tables.append(f"{text}\n\n" + markdown_table(header, lines))
-    text = "Whole decoder layers with LoRA (r = 16) on every linear, in a mixture on its attention and each expert: median ms, and over the "
-    text += "frozen model's; MiB kept for backward, on a GPU the peak of a step."
+    text = "Whole decoder layers with LoRA (r = 16) on every linear, in a mixture on its attention and each expert: median ms, and over "
+    text += "the frozen model's; MiB kept for backward, on a GPU the peak of a step."
     return "\n\n".join([text, *tables, *below])
 
 
