@@ -188,15 +188,13 @@ def gate_of(forward: Any) -> Names | None:
     if called(left)[0] == "":  # up * act(gate)
         left, right = right, left
     (act, inner), (up, of_up) = called(left), called(right)
-    gate, of_gate = called(inner)
     if isinstance(inner, Half) and isinstance(right, Half) and inner.of is right.of and (inner.which, right.which) == (0, 1):
         gate, of_gate = called(inner.of)
         parts, of = [gate, act, down], [of_gate]
+    elif isinstance(inner, Half) or not up or (inner.lineno, inner.col_offset) > (right.lineno, right.col_offset):
+        return None  # the last: masks are drawn in the order of the calls
     else:
-        if (
-            not up or isinstance(inner, Half) or (inner.lineno, inner.col_offset) > (right.lineno, right.col_offset)
-        ):  # masks are drawn in the order of the calls
-            return None
+        gate, of_gate = called(inner)
         parts, of = [gate, act, up, down], [of_gate, of_up]
     if not all(parts) or len(set(parts)) < len(parts) or not all(isinstance(e, ast.Name) and e.id == x for e in of):
         return None

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from experts_models import INDEX, WEIGHTS, X, adapted, results, truth
+from experts_models import INDEX, WEIGHTS, Experts, X, adapted, results, truth
 from test_experts_node import Swish, alone
 
 from bench.timing import Step, graphed
@@ -110,7 +110,7 @@ def test_the_kernels_are_taken_by_themselves():
     assert choice.arm == "triton" and choice.config.expand.tma is False, choice
 
 
-@pytest.mark.parametrize("kind", [Swish, lambda: Swish(True, True)], ids=["gated", "biases"])
+@pytest.mark.parametrize("kind", [Swish, lambda: Swish(True, True), Experts], ids=["gated", "biases", "a gate without a kernel"])
 def test_the_second_half_of_experts_as_one_node(kind, stacks, launched):
     """What is beside the products by kernels, too, within the budget of the same experts by single operators."""
     layer = adapted(kind, torch.bfloat16)
@@ -120,7 +120,8 @@ def test_the_second_half_of_experts_as_one_node(kind, stacks, launched):
     names = launched(lambda: ours.update(results(layer.to(CUDA), *operands)))
     assert [how for how, _ in stacks] == ["alone", "node"]
     beside = [name for name in names if name.startswith(("gate", "weighted"))]
-    assert beside == ["gate_product", "weighted_rows", "gate_product", "gate_gradients"]
+    gates = [] if kind is Experts else ["gate_product", "gate_gradients"]
+    assert beside == [*gates[:1], "weighted_rows", *gates]
     theirs = results(alone(layer), *operands)
     for name, wanted in exact.items():
         assert budget_used(ours[name].cpu(), theirs[name].cpu(), wanted) <= 1, name
