@@ -37,9 +37,6 @@ SLIPS = [
     Mutant("made: the kernels' in its own dtype", MADE, "da.to(inputs[0].dtype).contiguous()", "da.contiguous()",
            note="equivalent in the suite, whose da has the inputs' dtype where the kernels run"),
     Mutant("made: halves the other way round", MADE, "else inputs[0].chunk(2, -1)", "else inputs[0].chunk(2, -1)[::-1]"),
-    Mutant("made: the factor in the dot product", MADE, "            dots = torch.einsum",
-           "            da.mul_(each)\n            dots = torch.einsum"),
-    Mutant("made: the gradient without factors", MADE, "gradients(da.mul_(each))", "gradients(da)"),
     Mutant("made: hooks of the activation in the backward pass", MADE, "act.forward if isinstance(act, nn.Module) else act", "act"),
     Mutant("made: activations in place", MADE, " and not getattr(act, \"inplace\", False)", ""),
     Mutant("made: activations that hold something", MADE, " and kind.__name__ in ACTIVATIONS", ""),
@@ -82,6 +79,9 @@ SLIPS = [
 ]  # fmt: skip
 
 MIXTURES = [
+    Mutant("made: the factor in the dot product", MADE, "            dots = torch.einsum",
+           "            da.mul_(each)\n            dots = torch.einsum"),
+    Mutant("made: the gradient without factors", MADE, "gradients(da.mul_(each))", "gradients(da)"),
     Mutant("half: dA of what has no factor", EXPERTS, "gate.again((h,), need_A, weights.contiguous())",
            "gate.again((h,), need_A, torch.ones_like(weights))"),
     Mutant("half: dB of u without weights", EXPERTS, "(u * weights.reshape(-1, 1)).to(u.dtype)", "u"),
