@@ -92,7 +92,7 @@ def test_compile_refuses_unknown_architectures():
 def test_compile_prints_a_table(spills, status, monkeypatch, capsys):
     """test_compile_only.py has the compiler's own reports in it."""
     report = Report("expand given", "M=16", "sm_90", "bfloat16", 128, spills, 1024, 232448, "wgmma", True, 8, False)
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(dispatch, "interpreting", lambda: False)
     monkeypatch.setattr(compile_only, "heuristic_reports", lambda arch, progress: [report])
     assert cli.main(["compile", "--arch", "sm_90"]) == status
     out = capsys.readouterr().out
