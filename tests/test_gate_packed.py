@@ -114,9 +114,10 @@ def test_another_forward_is_left_alone(mlp):
     assert recompute_gates(adapted(mlp)) == []
 
 
-def test_halves_that_are_none(nodes):
+@pytest.mark.parametrize("more", [-1, 1])
+def test_halves_that_are_none(more, nodes):
     """An odd width's chunks have two widths: the model's own expression, and its error."""
-    model = adapted(width=2 * WIDTH - 1)
+    model = adapted(width=2 * WIDTH + more)
     taken(model)
     with pytest.raises(RuntimeError, match="must match the size"):
         step(model)
