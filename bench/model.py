@@ -74,7 +74,7 @@ class ModelPoint(Point):
 
 
 def grid(cuda: bool, quick: bool) -> list[ModelPoint]:
-    """Training with dropout and without, then generation with one adapter and with one for each sequence."""
+    """Training with dropout and without (PEFT takes none on stacks), then generation with one adapter and with one for each sequence."""
     dtype = torch.bfloat16 if cuda and not quick else torch.float32
     shapes, built, tokens, few, mixture = (("8B", "1B"), 4, 8192, 16, "30B-A3B") if cuda else (("1B",), 1, 512, 8, "1B-A400M")
     if quick:

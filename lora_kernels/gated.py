@@ -68,10 +68,10 @@ def gated(down: Any, act: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
 
     inputs: gate and up, or one tensor of both, gate first.
     """
-    own = _projection(down, act, inputs)
-    if own is None:
+    found = _projection(down, act, inputs)
+    if found is None:
         return down(product(act, *inputs))
-    up = _up(inputs)
+    own, up = found
     like, one, _ = fitting(up, own, None, "auto")  # up is what the product looks like
     layer, tensors = apart(like, one, True)  # draws the seed
     tensors[4] = ops.mask(tensors[4], up, layer.adapters, layer.p, "auto", "")
@@ -79,12 +79,8 @@ def gated(down: Any, act: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
     return y.to(up.dtype) if layer.make is not None else y
 
 
-def _up(inputs: tuple) -> torch.Tensor:
-    return halves(tuple(t.detach() for t in inputs))[1]
-
-
-def _projection(down: Any, act: nn.Module, inputs: tuple) -> Projection | None:
-    """The down projection of a node, or None where the model's own expression is computed."""
+def _projection(down: Any, act: nn.Module, inputs: tuple) -> tuple[Projection, torch.Tensor] | None:
+    """The down projection of a node, and up without its graph; or None where the model's own expression is computed."""
     if ops.watched() or not torch.is_grad_enabled() or not all(type(t) in PLAIN and t.is_contiguous() for t in inputs):
         return None
     one = inputs[0]
@@ -94,11 +90,11 @@ def _projection(down: Any, act: nn.Module, inputs: tuple) -> Projection | None:
         return None
     if hooked(down) or hooked(act) or hooks_of_all() or not hasattr(down, "projection") or not elementwise(act):
         return None
-    up = _up(inputs)
+    _, up = halves(tuple(t.detach() for t in inputs))
     own = down.projection(up)
     if own is None or own.lora_A.shape[-1] != up.shape[-1] or up.shape[-1] * 2 != one.shape[-1] * len(inputs):
         return None
-    return None if seen(up, [own]) or not ops.plain(one) else own
+    return None if seen(up, [own]) or not ops.plain(one) else (own, up)
 
 
 class Names(NamedTuple):

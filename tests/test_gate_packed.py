@@ -1,14 +1,15 @@
 """`recompute_gates` where gate and up are one layer's, side by side, as in Phi-3 and GLM."""
 
+import functools
+
 import pytest
+import test_gated
 import torch
-from test_gated import WIDTH, K, M, same, step, taken, x_of
-from test_memory import Kept, mask_bytes
+from test_gated import WIDTH, K, M, R, bytes_kept, same, step, taken, x_of
+from test_memory import mask_bytes
 from torch import nn
 
-from lora_kernels import LoRAConfig, apply_lora, gates, recompute_gates
-
-R = 3
+from lora_kernels import gates, recompute_gates
 
 
 class Packed(nn.Module):
@@ -86,13 +87,7 @@ class Unrelated(Packed):
 
 
 def adapted(mlp=Packed, p=0.0, dtype=torch.float64, **options) -> nn.Module:
-    torch.manual_seed(0)
-    model = nn.ModuleDict({"mlp": mlp(**options)}).to(dtype)
-    apply_lora(model, LoRAConfig(target_modules=["gate_up_proj", "down_proj"], r=R, lora_dropout=p))
-    for name, parameter in model.named_parameters():
-        if name.endswith("lora_B"):
-            nn.init.normal_(parameter)
-    return model.train()
+    return test_gated.adapted(functools.partial(mlp, **options), p=p, targets=["gate_up_proj", "down_proj"], dtype=dtype)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
@@ -134,13 +129,7 @@ def test_not_contiguous(nodes):
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_bytes_kept(p):
-    kept, model = [], adapted(p=p)
-    x = x_of(M)
-    for _ in range(2):
-        with Kept() as each:
-            model["mlp"](x)
-        kept.append(each.bytes(besides=model.parameters()))
-        recompute_gates(model)
+    kept = bytes_kept(adapted(p=p))
     assert kept[0] - kept[1] == 2 * 8 * M * WIDTH
     assert kept[1] == 8 * (M * K + 2 * M * WIDTH + 2 * M * R) + mask_bytes(p, M, K) + mask_bytes(p, M, WIDTH)
 

@@ -151,16 +151,21 @@ def test_a_compiled_mlp_is_copied_without_what_was_compiled():
     torch.save(model, io.BytesIO())
 
 
-@pytest.mark.parametrize("p", [0.0, 0.3])
-def test_bytes_kept(p):
-    """Two tensors of the width where there were four; the rest as before."""
-    kept, model = [], adapted(p=p)
-    x = x_of(M)
+def bytes_kept(model) -> list[int]:
+    """Before `recompute_gates`, and after."""
+    kept, x = [], x_of(M)
     for _ in range(2):
         with Kept() as each:
             model["mlp"](x)
         kept.append(each.bytes(besides=model.parameters()))
         recompute_gates(model)
+    return kept
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_bytes_kept(p):
+    """Two tensors of the width where there were four; the rest as before."""
+    kept = bytes_kept(adapted(p=p))
     assert kept[0] - kept[1] == 2 * 8 * M * WIDTH
     assert kept[1] == 8 * (M * K + 2 * M * WIDTH + 3 * M * R) + 2 * mask_bytes(p, M, K) + mask_bytes(p, M, WIDTH)
 
