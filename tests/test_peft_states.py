@@ -246,6 +246,18 @@ def test_copies(calls):
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize("changed", [{}, {"lora_dropout": 0.3}, {"use_dora": True}], ids=str)
+def test_on_the_meta_device(changed):
+    """Where models are asked for shapes alone, autocast is no question to be put to torch."""
+    asked = []
+    for model in pair(**changed)[:2]:
+        model.to("meta")
+        y = model(X.to("meta"))
+        y.sum().backward()
+        asked.append([(t.shape, t.dtype, t.device) for t in (y, *(p.grad for p in model.parameters() if p.requires_grad))])
+    assert asked[0] == asked[1]
+
+
 def test_modules_to_save(calls):
     stock, fused, report = pair(target_modules=["first"], modules_to_save=["second"])
     assert report.fused == ["base_model.model.first"]

@@ -77,7 +77,7 @@ def base_of(layer: lora.LoraLayer, x: torch.Tensor | None) -> Base | Beside | st
     if x is not None:
         if x.device != weight.device:
             return "x is on another device"
-        if torch.is_autocast_enabled(x.device.type) and dtype is not torch.float64:
+        if not x.is_meta and torch.is_autocast_enabled(x.device.type) and dtype is not torch.float64:
             dtype = torch.get_autocast_dtype(x.device.type)
         elif x.dtype != dtype:
             return f"x is {x.dtype} beside a base of {dtype}"
