@@ -73,6 +73,23 @@ def test_dropout_is_peft_s_own(calls):
     assert not calls[-1]["training"]
 
 
+@pytest.mark.parametrize("net, changed", [(Net, {}), (Transposed, {"fan_in_fan_out": True})], ids=["linear", "conv1d"])
+def test_an_adapter_that_comes_in_evaluation_does_not_drop(net, changed, calls):
+    """PEFT leaves the new one's dropout in training, and with DoRA asks the layer."""
+    stock, fused, _ = pair(net=net, use_dora=True, **changed)
+    for change in (
+        lambda model: model.eval(),
+        lambda model: model.add_adapter("late", config(use_dora=True, lora_dropout=0.4, **changed)),
+        lambda model: model.set_adapter("late"),
+    ):
+        both(stock, fused, change)
+    assert layers(fused)[0].lora_dropout["late"].training
+    agree(stock, fused)
+    assert len(calls) == 2
+    both(stock, fused, lambda model: model.train())
+    assert not torch.equal(fused(X), fused(X))
+
+
 @pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16])
 def test_autocast(adapter_dtype, calls):
     """A float32 base in bfloat16; and adapters of whatever dtype."""

@@ -44,7 +44,8 @@ class Dora(NamedTuple):
                 return whole().to(base.dtype)
 
         one = in_dtype(self.adapter, base.dtype)
-        how: dict[str, Any] = dict(base=base.product, scale=one.scale, dropout_p=one.p, training=one.training)
+        training = one.training and layer.training  # an adapter that is added in evaluation has a dropout that trains
+        how: dict[str, Any] = dict(base=base.product, scale=one.scale, dropout_p=one.p, training=training)
         y = dora_linear(x, weight, one.A, one.B, self.magnitude.to(one.A.dtype), bias, **how)
         y = y if base.result is None else y.to(base.result)
         if torch.is_autocast_enabled() and not isinstance(layer, lora.Linear):  # then PEFT's other layers leave the sum as it is
