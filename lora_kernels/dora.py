@@ -9,6 +9,7 @@ The norm is a constant of the backward pass (Liu et al. 2024, arXiv:2402.09353, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,7 +21,7 @@ from .autograd import autocast, check, lora_linear, refused_twice
 from .chain import grad_mm, rows_at_a_time
 from .checks import check_base, check_number, check_vector
 from .dispatch import triton_missing, without_autocast
-from .operands import as_matrix
+from .operands import as_matrix, like_tokens
 
 
 @torch.no_grad()
@@ -58,13 +59,13 @@ class ScaleColumns(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, t, g, bias, kernels):
-        y = torch.empty_like(t, memory_format=torch.contiguous_format)
+        y = t.new_empty(math.prod(t.shape[:-1]), t.shape[-1])
         for part, its_y in _parts(t, y):
             # Into y itself, to whose dtype torch rounds as it computes: no float32 tensor of its size is made.
             torch.mul(part, g, out=its_y) if bias is None else torch.addcmul(bias, part, g, out=its_y)
         ctx.save_for_backward(t if ctx.needs_input_grad[1] else None, g)
         ctx.bias_dtype, ctx.kernels = None if bias is None else bias.dtype, kernels
-        return y
+        return like_tokens(y, t)
 
     @staticmethod
     @refused_twice

@@ -281,6 +281,16 @@ def test_compiles_in_one_graph():
         assert layer.lora_B.grad is not None
 
 
+def test_a_compiled_layer_s_output_may_be_changed_in_place():
+    """It is no view of what the graph made, which autograd would refuse to have written to."""
+    layer = FusedLoRALinear(K, N, r=R, use_dora=True, init_lora_weights=False)
+    x = torch.randn(2, 3, K)
+    y = torch.compile(layer, fullgraph=True, backend="aot_eager")(x).relu_()
+    torch.testing.assert_close(y, layer(x).relu())
+    y.sum().backward()
+    assert layer.lora_A.grad.any()
+
+
 @pytest.mark.parametrize(
     "function, changed, error, match",
     [
