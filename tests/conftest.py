@@ -53,7 +53,9 @@ NEEDS = {
 collect_ignore = [file for file, package in NEEDS.items() if importlib.util.find_spec(package) is None]
 
 # The longest files, which begin first, so that one of two workers does not wait for the other's last.
-LONGEST = ("test_compile_only.py", "test_machine.py", "test_kernels.py", "test_segments.py", "test_huggingface.py", "test_distributed.py")
+LONGEST = tuple(
+    f"test_{name}.py" for name in "compile_only machine kernels segments expand_sum huggingface packed projections distributed".split()
+)
 
 
 @pytest.fixture(scope="session")

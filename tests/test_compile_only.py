@@ -13,7 +13,8 @@ from lora_kernels import cli
 from lora_kernels.compile_only import ELEMENTWISE, Report, in_loops
 from lora_kernels.tuning import Arch, Config, Expand, Shrink, Wgrad, tables
 
-WANTED = {"sm_80": "mma", "sm_86": "mma", "sm_89": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "sm_120": "mma", "gfx942": "mfma"}
+AS_SM_89 = ("sm_80", "sm_86")
+WANTED = {"sm_89": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "sm_120": "mma", "gfx942": "mfma"}
 
 
 def run(*command: str) -> subprocess.CompletedProcess:
@@ -21,11 +22,55 @@ def run(*command: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=env, timeout=900)
 
 
+UNLIKE = """
+import json, sys
+from lora_kernels import compile_only, launch
+from lora_kernels.tuning import Arch
+arch, other = map(Arch.parse, sys.argv[1:])
+intercept, launched, others = launch.intercept, set(), set()
+def look(value):
+    if isinstance(value, (tuple, dict)):
+        return tuple(map(look, value.items() if isinstance(value, dict) else value))
+    if hasattr(value, "block_shape"):
+        return str(value.block_shape), look(value.base)
+    return str(value.dtype if hasattr(value, "dtype") else getattr(value, "__name__", value))
+def unlike(function):
+    def record(kernel, grid, args, options):
+        call = look((kernel, args, dict(options)))
+        launched.add(call)
+        if function is not None and call not in others:
+            function(kernel, grid, args, options)
+    return intercept(record)
+def reports(arch, compile_launch):
+    launch.intercept = lambda function: unlike(function if compile_launch else None)
+    return compile_only.heuristic_reports(arch, lambda *_: None)
+reports(other, False)
+others, launched = launched, set()
+for report in reports(arch, True):
+    print(json.dumps(report.as_dict()))
+print(len(launched & others), "of", len(launched))
+"""
+
+
 @pytest.fixture(scope="module")
 def compilations():
     """Each architecture's process, as many at a time as there are cores: a minute each."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield {arch: pool.submit(run, "-m", "lora_kernels", "compile", "--arch", arch, "--json") for arch in WANTED}
+        whole = {arch: pool.submit(run, "-m", "lora_kernels", "compile", "--arch", arch, "--json") for arch in WANTED}
+        yield whole | {arch: pool.submit(run, "-c", UNLIKE, arch, "sm_89") for arch in AS_SM_89}
+
+
+@pytest.mark.parametrize("arch", AS_SM_89)
+def test_every_heuristic_config_that_sm_89_has_not(arch, compilations):
+    """Of one generation, with the same instructions and as many registers: what sm_89 launches alike is compiled for it alone."""
+    out = compilations[arch].result()
+    assert out.returncode == 0, out.stdout[-2000:] + out.stderr[-2000:]
+    *lines, shared = out.stdout.splitlines()
+    alike, launched = map(int, shared.split(" of "))
+    assert launched > 200 and alike > launched / 2, shared
+    reports = [json.loads(line) for line in lines]
+    assert len(reports) > 20 and {r["arch"] for r in reports} == {arch} and "mma" in {r["matmul"] for r in reports}
+    assert [r for r in reports if not r["good"]] == []
 
 
 @pytest.mark.parametrize("arch", WANTED)
