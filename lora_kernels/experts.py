@@ -128,7 +128,8 @@ def _gate(between: Any, experts: Any, h: torch.Tensor) -> Gate:
 
 def _seen_within(experts: nn.Module) -> bool:
     """Whether what is between the stacks has hooks, or tensors of its own, which may be others by the backward pass."""
-    stacks = {id(getattr(experts, each, None)) for name in projections(experts) for each in (name, f"{name}_bias")}
+    own = (getattr(experts, each, None) for name in projections(experts) for each in (name, f"{name}_bias"))
+    stacks = {id(t) for t in own if t is not None}  # torch 2.11 traces no id of None
     within = list(experts.modules())[1:]
     return hooks_of_all() or any(map(hooked, within)) or any(id(t) not in stacks for t in (*experts.parameters(), *experts.buffers()))
 
