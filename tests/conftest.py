@@ -31,6 +31,8 @@ NEEDS = {
     "test_peft_dora.py": "peft",
     "test_peft_shared.py": "peft",
     "test_peft_gated.py": "peft",
+    "test_peft_bias.py": "torchao",
+    "test_peft_qdora.py": "torchao",
     "test_peft_quantised.py": "torchao",
     "test_dequantize.py": "torchao",
     "test_files.py": "peft",
