@@ -313,7 +313,7 @@ def check(x, weight, lora_A, lora_B, bias, base, scale, dropout_p, seed, segment
 
 def autocast(x, weight, bias, base=None):
     """x, weight and bias as torch.autocast hands them to F.linear: cast to its dtype, or to base's, where it is enabled."""
-    if not isinstance(x, torch.Tensor) or x.is_meta or not problem.autocasts(x.device):
+    if not isinstance(x, torch.Tensor) or not problem.autocasts(x.device):
         return x, weight, bias
     dtype = base.dtype if isinstance(base, torch.Tensor) else torch.get_autocast_dtype(x.device.type)
 

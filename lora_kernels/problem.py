@@ -85,8 +85,8 @@ def forward_flops(M: int, N: int, K: int, R: int, base: bool = False, layers: in
 
 
 def autocasts(device: torch.device) -> bool:
-    """Whether torch.autocast is enabled for a device."""
-    return torch.is_autocast_enabled("cpu" if device == CPU else device.type)
+    """Whether torch.autocast is enabled for a device; the meta device has none."""
+    return device.type != "meta" and torch.is_autocast_enabled("cpu" if device == CPU else device.type)
 
 
 def offsets_pass_int32(*tensors: torch.Tensor | None) -> bool:

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from ..dequantize import MANY, four_bit, is_four_bit
 from ..experts import Factors
 from ..nn import held, hooked
-from ..problem import FLOATS, MAX_RANK, PLAIN, UnsupportedError, sharded
+from ..problem import FLOATS, MAX_RANK, PLAIN, UnsupportedError, autocasts, sharded
 from ..projections import Projection
 
 DROPOUTS = (nn.Dropout, nn.Identity)
@@ -77,7 +77,7 @@ def base_of(layer: lora.LoraLayer, x: torch.Tensor | None) -> Base | Beside | st
     if x is not None:
         if x.device != weight.device:
             return "x is on another device"
-        if not x.is_meta and torch.is_autocast_enabled(x.device.type) and dtype is not torch.float64:
+        if autocasts(x.device) and dtype is not torch.float64:
             dtype = torch.get_autocast_dtype(x.device.type)
         elif x.dtype != dtype:
             return f"x is {x.dtype} beside a base of {dtype}"
