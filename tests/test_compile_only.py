@@ -27,26 +27,27 @@ import json, sys
 from lora_kernels import compile_only, launch
 from lora_kernels.tuning import Arch
 arch, other = map(Arch.parse, sys.argv[1:])
-intercept, launched, others = launch.intercept, set(), set()
+intercept = launch.intercept
 def look(value):
     if isinstance(value, (tuple, dict)):
         return tuple(map(look, value.items() if isinstance(value, dict) else value))
     if hasattr(value, "block_shape"):
         return str(value.block_shape), look(value.base)
     return str(value.dtype if hasattr(value, "dtype") else getattr(value, "__name__", value))
-def unlike(function):
-    def record(kernel, grid, args, options):
-        call = look((kernel, args, dict(options)))
-        launched.add(call)
-        if function is not None and call not in others:
-            function(kernel, grid, args, options)
-    return intercept(record)
-def reports(arch, compile_launch):
-    launch.intercept = lambda function: unlike(function if compile_launch else None)
+def reports(arch, wanted):
+    def those(compile_launch):
+        def record(kernel, grid, args, options):
+            if wanted(look((kernel, args, dict(options)))):
+                compile_launch(kernel, grid, args, options)
+        return intercept(record)
+    launch.intercept = those
     return compile_only.heuristic_reports(arch, lambda *_: None)
-reports(other, False)
-others, launched = launched, set()
-for report in reports(arch, True):
+others, launched = set(), set()
+def unlike(call):
+    launched.add(call)
+    return call not in others
+reports(other, others.add)  # which says None: nothing is compiled
+for report in reports(arch, unlike):
     print(json.dumps(report.as_dict()))
 print(len(launched & others), "of", len(launched))
 """
